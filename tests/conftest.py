@@ -1,0 +1,60 @@
+"""Fixtures that several files share. One thread: on a busy machine threads that wait for one another cost far more."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+import tokenizer
+
+torch.set_num_threads(1)
+settings.register_profile("dss", deadline=None, max_examples=25)
+settings.load_profile("dss")
+
+FIGURES = pytest.StashKey()
+BESIDE = Path(__file__).resolve().parents[2] / "shared" / "official" / "datasets"
+OFFICIAL = Path(os.environ.get("DSS_OFFICIAL", BESIDE))
+
+
+@pytest.fixture
+def measured(request):
+    """A function (what, figure, bound): fails if figure > bound; all figures are listed at the end of the test run."""
+
+    def check(what, figure, bound):
+        request.config.stash.setdefault(FIGURES, []).append(f"{what}: {figure:.1e} (bound {bound:.0e})")
+        assert figure <= bound, what
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    lines = config.stash.get(FIGURES, [])
+    if lines:
+        terminalreporter.section("measured, relative errors")
+        terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.fixture(scope="session")
+def official():
+    """The folder of the paper's released datasets, where there is one."""
+    if not OFFICIAL.is_dir():
+        pytest.skip(f"the paper's released datasets are not at {OFFICIAL}; DSS_OFFICIAL names another place")
+    return OFFICIAL
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The peer that model and tokenizer are compared with."""
+    return pytest.importorskip("transformers", reason="transformers, the peer compared with, is not installed")
+
+
+@pytest.fixture(scope="session")
+def spiece(tmp_path_factory):
+    """A directory with a small tokenizer: spiece.model and tokenizer_config.json."""
+    directory = tmp_path_factory.mktemp("spiece")
+    words = "one two three four plus minus times apples pears boxes left how many are there Tom gave Mia".split()
+    texts = [f"{a} {b} {c}, {a}? ( 84.0 / 2.0 ) {b}. café naïve" for a in words for b in words[:6] for c in words[:3]]
+    tokenizer.train(texts, directory / "spiece.model", vocab_size=300).save(directory)
+    return directory

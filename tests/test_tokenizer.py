@@ -1,0 +1,114 @@
+"""The tokenizer gives the ids that transformers' T5 tokenizer gives over the same spiece.model."""
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import tokenizer
+
+ODD = [
+    "", " leading", "trailing  ", "a  b   c", "line\nbreak\n\n\nx", "tab\there", "\r\nwindows\r\n", "next\x85line",
+    "premise here</s>hypothesis there", "premise </s> hypothesis", "</s></s>", "x</s>", "<pad>x<unk>y",
+    "<extra_id_0> x <extra_id_7>y<extra_id_99>", "<extra_id_100>", "<extra_id_07>", "</S>", "<", "<s>",
+    "ünïcödé ﬁ ｆｕｌｌ ①②½", "日本語 你好", "emoji 😀😀", "zero\u200bwidth", "\u2581under\u2581",
+    "\u00a0\u3000\u2028\u2009",
+    "ab\u0301c", "\ufeffbom", "a\x00b\x01c", "...", "( 84.0 / 2.0 )",
+]  # fmt: skip
+texts = st.text() | st.lists(
+    st.sampled_from(["one", " ", "\n", "</s>", "<extra_id_3>", "é", "?", "\t", "Mia", "<pad>", "84.0", "日"])
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def ours(spiece):
+    return tokenizer.T5Tokenizer(spiece)
+
+
+@pytest.fixture(scope="module")
+def theirs(spiece, transformers):
+    return transformers.AutoTokenizer.from_pretrained(spiece)
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_texts_have_transformers_ids(ours, theirs, text):
+    assert ours.encode(text) == theirs(text).input_ids
+    assert (
+        ours.decode(ours.encode(text)).strip()
+        == theirs.decode(theirs(text).input_ids, skip_special_tokens=True).strip()
+    )
+
+
+@given(texts)
+def test_any_text_has_transformers_ids(ours, theirs, text):
+    assert ours.encode(text) == theirs(text).input_ids
+
+
+def test_released_texts_have_transformers_ids(ours, theirs, official):
+    for line in (official / "svamp" / "svamp_train.json").read_text("utf-8").splitlines()[:200]:
+        row = json.loads(line)
+        for text in (row["input"], row["label"]):
+            assert ours.encode(text) == theirs(text).input_ids
+
+
+def test_vocabulary_is_laid_out_as_t5s(ours, theirs):
+    assert ours.vocab_size == len(theirs)
+    assert ours.encode("</s>") == [1, 1] and ours.encode("") == [1]
+    assert ours.encode("<extra_id_0>") == [ours.vocab_size - 1, 1]
+    assert ours.encode("<extra_id_99>") == [ours.vocab_size - 100, 1]
+    assert ours.special["<pad>"] == 0 and ours.special["<unk>"] == 2
+
+
+@given(st.lists(st.sampled_from(["one", "two", "apples", "left", "how", "many"]), max_size=12))
+@example([])
+def test_decoding_gives_back_known_words(ours, words):
+    assert ours.decode(ours.encode("  ".join(words))) == " ".join(words)
+
+
+def test_training_twice_gives_the_same_model_and_words_stay_whole(tmp_path):
+    """A word always written alike used to fall into letters: SentencePiece proposes only what two words share."""
+    lines = [f"How many are {kind}?" for kind in ("fruit", "tools", "animals")] * 5
+    one = tokenizer.train(lines, tmp_path / "a.model", vocab_size=200)
+    two = tokenizer.train(iter(lines), tmp_path / "b.model", vocab_size=200)
+    assert one.model == two.model == (tmp_path / "a.model").read_bytes()
+    assert [one.pieces.id_to_piece(i) for i in one.encode("How many are fruit?")] == [
+        "▁How", "▁many", "▁are", "▁fruit", "?", "</s>",
+    ]  # fmt: skip
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_extra_ids_come_from_the_configuration(spiece, tmp_path):
+    """mT5's tokenizer_config.json says extra_ids: 0, for its spiece.model holds the sentinels."""
+    tokenizer.T5Tokenizer(spiece).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+    bare = tokenizer.T5Tokenizer(tmp_path)
+    assert bare.vocab_size == tokenizer.T5Tokenizer(spiece).vocab_size - 100
+    assert "<extra_id_0>" not in bare.special
+    assert tokenizer.T5Tokenizer(tmp_path / "spiece.model").extra_ids == 100
+
+
+@pytest.mark.parametrize("content, error", [(None, FileNotFoundError), (b"", ValueError), (b"not a model", ValueError)])
+def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, content, error):
+    path = tmp_path / "spiece.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error, match="spiece.model"):
+        tokenizer.T5Tokenizer(path)
+
+
+def test_a_model_with_other_ids_is_refused(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c"] * 9), model_prefix=str(tmp_path / "m"), vocab_size=8, minloglevel=2
+    )
+    with pytest.raises(ValueError, match="T5's are"):
+        tokenizer.T5Tokenizer(tmp_path / "m.model")
+
+
+@pytest.mark.parametrize("lines", [[], [""], ["abcdefghijklmnopqrstuvwxyz" * 3]])
+def test_texts_that_cannot_be_trained_on_are_refused(tmp_path, lines):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        tokenizer.train(lines, tmp_path / "x.model", vocab_size=10)
+    assert not list(tmp_path.iterdir())

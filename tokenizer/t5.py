@@ -1,0 +1,125 @@
+"""T5's tokenizer: SentencePiece, with </s> at the end and the sentinels <extra_id_0> ... above its pieces.
+
+The ids are those of transformers' T5Tokenizer over the same `spiece.model`: pad 0, </s> 1, unknown 2, then pieces, then
+sentinels in falling order, so that <extra_id_0> is the last id. Special tokens written out in a text are the tokens:
+the text is split at them, and each stretch between is tokenized as a text of its own.
+"""
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import sentencepiece
+
+PAD, EOS, UNK = 0, 1, 2
+SPIECE, CONFIG = "spiece.model", "tokenizer_config.json"
+
+
+class T5Tokenizer:
+    """path: a spiece.model, or a directory that holds one (its tokenizer_config.json may set `extra_ids`).
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is no SentencePiece model with T5's ids.
+    """
+
+    def __init__(self, path, extra_ids=100):
+        path = Path(path)
+        if path.is_dir():
+            extra_ids = configured_extra_ids(path / CONFIG, extra_ids)
+            path = path / SPIECE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such SentencePiece model")
+        self.model = path.read_bytes()
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except RuntimeError:
+            raise ValueError(f"{path}: not a SentencePiece model") from None
+        ids = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
+        if ids != (PAD, EOS, UNK):
+            raise ValueError(f"{path}: pad, </s> and unknown have ids {ids}; T5's are {(PAD, EOS, UNK)}")
+        first = self.pieces.vocab_size()
+        self.vocab_size = first + extra_ids
+        self.extra_ids = extra_ids
+        self.special = {f"<extra_id_{k}>": self.vocab_size - 1 - k for k in range(extra_ids)}
+        self.special |= {self.pieces.id_to_piece(i): i for i in (PAD, EOS, UNK)}
+        self.split = re.compile("(" + "|".join(map(re.escape, self.special)) + ")").split
+
+    def encode(self, text):
+        """text -> ids, ending in </s>."""
+        ids = []
+        for part in self.split(text.replace("\x85", " ")):  # white space to transformers, unknown to SentencePiece
+            if part in self.special:
+                ids.append(self.special[part])
+            else:
+                ids += self.pieces.encode(part)
+        return [*ids, EOS]
+
+    def decode(self, ids):
+        """ids -> text, without special tokens."""
+        first_sentinel = self.vocab_size - self.extra_ids
+        return self.pieces.decode([i for i in ids if UNK < i < first_sentinel])
+
+    def save(self, directory):
+        """Write spiece.model and the configuration by which transformers loads it, to an existing directory."""
+        config = {
+            "tokenizer_class": "T5Tokenizer",
+            "extra_ids": self.extra_ids,
+            "pad_token": self.pieces.id_to_piece(PAD),
+            "eos_token": self.pieces.id_to_piece(EOS),
+            "unk_token": self.pieces.id_to_piece(UNK),
+        }
+        write(Path(directory) / SPIECE, self.model)
+        write(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def configured_extra_ids(path, default):
+    try:
+        return int(json.loads(path.read_text("utf-8")).get("extra_ids", default))
+    except FileNotFoundError:
+        return default
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not a tokenizer configuration") from None
+
+
+def train(texts, path, vocab_size=8000):
+    """Train a unigram SentencePiece model with T5's ids on an iterable of texts and write it to `path`.
+
+    vocab_size is the most pieces it may have; a small text gives fewer. The same texts give the same model. Returns its
+    T5Tokenizer. Raises ValueError if the texts are empty or have more characters than vocab_size.
+    """
+    texts = list(texts)
+    # SentencePiece proposes as pieces what two different words share, so that in a small text a word always written
+    # alike ("How") falls into letters. Every repeated word is therefore shown in a second form.
+    words = Counter(word for text in texts for word in re.findall(r"\w+", text))
+    second_forms = [f"{word}," for word, count in words.items() if count > 1]
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts + second_forms),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            model_type="unigram",
+            normalization_rule_name="nmt_nfkc",  # T5's
+            character_coverage=1.0,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_id=-1,
+            pad_piece="<pad>",
+            num_threads=1,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+    except RuntimeError as problem:
+        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these texts ({problem})") from None
+    write(Path(path), model.getvalue())
+    return T5Tokenizer(path)
+
+
+def write(path, content):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
