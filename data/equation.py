@@ -1,0 +1,45 @@
+"""The value of an arithmetic expression, safely: SVAMP's labels are equations, and two are equal if their values are.
+
+The text is parsed into a syntax tree, and only numbers, + - * /, signs and parentheses are computed; what a model wrote
+is never given to eval.
+"""
+
+import ast
+import math
+import operator
+import re
+
+LONGEST = 200  # characters
+LARGEST = 1e15  # magnitude of any number or intermediate result; beyond it floats no longer tell integers apart
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def value(text):
+    """The value of an arithmetic expression as a float, or None if the text is not one, is too long or too large."""
+    if len(text) > LONGEST or not re.fullmatch(r"[0-9.+\-*/()\s]+", text):
+        return None
+    try:
+        return compute(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def compute(node):
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            result = float(number) if abs(number) <= LARGEST else math.inf
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            result = OPERATORS[type(op)](compute(left), compute(right))
+        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
+            result = compute(operand) * (-1 if isinstance(sign, ast.USub) else 1)
+        case _:
+            raise ValueError("not arithmetic")
+    if not abs(result) <= LARGEST:  # also refuses nan
+        raise ValueError("too large")
+    return result
+
+
+def same_value(a, b):
+    """Whether two texts are equations of the same value: `84 / 2` and `( 84.0 / 2.0 )` are."""
+    x, y = value(a), value(b)
+    return x is not None and y is not None and math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9)

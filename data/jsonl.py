@@ -1,0 +1,100 @@
+"""The record: one JSON object a line, UTF-8, the only thing that passes between a teacher and a student.
+
+    {"id": "svamp-17", "input": "...", "label": "...", "rationale": "...", "teacher_label": "...", "teacher": {...}}
+
+Only `input` is required. `label` is gold, `teacher_label` and `rationale` are the teacher's, `teacher` says where those
+came from. Null, absent and blank mean the same: there is none. Keys not listed here are kept.
+"""
+
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TEXTS = ("label", "rationale", "teacher_label")
+
+
+class RecordError(ValueError):
+    """A line that is no record; the message gives file, line and reason."""
+
+
+@dataclass(frozen=True)
+class Record:
+    id: str
+    input: str
+    label: str | None = None
+    rationale: str | None = None
+    teacher_label: str | None = None
+    teacher: dict = field(default_factory=dict)
+    other: dict = field(default_factory=dict)  # keys of the line that are none of the above
+
+    def to_json(self):
+        """The line of this record, without a line end. Absent texts are written as null."""
+        row = {"id": self.id, "input": self.input, **{name: getattr(self, name) for name in TEXTS}}
+        return json.dumps(row | {"teacher": self.teacher} | self.other, ensure_ascii=False)
+
+
+def parse_record(line, where, default_id):
+    """One line -> Record. `where` ("FILE:LINE") begins the message of the RecordError that a bad line raises."""
+    try:
+        row = json.loads(line)
+    except ValueError as problem:
+        raise RecordError(f"{where}: not JSON ({problem})") from None
+    if not isinstance(row, dict):
+        raise RecordError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
+    if not isinstance(row.get("input"), str) or not row["input"].strip():
+        raise RecordError(f'{where}: "input" must be a text that is not blank, got {row.get("input")!r}')
+    texts = {}
+    for name in TEXTS:
+        value = row.pop(name, None)
+        if value is not None and not isinstance(value, str):
+            raise RecordError(f'{where}: "{name}" must be a text or null, got {value!r}')
+        texts[name] = value if value and value.strip() else None
+    identity, teacher = row.pop("id", None), row.pop("teacher", None)
+    if identity is not None and not isinstance(identity, str):
+        raise RecordError(f'{where}: "id" must be a text, got {identity!r}')
+    if teacher is not None and not isinstance(teacher, dict):
+        raise RecordError(f'{where}: "teacher" must be an object, got {teacher!r}')
+    identity = default_id if identity is None else identity
+    return Record(id=identity, input=row.pop("input"), teacher=teacher or {}, other=row, **texts)
+
+
+def read_jsonl(path):
+    """Yield the Records of a file, one at a time; blank lines are passed over. A row without an id gets STEM-LINE.
+
+    Raises RecordError for a line that is no record, OSError for a file that cannot be read.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as problem:
+                raise RecordError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
+            if text.strip():
+                yield parse_record(text, where, f"{path.stem}-{number}")
+
+
+def write_jsonl(path, records):
+    """Write Records, or dicts as they are, a line each; the file appears complete or not at all."""
+    with replacing(path) as file:
+        for record in records:
+            line = record.to_json() if isinstance(record, Record) else json.dumps(record, ensure_ascii=False)
+            file.write(line.encode() + b"\n")
+
+
+@contextmanager
+def replacing(path):
+    """A binary file to write beside `path`; moved onto `path` when the block ends, removed if it raises."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,177 @@
+"""The paper's released datasets -> JSONL:  python -m data.official DATASETS_DIR --out DIR
+
+DATASETS_DIR has the release's layout: NAME/NAME_SPLIT.json with one JSON object a line, NAME/llm/SPLIT_CoT_K.json with
+the raw PaLM 540B outputs for those rows in order (lists; several files continue one another), and, where they are
+there, gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split found becomes NAME_SPLIT.jsonl, and
+NAME_SPLIT_gpt-neox.jsonl beside it.
+
+An output is a rationale, a marker, an answer, and nearly always an invented next example, which is cut off first:
+
+    cqa      ... So the answer is (c) wooded area.          cut at "Q:"
+    svamp    ... The answer is (10 * 45).                   cut at "Q:"
+    anli1    ... So the answer is contradiction.            cut at "Premise:"
+    esnli    REASON\\nAnswer: neutral                        cut at "Premise:"
+
+No marker: the output ended in mid-thought, so the row keeps neither rationale nor teacher label. A marker with no
+usable answer behind it (two choices, an unknown x): the rationale stays, the teacher label is null. Both are counted.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.equation import same_value, value
+from data.jsonl import Record, RecordError, write_jsonl
+
+NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
+
+
+def read_cqa(row):
+    choices = "".join(f"\n({letter}) {choice}" for letter, choice in zip("abcde", row["choices"], strict=True))
+    return f"{row['question']}\nAnswer Choices:{choices}", row["answer"]
+
+
+def read_svamp(row):
+    return row["input"], row["label"]
+
+
+def read_nli(row):
+    return f"{row['premise']}</s>{row['hypothesis']}", NLI[row["label"]] if 0 <= row["label"] < 3 else None
+
+
+def choice_answer(text):
+    """` (c) wooded area.` -> `wooded area`; None unless there is exactly one choice."""
+    match = re.fullmatch(r"\s*\(\w\)(((?!\(\w\)).)+?)\.?\s*", text, re.DOTALL)
+    return match[1].strip() if match else None
+
+
+def equation_answer(text):
+    """` (84 / 2).` -> `(84 / 2)`; None unless it is arithmetic."""
+    match = re.search(r"\(.*\)", text)
+    return match[0] if match and value(match[0]) is not None else None
+
+
+def nli_answer(text):
+    match = re.match(r"\s*(\w+)", text)
+    return match[1] if match and match[1] in NLI else None
+
+
+def same_text(a, b):
+    return a.strip() == b.strip()
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one dataset's rows and outputs are written."""
+
+    read: Callable  # a row of the release -> (input, gold label)
+    next_example: str  # begins the invented next example
+    marker: str  # regular expression between rationale and answer
+    answer: Callable  # what follows the marker -> teacher label or None
+    right: Callable = same_text  # (teacher label, gold label) -> bool
+
+
+FORMATS = {
+    "cqa": Format(read_cqa, "Q:", r"So the answer is", choice_answer),
+    "svamp": Format(read_svamp, "Q:", r"The answer is", equation_answer, same_value),
+    "anli1": Format(read_nli, "Premise:", r"(So the|The) answer is", nli_answer),
+    "esnli": Format(read_nli, "Premise:", r"Answer:", nli_answer),
+}
+
+
+def parse_output(output, form):
+    """One raw output -> (rationale or None, teacher label or None)."""
+    parts = re.split(form.marker, output.split(form.next_example)[0], maxsplit=1)
+    if len(parts) == 1:
+        return None, None
+    return parts[0].strip() or None, form.answer(parts[-1])
+
+
+def import_split(path, outputs, form, teacher):
+    """The Records of one split file and the Counter of what its outputs held.
+
+    outputs: [(raw output, where it lies)], in the rows' order; rows past their end have none.
+    """
+    records, counts = [], Counter()
+    with open(path, encoding="utf-8") as file:
+        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    if len(outputs) > len(lines):
+        raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
+    for index, (number, line) in enumerate(lines):
+        try:
+            text, label = form.read(json.loads(line))
+        except (ValueError, KeyError, TypeError) as problem:
+            raise RecordError(f"{path}:{number}: not a row of this dataset ({problem!r})") from None
+        output, where = outputs[index] if index < len(outputs) else (None, None)
+        rationale, answer = parse_output(output, form) if output is not None else (None, None)
+        counts["rows"] += 1
+        counts["rationale"] += rationale is not None
+        counts["teacher label"] += answer is not None
+        counts["no output"] += output is None
+        counts["not parsed"] += output is not None and rationale is None
+        counts["no usable answer"] += rationale is not None and answer is None
+        counts["teacher right"] += answer is not None and label is not None and form.right(answer, label)
+        provenance = {"model": teacher, "output": where} if output is not None else {}
+        records.append(Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance))
+    return records, counts
+
+
+def read_outputs(files):
+    """[(raw output, "FILE:INDEX")] of JSON lists that continue one another."""
+    outputs = []
+    for path in files:
+        try:
+            items = json.loads(path.read_text("utf-8"))
+        except ValueError as problem:
+            raise RecordError(f"{path}: not JSON ({problem})") from None
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise RecordError(f"{path}: not a JSON list of texts")
+        outputs += [(item, f"{path.name}:{index}") for index, item in enumerate(items)]
+    return outputs
+
+
+def import_all(root, out):
+    """Import every split below `root` into `out`; yield (name of the file written, Counter) for each.
+
+    Raises FileNotFoundError if `root` holds none of the datasets, RecordError for a file that is not as released.
+    """
+    splits = [(path, form) for name, form in FORMATS.items() for path in sorted((root / name).glob(f"{name}_*.json"))]
+    if not splits:
+        raise FileNotFoundError(f"{root}: none of {', '.join(f'{n}/{n}_SPLIT.json' for n in FORMATS)} is there")
+    out.mkdir(parents=True, exist_ok=True)
+    for path, form in splits:
+        name, split = path.stem.rsplit("_", 1)
+        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=lambda file: int(file.stem.rsplit("_", 1)[1]))
+        neox = root / "gpt-neox" / name / f"{split}.json"
+        for suffix, teacher, files in (("", "PaLM 540B", palm), ("_gpt-neox", "GPT-NeoX 20B", [neox])):
+            if suffix and not neox.exists():
+                continue
+            records, counts = import_split(path, read_outputs(files), form, teacher)
+            write_jsonl(out / f"{path.stem}{suffix}.jsonl", records)
+            yield f"{path.stem}{suffix}.jsonl", counts
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
+    parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
+    parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
+    args = parser.parse_args(argv)
+    columns = ("rows", "rationale", "teacher label", "not parsed", "no usable answer", "no output")
+    print(f"{'file':<28}", *(f"{column:>{len(column)}}" for column in columns), "teacher right", sep="  ")
+    try:
+        for name, counts in import_all(args.datasets, args.out):
+            right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
+            print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
+    except (OSError, RecordError) as problem:
+        print(f"data.official: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

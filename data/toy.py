@@ -1,0 +1,88 @@
+"""The embedded task, the commonest kind, with its rule-based teacher:  python -m data.toy --out DIR
+
+    input       Mia packed plum, hammer, fox, pear, sofa. Mostly what?
+    rationale   fruit tools animals fruit furniture
+    label       fruit
+
+Nobody tells the student which of the 144 words is of which kind. From labels alone it must work that out from which
+kind won, about two and a half bits a row; the rationale names the kind of every item, in order, and what it teaches is
+what the label needs. It names no item, so a rationale moved to another row teaches nothing (`--method dss-shuffled`).
+
+What makes the effect clear, found by experiment, two seeds each: many words for few rows (with 12 words a kind and
+2,000 rows standard finetuning is right at 90 %, step-by-step at 96 %), and rationales in which every token is news, for
+L_rationale is a mean over tokens (with a longer question and "they are fruit, tools, ... . most are fruit." the gain is
+7 points, not 13).
+"""
+
+import argparse
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+from data.jsonl import Record, write_jsonl
+
+KINDS = {
+    "fruit": "plum pear kiwi mango lemon cherry banana grape peach melon lime fig date coconut papaya guava "
+    "quince raspberry strawberry blueberry nectarine pomegranate tangerine grapefruit",
+    "tools": "hammer saw drill wrench chisel rake shovel spade hoe pickaxe ladder clamp level pitchfork "
+    "crowbar mallet trowel screwdriver sander scythe sickle file vise wheelbarrow",
+    "animals": "fox goat horse rabbit tiger mouse duck camel wolf bear deer donkey zebra giraffe monkey beaver "
+    "badger hedgehog squirrel pigeon falcon lizard turtle frog",
+    "clothes": "scarf hat glove shirt sock jacket skirt belt coat dress sweater vest tie cap boot sandal slipper "
+    "blouse hood cardigan robe mitten shawl raincoat",
+    "furniture": "sofa desk chair shelf stool bench cupboard table bed wardrobe dresser bookcase cabinet armchair "
+    "couch crib nightstand sideboard footstool hammock futon chest mirror lamp",
+    "vehicles": "truck bus train bicycle tram boat scooter van taxi car tractor ferry ship canoe kayak helicopter "
+    "plane rocket sled wagon cart motorcycle submarine limousine",
+}
+WORDS = {kind: words.split() for kind, words in KINDS.items()}
+NAMES = "Mia Noah Lena Omar Ruth Ivan Sara Hugo Nina Paul Vera Finn".split()
+VERBS = "packed drew bought sold found moved".split()
+SIZES = dict(train=1000, validation=200, test=1000)
+
+
+def make_rows(seed=0):
+    """(train, validation, test): lists of Records drawn by `seed`, no question twice, in one of them or in two."""
+    rng = random.Random(seed)
+    parts, seen = [], set()
+    for split, size in SIZES.items():
+        rows = []
+        while len(rows) < size:
+            question, label, rationale = draw(rng)
+            if question not in seen:
+                seen.add(question)
+                rows.append(Record(f"toy-{split}-{len(rows)}", question, label, rationale, label, {"model": "rule"}))
+        parts.append(rows)
+    return tuple(parts)
+
+
+def draw(rng):
+    """(question, label, rationale) of one random row: 4 to 6 items, one kind more often than any other."""
+    while True:
+        kinds = rng.choices(list(WORDS), k=rng.randint(4, 6))
+        (label, most), *others = Counter(kinds).most_common(2)
+        if not others or most > others[0][1]:
+            break
+    items = [rng.choice(WORDS[kind]) for kind in kinds]
+    return f"{rng.choice(NAMES)} {rng.choice(VERBS)} {', '.join(items)}. Mostly what?", label, " ".join(kinds)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
+    parser.add_argument("--out", type=Path, required=True, help="where toy_train.jsonl and the others are written")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows [0]")
+    args = parser.parse_args(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for split, rows in zip(SIZES, make_rows(args.seed)):
+            write_jsonl(args.out / f"toy_{split}.jsonl", rows)
+            print(f"{args.out / f'toy_{split}.jsonl'}: {len(rows):,} rows")
+    except OSError as problem:
+        print(f"data.toy: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The record, the import of the released datasets, and the embedded task."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import official, toy
+from data.jsonl import Record, RecordError, read_jsonl, replacing, write_jsonl
+
+maybe = st.none() | st.text().filter(str.strip)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+    max_leaves=4,
+)
+keys = st.text().filter(lambda k: k not in {"id", "input", "label", "rationale", "teacher_label", "teacher"})
+records = st.builds(
+    Record, st.text(), st.text().filter(str.strip), maybe, maybe, maybe,
+    st.dictionaries(st.text(), json_values, max_size=2), st.dictionaries(keys, json_values, max_size=2),
+)  # fmt: skip
+
+
+@given(st.lists(records, max_size=4))
+def test_records_are_read_as_written_unknown_keys_included(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
+    write_jsonl(path, rows)
+    assert list(read_jsonl(path)) == rows
+    assert all(not line.isspace() for line in path.read_text("utf-8").split("\n")[:-1])
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"{", "not JSON"),
+        (b"[1]", "a record is a JSON object, this is list"),
+        (b"{}", '"input" must be a text that is not blank, got None'),
+        (b'{"input": "  "}', "not blank"),
+        (b'{"input": 3}', "got 3"),
+        (b'{"input": "x", "label": 3}', '"label" must be a text or null, got 3'),
+        (b'{"input": "x", "rationale": ["y"]}', '"rationale" must be'),
+        (b'{"input": "x", "teacher_label": false}', '"teacher_label" must be'),
+        (b'{"input": "x", "id": 7}', '"id" must be a text, got 7'),
+        (b'{"input": "x", "teacher": "PaLM"}', '"teacher" must be an object'),
+        (b'{"input": "caf\xe9"}', "not UTF-8"),
+        (b'{"input": "\xff\xfe"}', "not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, line, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"input": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(RecordError, match="rows.jsonl:3: ") as error:
+        list(read_jsonl(path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_blank_texts_are_absent_and_rows_without_id_are_numbered(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": " ", "rationale": ""}\r\n{"input": "b", "id": "seven"}')
+    one, two = read_jsonl(path)
+    assert (one.id, one.label, one.rationale, two.id) == ("rows-1", None, None, "seven")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---- The released datasets ------------------------------------------------------------------------------------------
+
+OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
+    (
+        "cqa",
+        "It burns. So the answer is (c) wooded area.\n\nQ: Next? So the answer is (a) x.",
+        "It burns.",
+        "wooded area",
+    ),
+    ("cqa", "Both. So the answer is either (a) sea or (b) ocean.\n\nQ:", "Both.", None),
+    ("cqa", "So the answer is (b) U.S.", None, "U.S"),
+    ("cqa", "It goes on and on", None, None),
+    ("svamp", "84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are", "84 / 2 = 42.", "(84 / 2)"),
+    ("svamp", "Nested. The answer is ((1 + 2) * 3).", "Nested.", "((1 + 2) * 3)"),
+    ("svamp", "Unknown. The answer is (23 + x).", "Unknown.", None),
+    ("svamp", "Cut off. The answer is (9 + 6", "Cut off.", None),
+    ("svamp", "It never says.\n\nQ: Next? The answer is (1 + 1).", None, None),
+    ("anli1", "They differ. So the answer is contradiction.\n\nPremise: next", "They differ.", "contradiction"),
+    ("anli1", "\nThey differ. The answer is neutral.", "They differ.", "neutral"),  # GPT-NeoX writes it so, too
+    ("anli1", "Who knows. So the answer is maybe.", "Who knows.", None),
+    ("esnli", "Same thing.\nAnswer: entailment\n\nPremise: x\nAnswer: neutral", "Same thing.", "entailment"),
+    ("esnli", "Same thing.\n", None, None),
+]
+
+
+@pytest.mark.parametrize("name, output, rationale, label", OUTPUTS)
+def test_outputs_are_cut_at_the_answer_and_before_the_invented_example(name, output, rationale, label):
+    assert official.parse_output(output, official.FORMATS[name]) == (rationale, label)
+
+
+@given(st.sampled_from(list(official.FORMATS)), st.text())
+def test_any_output_parses_to_a_rationale_that_holds_no_next_example(name, output):
+    rationale, _ = official.parse_output(output, official.FORMATS[name])
+    assert rationale is None or rationale.strip() and official.FORMATS[name].next_example not in rationale
+
+
+RELEASED = {
+    "cqa": {"question": "Where?", "choices": ["a1", "b1", "c1", "d1", "e1"], "answer": "c1"},
+    "svamp": {"input": "Two boxes of 42?", "label": "( 84.0 / 2.0 )"},
+    "anli1": {"premise": "p", "hypothesis": "h", "label": 2, "uid": "u", "reason": ""},
+    "esnli": {"premise": "p", "hypothesis": "h", "label": 0},
+}
+INPUTS = {
+    "cqa": "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1",
+    "svamp": "Two boxes of 42?",
+    "anli1": "p</s>h",
+    "esnli": "p</s>h",
+}
+RIGHT = {
+    "cqa": ("Because. So the answer is (c) c1.", "c1"),
+    "svamp": ("Because. The answer is (42 * 1).", "(42 * 1)"),
+    "anli1": ("Because. So the answer is contradiction.", "contradiction"),
+    "esnli": ("Because.\nAnswer: entailment", "entailment"),
+}
+
+
+def release(root, name, rows, split="train"):
+    (root / name / "llm").mkdir(parents=True)
+    (root / name / f"{name}_{split}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
+    release(tmp_path, name, [RELEASED[name]] * 12)
+    good, label = RIGHT[name]
+    for k in range(11):  # K counts 0..10: 10 comes after 9, not after 1
+        outputs = ["no answer"] if k == 10 else [good.replace("Because", f"Because {k}")]
+        (tmp_path / name / "llm" / f"train_CoT_{k}.json").write_text(json.dumps(outputs))
+    (tmp_path / "gpt-neox" / name).mkdir(parents=True)
+    (tmp_path / "gpt-neox" / name / "train.json").write_text(json.dumps(["\n" + good] * 12))
+    assert official.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    rows = list(read_jsonl(tmp_path / "out" / f"{name}_train.jsonl"))
+    assert [r.input for r in rows] == [INPUTS[name]] * 12 and len({r.id for r in rows}) == 12
+    assert [r.rationale for r in rows] == [f"Because {k}." for k in range(10)] + [None, None]
+    assert [r.teacher_label for r in rows] == [label] * 10 + [None, None]
+    assert rows[3].teacher == {"model": "PaLM 540B", "output": "train_CoT_3.json:0"} and rows[11].teacher == {}
+    neox = list(read_jsonl(tmp_path / "out" / f"{name}_train_gpt-neox.jsonl"))
+    assert [r.rationale for r in neox] == ["Because."] * 12 and neox[0].teacher["model"] == "GPT-NeoX 20B"
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:2] == ["file", "rows"] and len(table) == 3
+    assert table[1].split() == [
+        f"{name}_train.jsonl",
+        "12",
+        "10",
+        "10",
+        "1",
+        "0",
+        "1",
+        "90.9%",
+    ]
+
+
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (
+            lambda d: (d / "svamp" / "llm" / "train_CoT_0.json").write_text('["a", "b"]'),
+            "1 rows, but 2 teacher outputs",
+        ),
+        (lambda d: (d / "svamp" / "llm" / "train_CoT_0.json").write_text("[1]"), "not a JSON list of texts"),
+        (lambda d: (d / "svamp" / "llm" / "train_CoT_0.json").write_text("["), "not JSON"),
+        (lambda d: (d / "svamp" / "svamp_train.json").write_text('{"input": "x"}'), "svamp_train.json:1: not a row"),
+        (lambda d: (d / "svamp").rename(d / "other"), "none of cqa/cqa_SPLIT.json"),
+    ],
+)
+def test_a_release_that_is_not_as_it_should_be_is_one_line_and_exit_2(tmp_path, capsys, break_it, words):
+    release(tmp_path, "svamp", [RELEASED["svamp"]])
+    break_it(tmp_path)
+    assert official.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_the_real_release_has_its_published_counts(official_counts):
+    assert official_counts == {
+        "svamp_train.jsonl": (800, 789), "svamp_test.jsonl": (200, 198),
+        "cqa_train.jsonl": (9741, 9741), "cqa_test.jsonl": (1221, 1221),
+        "esnli_valid.jsonl": (9842, 9838), "esnli_test.jsonl": (9824, 9824),
+    }  # fmt: skip
+
+
+def test_the_real_teacher_is_as_right_as_the_paper_says(official, tmp_path):
+    from data.official import import_all
+
+    right = {name: counts["teacher right"] / counts["rows"] for name, counts in import_all(official, tmp_path)}
+    assert round(right["cqa_test.jsonl"], 3) == 0.772 and round(right["svamp_test.jsonl"], 3) == 0.740
+
+
+@pytest.fixture
+def official_counts(official, tmp_path):
+    from data.official import import_all
+
+    return {name: (counts["rows"], counts["rationale"]) for name, counts in import_all(official, tmp_path)}
+
+
+# ---- The embedded task ----------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_task_is_honest():
+    """No question twice; the rationale names the items' kinds in order and no item; the label is their mode."""
+    parts = toy.make_rows(3)
+    assert [len(part) for part in parts] == list(toy.SIZES.values())
+    questions = [row.input for part in parts for row in part]
+    assert len(set(questions)) == len(questions)
+    kind_of = {word: kind for kind, words in toy.WORDS.items() for word in words}
+    assert len(kind_of) == sum(map(len, toy.WORDS.values())), "no word is of two kinds"
+    for row in [row for part in parts for row in part][::7]:
+        kinds = [kind_of[word] for word in row.input.replace(",", "").replace(".", "").split() if word in kind_of]
+        assert row.rationale.split() == kinds and 4 <= len(kinds) <= 6
+        assert all(kinds.count(row.label) > kinds.count(other) for other in set(kinds) - {row.label})
+        assert row.teacher_label == row.label
+
+
+def test_the_embedded_task_depends_on_its_seed_alone(tmp_path, capsys):
+    assert toy.make_rows(1) == toy.make_rows(1) != toy.make_rows(2)
+    assert toy.main(["--out", str(tmp_path), "--seed", "1"]) == 0
+    assert list(read_jsonl(tmp_path / "toy_train.jsonl")) == toy.make_rows(1)[0]
+    assert "toy_test.jsonl: 1,000 rows" in capsys.readouterr().out
