@@ -1,0 +1,35 @@
+"""The state of an unfinished run, in one file: what a run needs to go on as if it had not been interrupted."""
+
+import torch
+
+from data.jsonl import replacing
+
+
+class StateError(ValueError):
+    """A file that is not the state of the run that would go on with it; the message names it."""
+
+
+def save_state(path, model, optimizer, progress):
+    """Write weights, optimizer, random generators and `progress`, a dict of tensors, numbers and the like,
+    complete or not at all."""
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators}
+    with replacing(path) as file:
+        torch.save(state | {"progress": progress}, file)
+
+
+def load_state(path, model, optimizer):
+    """Put back what `save_state` wrote; returns its `progress`. Raises StateError if the file is not such a state."""
+    device = next(model.parameters()).device
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generators"]["cpu"])
+        if device.type == "cuda" and "cuda" in state["generators"]:
+            torch.cuda.set_rng_state(state["generators"]["cuda"])
+        return state["progress"]
+    except Exception as problem:  # torch.load documents no closed set of errors for a damaged file
+        raise StateError(f"{path}: not the state of this run ({str(problem).splitlines()[0]})") from None

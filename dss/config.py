@@ -1,0 +1,197 @@
+"""The two configurations: `T5Config`, the shape of a model, and `TrainConfig`, a whole run and its command line."""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import types
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The shape of a T5, under the names of transformers' config.json.
+
+    T5 1.0 has relu and one matrix for embedding and output, whose logits it scales by d_model**-0.5; T5 1.1, its
+    LM-adapted and Flan descendants and mT5 have a gated GELU and a separate output matrix, not scaled.
+    """
+
+    vocab_size: int = 32128  # V
+    d_model: int = 512  # C
+    d_kv: int = 64  # D, the width of one head; H * D need not equal C
+    d_ff: int = 2048  # F
+    num_layers: int = 6  # of the encoder
+    num_decoder_layers: int = 6
+    num_heads: int = 8  # H
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"  # or "gated-gelu"
+    tie_word_embeddings: bool = True  # the output matrix is the embedding
+    scale_decoder_outputs: bool = True  # logits are scaled by d_model**-0.5
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+    decoder_start_token_id: int = 0  # T5 has no start token: pad begins every target
+    model_type: str = "t5"  # or "mt5"
+
+
+def t5(d_model, d_ff, layers, heads, d_kv=64, **other):
+    return T5Config(
+        d_model=d_model, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers, num_heads=heads, d_kv=d_kv, **other
+    )
+
+
+V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
+MT5 = dict(V1_1, vocab_size=250112, model_type="mt5")
+
+SIZES = {  # the public family; Flan-T5 and the LM-adapted checkpoints have the shapes of t5-v1_1
+    "tiny": t5(64, 128, 2, 2, d_kv=32, vocab_size=0),  # for random weights on a CPU; V is the tokenizer's
+    "t5-small": t5(512, 2048, 6, 8),
+    "t5-base": t5(768, 3072, 12, 12),
+    "t5-large": t5(1024, 4096, 24, 16),
+    "t5-3b": t5(1024, 16384, 24, 32, d_kv=128),
+    "t5-11b": t5(1024, 65536, 24, 128, d_kv=128),
+    "t5-v1_1-small": t5(512, 1024, 8, 6, **V1_1),
+    "t5-v1_1-base": t5(768, 2048, 12, 12, **V1_1),
+    "t5-v1_1-large": t5(1024, 2816, 24, 16, **V1_1),
+    "t5-v1_1-xl": t5(2048, 5120, 24, 32, **V1_1),
+    "t5-v1_1-xxl": t5(4096, 10240, 24, 64, **V1_1),
+    "mt5-small": t5(512, 1024, 8, 6, **MT5),
+    "mt5-base": t5(768, 2048, 12, 12, **MT5),
+    "mt5-large": t5(1024, 2816, 24, 16, **MT5),
+    "mt5-xl": t5(2048, 5120, 24, 32, **MT5),
+    "mt5-xxl": t5(4096, 10240, 24, 64, **MT5),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Distil a teacher's rationales into a small T5. Without arguments: the embedded task, minutes on a CPU."""
+
+    # Each default stands here and nowhere else; each comment is the help text of its flag.
+
+    # data
+    data: list[str] = ()  # training rows, JSONL files; none: the embedded task
+    eval_data: str = ""  # validation rows, JSONL; none: cut from the training rows
+    test_data: str = ""  # test rows, JSONL, read once, at the end
+    eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval_data is not given
+    subsample: float = 1.0  # share of the training rows used, drawn by --seed; smaller shares are subsets of larger
+    labels: Literal["gold", "teacher"] = "gold"  # train on gold labels (finetuning) or the teacher's (distillation)
+    # method
+    method: list[Literal["standard", "dss", "single_task", "dss-shuffled"]] = ("standard", "dss")  # arms, in order
+    lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale
+    # student
+    weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; none: random weights
+    size: Literal[tuple(SIZES)] = "tiny"  # shape of a student with random weights
+    spiece: str = ""  # SentencePiece model; none: the one beside --weights, else one trained on the training rows
+    vocab_size: int = 4000  # most pieces of a tokenizer trained on the training rows
+    dropout: float | None = None  # dropout rate; unset: the student's own
+    max_input_length: int = 1024  # tokens of an input, prefix included; longer ones are cut
+    max_target_length: int = 256  # tokens of a label or rationale in training; longer ones are cut
+    max_new_tokens: int = 64  # tokens of a predicted label
+    # optimisation
+    steps: int = 3000  # optimiser steps
+    batch_size: int = 32  # rows a step; a row with a rationale is two sequences under dss
+    micro_batch: int = 0  # rows at a time, to save memory; 0: all of them; the gradient does not depend on it
+    lr: float | None = None  # peak learning rate; unset: 1e-3 from random weights, 5e-5 (the paper's) from --weights
+    schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0, or level
+    warmup: int = 100  # steps of linear warm-up
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # torch.optim's
+    beta2: float = 0.98  # AdamW's second decay rate
+    weight_decay: float = 0.01  # decoupled weight decay
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    seed: int = 0  # of the weights, the order of rows, dropout and every draw from the data
+    # evaluation
+    eval_every: int = 200  # steps between looks at the validation rows; the best weights are kept
+    metric: Literal["auto", "text", "choice", "equation"] = "auto"  # how a label counts as right; auto: by the rows
+    log_every: int = 20  # steps between lines of metrics.jsonl
+    # machine and files
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    threads: int = 0  # CPU threads; 0: one for a student under 5 M parameters, which more would slow down, else all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, the weights stay float32
+    out: str = ""  # output directory; none: runs/NAME_OF_DATA
+    resume: bool = False  # continue what --out holds: finished arms are kept, an unfinished one goes on
+    overwrite: bool = False  # replace the arms that --out holds
+
+    @property
+    def learning_rate(self):
+        return self.lr if self.lr is not None else (5e-5 if self.weights else 1e-3)
+
+    def check(self):
+        """Raise ValueError, naming the flag, for a value that makes no sense."""
+        positive = ("steps", "batch_size", "eval_every", "log_every", "max_new_tokens", "vocab_size")
+        for name in positive:
+            require(getattr(self, name) >= 1, name, "at least 1", self)
+        for name in ("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed"):
+            require(getattr(self, name) >= 0, name, "0 or more", self)
+        for name in ("max_input_length", "max_target_length"):
+            require(getattr(self, name) >= 2, name, "at least 2", self)
+        require(0 < self.subsample <= 1, "subsample", "more than 0 and at most 1", self)
+        require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
+        require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)
+        require(self.learning_rate > 0, "lr", "more than 0", self)
+        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "at least 0 and less than 1", self)
+        require(not (self.resume and self.overwrite), "resume", "given without --overwrite", self)
+        require(len(set(self.method)) == len(self.method), "method", "named once each", self)
+
+
+def require(condition, name, what, config):
+    if not condition:
+        raise ValueError(f"--{name} must be {what}, got {getattr(config, name)}")
+
+
+def parse_args(argv=None, config=TrainConfig):
+    """The command line `argv` as a `config` (a dataclass of commented fields). Exits 2 with one line if it is wrong."""
+    comments = field_comments(config)
+    parser = OneLineParser(description=config.__doc__, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
+    for field in dataclasses.fields(config):
+        parser.add_argument(f"--{field.name}", **argument(field, comments[field.name]))
+    values = parser.parse_args(argv)
+    try:
+        result = config(**vars(values))
+        result.check()
+    except ValueError as problem:
+        parser.error(str(problem))
+    return result
+
+
+def argument(field, comment):
+    """The keyword arguments of argparse for one field: type, choices, default and help from its declaration."""
+    kind, default, many = field.type, field.default, get_origin(field.type) is list
+    if many:
+        (kind,), default = get_args(kind), list(default)
+    if isinstance(kind, types.UnionType):
+        kind = get_args(kind)[0]
+    if kind is bool:
+        return dict(action="store_true", help=comment)
+    shown = " ".join(default) if many else default
+    options = dict(default=default, help=comment + (f" [{shown}]" if shown not in ("", None) else ""))
+    if many:
+        options["nargs"] = "+"
+    if get_origin(kind) is Literal:
+        return dict(options, choices=get_args(kind))
+    return dict(options, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
+
+
+def field_comments(config):
+    """{field: the comment behind its declaration}, read from the class's own source."""
+    lines = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE)
+    return dict(lines)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors on one line and the nearest flag named for an unknown one."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flag = unknown[1]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)

@@ -1,0 +1,27 @@
+"""The loss of Distilling Step-by-Step:  L = L_label + lambda * L_rationale  (Hsieh et al. 2023, equation 2).
+
+Each term is the mean cross-entropy over its own target tokens. The means are taken over the whole optimiser step:
+N_label and N_rationale count all of its micro-batches, whose losses then simply add up, and the gradient does not
+depend on how a step is cut. (The released code weighs the terms alpha and 1 - alpha, which is alpha = 1 / (1 + lambda)
+up to a factor of the whole.)
+"""
+
+import kernels
+from dss.batch import LABEL, RATIONALE
+
+
+def distillation_loss(model, batch, n_label, n_rationale, lam):
+    """This batch's share of L. n_label, n_rationale: target tokens of each task in the whole step.
+
+    Returns (L, L_label, L_rationale): scalar fp32 tensors in nats, the last two detached. Without rationales
+    (n_rationale = 0) or with lam = 0, L is standard finetuning's loss.
+    """
+    label = (batch.task == LABEL) / max(n_label, 1)  # (T,): 1 / N_label on label tokens, else 0
+    rationale = (batch.task == RATIONALE) / max(n_rationale, 1)
+
+    weights = label + lam * rationale  # L = L_label + lambda * L_rationale, token by token
+    hidden = model(batch)  # (T, C)
+    L, nll = kernels.linear_cross_entropy(
+        hidden, model.output_matrix, batch.labels, weights, scale=model.output_scale, return_token_losses=True
+    )
+    return L, (nll * label).sum(), (nll * rationale).sum()

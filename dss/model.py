@@ -1,0 +1,217 @@
+"""T5, encoder and decoder, on packed streams of tokens (Raffel et al. 2020; T5 1.1: Shazeer 2020). Read it top-down.
+
+    T5            embedding, encoder stack, decoder stack, output matrix
+      Stack       a bias table shared by its layers, the layers, a final norm
+        Layer     x + self-attention, (decoder: x + cross-attention,) x + feed-forward; each on a normalised x
+          Attention, FeedForward, RMSNorm
+
+Everything but attention works on tokens, (T, C), whichever sequence they belong to; attention alone is told where
+sequences begin (`Segments`). Dimensions: T tokens of all sequences, C model width, H heads, D head width, V vocabulary,
+B sequences. The arithmetic that dominates is in `kernels`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from dss.batch import LABEL, Sequence, pack
+
+
+class T5(nn.Module):
+    """A T5 of the given `T5Config` with T5's random initialisation, drawn from torch's global generator."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, config.num_layers, is_decoder=False)
+        self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.initialise()
+
+    @property
+    def output_matrix(self):
+        """(V, C): the matrix that turns a decoder state into logits, times `output_scale`."""
+        return self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def output_scale(self):
+        # The embedding has entries of variance 1; as output matrix it would give logits sqrt(C) times too large.
+        return self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0
+
+    def forward(self, batch):
+        """The decoder state (T, C) that predicts each of batch.labels."""
+        memory = self.encode(batch.input_ids, batch.inputs)
+        return self.decode(batch.decoder_input_ids, batch.targets, memory, batch.inputs)
+
+    def encode(self, input_ids, inputs):
+        """(T_in,) packed tokens -> (T_in, C) encoder states."""
+        return self.encoder(self.embedding(input_ids), inputs)
+
+    def decode(self, decoder_input_ids, targets, memory, inputs, cache=None):
+        """(T,) packed target tokens, reading memory (T_in, C) -> (T, C). With a cache, see dss/generate.py."""
+        return self.decoder(self.embedding(decoder_input_ids), targets, memory, inputs, cache)
+
+    def logits(self, input_ids, decoder_input_ids):
+        """Two lists of lists of token ids -> a list of (T_i, V) tensors, one for each pair.
+
+        decoder_input_ids[i] begins with the start token (pad). Raises ValueError if the lists differ in length or hold
+        an empty one.
+        """
+        if len(input_ids) != len(decoder_input_ids) or not all(map(len, [*input_ids, *decoder_input_ids])):
+            raise ValueError("logits: give as many inputs as decoder inputs, at least one token in each")
+        if not input_ids:
+            return []
+        device = self.embedding.weight.device
+        batch = pack([Sequence(i, [*d[1:], 0], LABEL) for i, d in zip(input_ids, decoder_input_ids)], device)
+        decoder_ids = torch.tensor([token for ids in decoder_input_ids for token in ids], device=device)
+        memory = self.encode(batch.input_ids, batch.inputs)
+        hidden = self.decode(decoder_ids, batch.targets, memory, batch.inputs)
+        return list(self.read_out(hidden).split([len(d) for d in decoder_input_ids]))
+
+    def read_out(self, hidden):
+        """(T, C) decoder states -> (T, V) logits."""
+        return F.linear(hidden * self.output_scale, self.output_matrix)
+
+    @torch.no_grad()
+    def initialise(self):
+        """T5's initialisation: what 1/sqrt(D) does elsewhere, the small query projection does here.
+
+        An untied output matrix gets 1/sqrt(C), as in T5's own code (transformers draws it with deviation 1, and
+        training from random weights then starts at a loss of about sqrt(C)).
+        """
+        c, factor = self.config, self.config.initializer_factor
+        inner = c.num_heads * c.d_kv
+        deviation = {
+            "embedding": 1.0,
+            "lm_head": c.d_model**-0.5,
+            "bias_table": c.d_model**-0.5,
+            "q": (c.d_model * c.d_kv) ** -0.5,
+            "k": c.d_model**-0.5,
+            "v": c.d_model**-0.5,
+            "o": inner**-0.5,
+            "gate": c.d_model**-0.5,
+            "up": c.d_model**-0.5,
+            "down": c.d_ff**-0.5,
+        }
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(factor)
+            else:
+                key = name.removesuffix(".weight").rsplit(".", 1)[-1]
+                parameter.normal_(0.0, factor * deviation[key])
+
+
+class Stack(nn.Module):
+    """Encoder or decoder. The bias table belongs to the stack: all its layers add the same position bias."""
+
+    def __init__(self, config, num_layers, is_decoder):
+        super().__init__()
+        self.bias_table = nn.Parameter(torch.empty(config.relative_attention_num_buckets, config.num_heads))
+        self.layers = nn.ModuleList(Layer(config, is_decoder) for _ in range(num_layers))
+        self.final_norm = RMSNorm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x, positions, memory=None, inputs=None, cache=None):
+        """x: (T, C) embedded tokens of `positions`; a decoder also reads memory (T_in, C) of `inputs`."""
+        x = self.dropout(x)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, positions, self.bias_table, memory, inputs, cache[i] if cache else None)
+        return self.dropout(self.final_norm(x))
+
+
+class Layer(nn.Module):
+    """One layer: T5 normalises the input of each part and adds its output to what came in ("pre-norm")."""
+
+    def __init__(self, config, is_decoder):
+        super().__init__()
+        self.self_attention_norm = RMSNorm(config)
+        self.self_attention = Attention(config, causal=is_decoder)
+        if is_decoder:
+            self.cross_attention_norm = RMSNorm(config)
+            self.cross_attention = Attention(config, causal=False)
+        self.feed_forward_norm = RMSNorm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x, positions, bias_table, memory, inputs, cache):
+        y = self.self_attention_norm(x)
+        x = x + self.dropout(
+            self.self_attention(y, positions, y, positions, bias_table, cache and cache.self_attention)
+        )
+        if memory is not None:  # no position bias from target to input: their positions have nothing in common
+            y = self.cross_attention_norm(x)
+            x = x + self.dropout(
+                self.cross_attention(y, positions, memory, inputs, None, cache and cache.cross_attention)
+            )
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to memory (self-attention: memory is x). No bias vectors, no 1/sqrt(D)."""
+
+    def __init__(self, config, causal):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.d_kv, self.causal = config.d_kv, causal
+        self.max_distance, self.dropout_p = config.relative_attention_max_distance, config.dropout_rate
+
+    def forward(self, x, queries, memory, keys, bias_table, cache):
+        """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table: (num_buckets, H) or None."""
+        q = self.heads(self.q(x))
+        k, v, keys = cache.update(self, memory, keys) if cache else (*self.keys_values(memory), keys)
+        dropout_p = self.dropout_p if self.training else 0.0
+        y = kernels.attention(
+            q,
+            k,
+            v,
+            bias_table,
+            queries.cu_seqlens,
+            keys.cu_seqlens,
+            causal=self.causal,
+            dropout_p=dropout_p,
+            seed=int(torch.randint(2**31, ())) if dropout_p else 0,  # from the host's generator: no device sync
+            max_distance=self.max_distance,
+            max_seqlen_q=queries.max_seqlen,
+            max_seqlen_k=keys.max_seqlen,
+        )
+        return self.o(y.flatten(1))
+
+    def keys_values(self, memory):
+        return self.heads(self.k(memory)), self.heads(self.v(memory))
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.d_kv))  # (T, H * D) -> (T, H, D)
+
+
+class FeedForward(nn.Module):
+    """T5 1.0: relu(x U) D. T5 1.1: (gelu(x G) * x U) D, gated. Dropout sits before the last matrix."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        if self.gated:
+            self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x):
+        y = kernels.geglu(self.gate(x), self.up(x)) if self.gated else F.relu(self.up(x))  # (T, F)
+        return self.down(self.dropout(y))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.eps = config.layer_norm_epsilon
+
+    def forward(self, x):
+        return kernels.rms_norm(x, self.weight, self.eps)

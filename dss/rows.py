@@ -1,0 +1,74 @@
+"""Which rows train the student, which select it and which test it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from data import toy
+from data.jsonl import Record, read_jsonl
+from dss.metrics import choose_metric
+
+
+@dataclass(frozen=True)
+class Rows:
+    name: str  # of the data, for the output directory
+    train: list[Record]  # .label is the one to train on, gold or the teacher's
+    validation: list[Record]
+    test: list[Record]  # may be empty
+    metric: str  # a key of dss.metrics.METRICS
+    unlabelled: int  # training rows left out, for they have no label of the kind asked for
+
+
+def load_rows(config):
+    """The `Rows` of a TrainConfig. Raises OSError or ValueError, naming the file, for rows that cannot be used.
+
+    The validation rows are those of --eval_data or a share cut from the training rows, and then have the labels of
+    training: who has only a teacher's labels selects on a teacher's labels. Test labels are always gold.
+    """
+    if config.data:
+        name = Path(config.data[0]).stem
+        rows = [record for path in config.data for record in read_jsonl(path)]
+        validation = list(read_jsonl(config.eval_data)) if config.eval_data else []
+        test = list(read_jsonl(config.test_data)) if config.test_data else []
+    elif config.eval_data or config.test_data:
+        raise ValueError("--eval_data and --test_data go with --data")
+    else:
+        name, (rows, validation, test) = "toy", toy.make_rows(config.seed)
+    total = len(rows)
+    if config.labels == "teacher":
+        rows = [replace(record, label=record.teacher_label) for record in rows]
+    rows = labelled(rows, f"{', '.join(config.data)}: no row has a {config.labels} label to train on")
+    unlabelled = total - len(rows)
+    if config.eval_data:
+        validation = labelled(validation, f"{config.eval_data}: no row has a label to evaluate on")
+    if config.test_data:
+        test = labelled(test, f"{config.test_data}: no row has a label to test on")
+
+    order = np.random.default_rng(config.seed).permutation(len(rows))
+    rows = [rows[i] for i in order[: max(1, round(config.subsample * len(rows)))]]
+    if not validation:
+        cut = max(1, round(config.eval_fraction * len(rows)))
+        validation, rows = rows[:cut], rows[cut:]
+        if not rows:
+            raise ValueError(f"{', '.join(config.data)}: one usable row cannot both train and validate")
+    metric = config.metric if config.metric != "auto" else choose_metric(rows + validation + test)
+    return Rows(name, rows, validation, test, metric, unlabelled)
+
+
+def labelled(rows, problem):
+    rows = [record for record in rows if record.label is not None]
+    if not rows:
+        raise ValueError(problem)
+    return rows
+
+
+def swap_rationales(rows, seed):
+    """The rows with each rationale moved to another row that had one: the control that keeps everything of
+    step-by-step (text, length, extra steps) but the link between a question and its rationale."""
+    having = [i for i, record in enumerate(rows) if record.rationale is not None]
+    order = [having[j] for j in np.random.default_rng(seed).permutation(len(having))]
+    swapped = list(rows)
+    for giver, taker in zip(order, order[1:] + order[:1]):
+        swapped[taker] = replace(rows[taker], rationale=rows[giver].rationale)
+    return swapped

@@ -1,0 +1,66 @@
+"""The command line is the TrainConfig, each flag with its comment, and a wrong one is a single line."""
+
+import dataclasses
+
+import pytest
+
+from dss.config import TrainConfig, field_comments, parse_args
+
+
+def test_every_field_has_a_comment_and_every_default_is_what_the_command_line_gives():
+    comments = field_comments(TrainConfig)
+    fields = dataclasses.fields(TrainConfig)
+    assert [f.name for f in fields] == list(comments)
+    parsed = parse_args([])
+    for field in fields:
+        value = getattr(parsed, field.name)
+        assert value == (list(field.default) if isinstance(field.default, tuple) else field.default)
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}" in text
+    assert "lambda in L = L_label + lambda * L_rationale [1.0]" in text and "[standard dss]" in text
+
+
+def test_values_have_their_types():
+    line = "--data a b --method dss single_task --lam 0.5 --steps 7 --lr 3e-4 --dropout 0 --resume --labels teacher"
+    config = parse_args(line.split())
+    assert config.data == ["a", "b"] and config.method == ["dss", "single_task"] and config.resume
+    assert (config.lam, config.steps, config.lr, config.dropout, config.labels) == (0.5, 7, 3e-4, 0.0, "teacher")
+
+
+def test_the_learning_rate_left_out_depends_on_the_start():
+    assert parse_args([]).learning_rate == 1e-3
+    assert parse_args(["--weights", "x"]).learning_rate == 5e-5
+    assert parse_args(["--weights", "x", "--lr", "1e-4"]).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--stepz 3", "unknown flag --stepz; did you mean --steps?"),
+        ("--step 3", "unknown flag --step"),
+        ("stray", "unrecognized arguments: stray"),
+        ("--steps", "--steps: expected one argument"),
+        ("--steps x", "--steps: invalid int value: 'x'"),
+        ("--steps 0", "--steps must be at least 1, got 0"),
+        ("--subsample 0", "--subsample must be more than 0 and at most 1, got 0.0"),
+        ("--lam -1", "--lam must be 0 or more"),
+        ("--lr nan", "--lr must be more than 0, got nan"),
+        ("--method finetune", "--method: invalid choice: 'finetune'"),
+        ("--method dss dss", "--method must be named once each"),
+        ("--size huge", "--size: invalid choice: 'huge'"),
+        ("--resume --overwrite", "--resume must be given without --overwrite"),
+        ("--dropout 1", "--dropout must be at least 0 and less than 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_2(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(arguments.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1

@@ -1,0 +1,112 @@
+"""When is a label right: as a text, as a choice, as the value of an equation computed without eval."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.equation import same_value, value
+from data.jsonl import Record
+from dss.metrics import METRICS, accuracy, choose_metric
+
+numbers = st.integers(0, 999).map(str) | st.floats(0, 999, allow_nan=False).map(lambda x: f"{x:.2f}")
+expressions = st.recursive(
+    numbers,
+    lambda e: (
+        st.tuples(e, st.sampled_from("+-*/"), e).map(lambda t: f"( {t[0]} {t[1]} {t[2]} )") | e.map(lambda x: f"-{x}")
+    ),
+    max_leaves=6,
+)
+
+
+@given(expressions)
+def test_a_value_is_what_python_computes(text):
+    try:
+        want = eval(text)  # text is made here, of digits, + - * / and parentheses
+    except ZeroDivisionError:
+        want = None
+    if want is None or abs(want) > 1e14 or len(text) > 200:
+        return
+    assert value(text) is not None and math.isclose(value(text), want, rel_tol=1e-9, abs_tol=1e-9)
+
+
+@given(st.text())
+def test_no_text_makes_it_raise(text):
+    assert value(text) is None or math.isfinite(value(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "x",
+        "9**9**9",
+        "1//2",
+        "1/0",
+        "9e99",
+        "0x10",
+        "1_000",
+        "1,000",
+        "(1",
+        "1)",
+        "2 3",
+        "1 if 1 else 2",
+        "'a'*9",
+    ]
+    + [
+        "__import__('os')",
+        "(" * 99 + "1" + ")" * 99 + " " * 9,
+        "9" * 16,
+        "99999999 * 99999999",
+        "1\n2",
+        "1#2",
+        "True",
+        "1j",
+    ],
+)
+def test_what_is_not_bounded_arithmetic_has_no_value(text):
+    assert value(text) is None
+
+
+def test_equations_are_equal_by_value():
+    assert same_value("84 / 2", "( 84.0 / 2.0 )") and same_value("(7 * 30)", "( 30.0 * 7.0 )")
+    assert not same_value("84 / 2", "84 - 2") and not same_value("x", "x")
+
+
+QUESTION = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) b\n(e) park"
+
+
+@pytest.mark.parametrize(
+    "prediction", ["wooded area", "(c) wooded area", "c", "(c)", "C", "(c) Wooded area.", " wooded area "]
+)
+def test_a_choice_is_named_by_text_or_letter(prediction):
+    assert METRICS["choice"](prediction, "wooded area", QUESTION)
+
+
+@pytest.mark.parametrize("prediction", ["", "(c", "(a) wooded", "park", "(a) sea", "f", "wooded", "(b) park"])
+def test_another_choice_is_wrong(prediction):
+    assert not METRICS["choice"](prediction, "wooded area", QUESTION)
+
+
+def test_a_choice_whose_text_is_a_letter_and_a_choice_given_twice():
+    assert METRICS["choice"]("b", "b", QUESTION), "the text of (d), not the letter of (b)"
+    assert METRICS["choice"]("(e)", "park", QUESTION) and METRICS["choice"]("a", "park", QUESTION)
+
+
+def rows(*pairs):
+    return [Record(str(i), text, label) for i, (text, label) in enumerate(pairs)]
+
+
+def test_the_metric_fits_the_rows():
+    assert choose_metric(rows((QUESTION, "park"))) == "choice"
+    assert choose_metric(rows(("How many?", "( 84.0 / 2.0 )"), ("?", "12"))) == "equation"
+    assert choose_metric(rows(("How many?", "2"), ("?", "12"))) == "text", "counts, not equations"
+    assert choose_metric(rows(("p</s>h", "neutral"))) == choose_metric([]) == "text"
+
+
+def test_accuracy():
+    share, right = accuracy(["a ", "b"], rows(("x", "a"), ("y", "c")), "text")
+    assert (share, right) == (0.5, [True, False])
+    assert accuracy([], [], "text") == (0.0, [])

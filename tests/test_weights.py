@@ -1,0 +1,272 @@
+"""Checkpoints in every public layout load alike; damaged or foreign ones are refused by file name; downloads resume."""
+
+import http.server
+import json
+import os
+import struct
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dss.config import T5Config
+from dss.hub import fetch
+from dss.model import T5
+from dss.weights import load_t5, read_safetensors, save_t5, write_safetensors
+
+SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
+INPUT, TARGET = [[5, 6, 7, 1]], [[0, 9, 10]]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with a student, and the student."""
+    torch.manual_seed(0)
+    shape = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
+    model = T5(T5Config(**SMALL, **shape)).eval()
+    save_t5(model, tmp_path / "student")
+    return tmp_path / "student", model
+
+
+def same(model, directory):
+    return torch.equal(load_t5(directory).logits(INPUT, TARGET)[0], model.logits(INPUT, TARGET)[0])
+
+
+def relayout(directory, layout):
+    """Rewrite the student's weights in another public layout."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
+    tensors["encoder.embed_tokens.weight"] = tensors[
+        "shared.weight"
+    ]  # old checkpoints hold copies, and an unused table
+    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(32, 3)
+    path.unlink()
+    halves = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
+    if layout == "pytorch_model.bin":
+        torch.save(tensors, directory / layout)
+    elif layout == "legacy pytorch_model.bin":  # as saved before 2020, not a zip file
+        torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    else:
+        write = write_safetensors if "safetensors" in layout else lambda path, half: torch.save(half, path)
+        stem, end = layout.removesuffix(" in shards").rsplit(".", 1)
+        names = [f"{stem}-0000{k}-of-00002.{end}" for k in (1, 2)]
+        for name, half in zip(names, halves):
+            write(directory / name, half)
+        index = {"weight_map": {key: name for name, half in zip(names, halves) for key in half}}
+        (directory / f"{stem}.{end}.index.json").write_text(json.dumps(index))
+
+
+LAYOUTS = [
+    "pytorch_model.bin", "legacy pytorch_model.bin", "model.safetensors in shards", "pytorch_model.bin in shards"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_loads_alike(saved, layout):
+    directory, model = saved
+    assert same(model, directory)
+    relayout(directory, layout)
+    assert same(model, directory)
+
+
+def test_transformers_own_shards_load(saved, transformers, tmp_path):
+    directory, model = saved
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory)
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    assert same(model, tmp_path / "shards")
+
+
+shapes = st.lists(st.integers(0, 4), max_size=3)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda n: n != "__metadata__"), shapes, max_size=5))
+def test_safetensors_files_are_read_as_written_and_as_the_library_reads_them(tmp_path_factory, many):
+    path = tmp_path_factory.mktemp("st") / "x.safetensors"
+    tensors = {name: torch.randn(shape) for name, shape in many.items()}
+    write_safetensors(path, tensors)
+    back = read_safetensors(path)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[n], tensors[n]) for n in tensors)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        return
+    theirs = load_file(path)
+    assert theirs.keys() == tensors.keys() and all(torch.equal(theirs[n], tensors[n]) for n in tensors)
+
+
+def test_half_precision_checkpoints_load_in_fp32(saved, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors, which writes half precision here, is not installed")
+    from safetensors.torch import save_file
+
+    directory, model = saved
+    tensors = {n: t.to(torch.bfloat16) for n, t in read_safetensors(directory / "model.safetensors").items()}
+    save_file(tensors, directory / "model.safetensors")
+    loaded = load_t5(directory)
+    assert all(p.dtype == torch.float32 for p in loaded.parameters()) and not loaded.training
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight.bfloat16().float())
+
+
+def test_loading_leaves_the_file_alone(saved):
+    """Tensors are views of a mapped file; training in place on them would write to it, or crash if it is replaced."""
+    directory, _ = saved
+    before = (directory / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for parameter in load_t5(directory).parameters():
+            parameter.zero_()
+    assert (directory / "model.safetensors").read_bytes() == before
+
+
+def edit_config(directory, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_weights(directory, change):
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(directory / "model.safetensors").items()}
+    change(tensors)
+    write_safetensors(directory / "model.safetensors", tensors)
+
+
+def truncate(directory):
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[:-10])
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda d: (d / "config.json").unlink(), "config.json: missing"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json: not JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "model_type"),
+        (lambda d: edit_config(d, model_type="umt5"), "model_type is 'umt5'"),
+        (lambda d: edit_config(d, feed_forward_proj="gated-silu"), "feed_forward_proj is 'gated-silu'"),
+        (lambda d: edit_config(d, d_model="wide"), "d_model is 'wide', not int"),
+        (lambda d: edit_config(d, d_ff=41), "wi_0.weight is .*config.json makes it"),
+        (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors or pytorch_model.bin"),
+        (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: not a complete safetensors"),
+        (
+            lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64),
+            "model.safetensors: not a complete safetensors",
+        ),
+        (truncate, "not all there"),
+        (
+            lambda d: edit_weights(d, lambda t: t.pop("encoder.final_layer_norm.weight")),
+            "lack encoder.final_layer_norm",
+        ),
+        (lambda d: edit_weights(d, lambda t: t.update(x=torch.zeros(1))), "1 tensors have no place in this T5: x"),
+        (lambda d: edit_weights(d, lambda t: t.pop("shared.weight")), "lack shared.weight"),
+    ],
+)
+def test_what_is_no_t5_is_refused_by_name(saved, damage, words):
+    directory, _ = saved
+    damage(directory)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_t5(directory)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(saved, monkeypatch):
+    directory, _ = saved
+    monkeypatch.chdir(directory)
+    (directory / "model.safetensors").unlink()
+    torch.save({"shared.weight": Evil()}, directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: not a PyTorch checkpoint"):
+        load_t5(directory)
+    assert not (directory / "pwned").exists()
+
+
+def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
+    directory, model = saved
+    before = (directory / "model.safetensors").read_bytes()
+    monkeypatch.setattr(struct, "pack", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_t5(model, directory)
+    assert (directory / "model.safetensors").read_bytes() == before
+    assert not list(directory.glob("*.tmp"))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves a directory as ORG/NAME of a hub, with ranges; can cut its replies short."""
+
+    def do_GET(self):
+        self.server.log.append((self.path, self.headers.get("Range")))
+        path = self.server.directory / os.path.basename(self.path)
+        if not self.path.startswith("/google/t5-test/resolve/main/") or not path.exists():
+            return self.send_error(404)
+        content, start = path.read_bytes(), 0
+        if self.headers.get("Range"):
+            start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        self.wfile.write(content[start : start + self.server.most])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(saved, spiece, tmp_path, monkeypatch):
+    directory, model = saved
+    (directory / "spiece.model").write_bytes((spiece / "spiece.model").read_bytes())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.directory, server.log, server.most = directory, [], 1 << 30
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("DSS_CACHE", str(tmp_path / "cache"))
+    yield server, model
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("layout", ["model.safetensors", *LAYOUTS])
+def test_a_hub_id_is_downloaded_once(hub, layout):
+    server, model = hub
+    if layout != "model.safetensors":
+        relayout(server.directory, layout)
+    assert same(model, "google/t5-test")
+    asked = len(server.log)
+    assert same(model, "google/t5-test") and len(server.log) == asked, "the second time nothing is asked for"
+    assert (fetch("google/t5-test") / "spiece.model").exists()
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub):
+    server, model = hub
+    server.most = 20_000
+    with pytest.raises(ConnectionError, match="model.safetensors.*run again"):
+        load_t5("google/t5-test")
+    server.most = 1 << 30
+    assert same(model, "google/t5-test")
+    assert ("/google/t5-test/resolve/main/model.safetensors", "bytes=20000-") in server.log
+
+
+def test_a_model_that_is_nowhere_is_one_clear_line(hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match="google/nothing: no such directory, and http.* has no config.json"):
+        load_t5("google/nothing")
+    with pytest.raises(FileNotFoundError, match="no such directory of weights"):
+        load_t5(tmp_path / "missing")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("DSS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConnectionError, match="127.0.0.1:9/google/t5-test"):
+        load_t5("google/t5-test")
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(hub, tmp_path):
+    server, _ = hub
+    (server.directory / "model.safetensors").unlink()
+    index = {"weight_map": {"shared.weight": "../../outside.bin"}}
+    (server.directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="another directory"):
+        load_t5("google/t5-test")
