@@ -1,0 +1,387 @@
+"""train.py as a user meets it: a run, its files, bad input, interruption and resumption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenizer
+import train
+from data.jsonl import Record, read_jsonl, write_jsonl
+from dss.config import parse_args
+from dss.rows import load_rows, swap_rationales
+from dss.weights import load_t5
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = (
+    "--steps 6 --eval_every 3 --log_every 2 --batch_size 4 --warmup 2 --max_target_length 12 --max_new_tokens 4".split()
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Training rows (two of them without a label, one without a rationale) and test rows with equations."""
+    rows = [
+        Record(
+            f"r{i}",
+            f"Tom gave {i} apples and {i + 1} pears. How many?",
+            f"{i} + {i + 1}",
+            f"Add {i} and {i + 1}.",
+            f"{i}",
+        )
+        for i in range(24)
+    ]
+    bare = [
+        Record("bare", "How many apples and pears?", "1 + 1"),
+        Record("n1", "x y"),
+        Record("n2", "y z", None, "no label"),
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows[:20] + bare)
+    write_jsonl(tmp_path / "test.jsonl", rows[20:])
+    return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl")]
+
+
+def run(*arguments):
+    return train.main([str(a) for a in arguments])
+
+
+def result(out, method):
+    return json.loads((out / method / "result.json").read_text())
+
+
+def weights(out, method):
+    return load_t5(out / method / "student").state_dict()
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_run_writes_what_the_contract_names(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    methods = ["standard", "dss", "single_task", "dss-shuffled"]
+    assert run(*files, *QUICK, "--method", *methods, "--out", out) == 0
+    shown = capsys.readouterr().out
+    for method in methods:
+        made = {p.name for p in (out / method).iterdir()}
+        assert made == {"config.json", "metrics.jsonl", "result.json", "predictions.jsonl", "student"}
+        figures = result(out, method)
+        assert figures["steps"] == 6 and 0 <= figures["test_accuracy"] <= 1 and figures["metric"] == "equation"
+        config = json.loads((out / method / "config.json").read_text())
+        assert config["method"] == method and config["steps"] == 6 and config["learning_rate"] == 1e-3
+        lines = [json.loads(line) for line in (out / method / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+        assert all(
+            {"loss", "label_loss", "rationale_loss", "tokens_per_second"} <= line.keys()
+            for line in (lines[0], *lines[2:4])
+        )
+        assert lines[1].keys() == lines[4].keys() == {"step", "validation_accuracy"}
+        predictions = [json.loads(line) for line in (out / method / "predictions.jsonl").read_text().splitlines()]
+        assert [p["id"] for p in predictions] == ["r20", "r21", "r22", "r23"]
+        assert sum(p["correct"] for p in predictions) / 4 == figures["test_accuracy"]
+        assert method in shown
+        model, tok = load_t5(out / method / "student"), tokenizer.T5Tokenizer(out / method / "student")
+        assert tok.vocab_size <= model.config.vocab_size
+    assert "19 training rows, 18 with a rationale (2 more without a label); 2 validation, 4 test" in shown
+    assert "dss - standard:" in shown and "as the dss student answers them" in shown and str(out) in shown
+    assert all(s["rationale"] is not None for s in result(out, "dss")["samples"])
+
+
+def test_transformers_loads_the_student_and_its_tokenizer(files, tmp_path, transformers):
+    assert run(*files, *QUICK, "--method", "dss", "--out", tmp_path / "out") == 0
+    student = tmp_path / "out" / "dss" / "student"
+    theirs, their_tokenizer = (
+        kind.from_pretrained(student) for kind in (transformers.AutoModelForSeq2SeqLM, transformers.AutoTokenizer)
+    )
+    prediction = json.loads((student.parent / "predictions.jsonl").read_text().splitlines()[0])
+    ids = their_tokenizer("predict: " + prediction["input"], return_tensors="pt").input_ids
+    written = theirs.generate(ids, max_new_tokens=4, do_sample=False)[0]
+    assert their_tokenizer.decode(written, skip_special_tokens=True).strip() == prediction["prediction"].strip()
+
+
+def test_the_same_seed_gives_the_same_student_and_another_seed_another(files, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(*files, *QUICK, "--method", "dss", "--seed", seed, "--dropout", 0.1, "--out", tmp_path / name) == 0
+    a, b, c = (weights(tmp_path / name, "dss") for name in "abc")
+    assert same_weights(a, b) and not same_weights(a, c)
+
+
+def test_lambda_0_is_standard_finetuning_to_the_bit(files, tmp_path):
+    arguments = [*files, *QUICK, "--lam", 0, "--dropout", 0.1, "--method", "standard", "dss", "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    assert same_weights(weights(tmp_path / "out", "standard"), weights(tmp_path / "out", "dss"))
+
+
+def test_micro_batches_change_memory_not_the_student(files, tmp_path):
+    for size in (0, 1, 3):
+        assert (
+            run(*files, *QUICK, "--method", "dss", "--micro_batch", size, "--dropout", 0, "--out", tmp_path / str(size))
+            == 0
+        )
+    whole, one, three = (weights(tmp_path / size, "dss") for size in "013")
+    for name in whole:
+        torch.testing.assert_close(one[name], whole[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(three[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("extra", [["--optimizer", "adafactor"], ["--dtype", "bfloat16"], ["--schedule", "constant"]])
+def test_other_settings_train(files, tmp_path, extra):
+    assert run(*files, *QUICK, "--method", "dss", *extra, "--out", tmp_path / "out") == 0
+
+
+def test_finetuning_starts_from_public_weights(files, tmp_path):
+    """--weights brings its tokenizer, its shape and its dropout along; --dropout replaces the last."""
+    assert run(*files, *QUICK, "--method", "standard", "--out", tmp_path / "one") == 0
+    student = tmp_path / "one" / "standard" / "student"
+    assert run(*files, *QUICK, "--method", "dss", "--weights", student, "--lr", 1e-9, "--out", tmp_path / "two") == 0
+    before, after = weights(tmp_path / "one", "standard"), weights(tmp_path / "two", "dss")
+    assert before.keys() == after.keys() and all((before[n] - after[n]).abs().max() < 1e-6 for n in before)
+    loaded = train.make_student(
+        parse_args(["--weights", str(student), "--dropout", "0.25"]), tokenizer.T5Tokenizer(student)
+    )
+    assert loaded.config.dropout_rate == 0.25 and loaded.encoder.layers[0].self_attention.dropout_p == 0.25
+
+
+def test_teacher_labels_train_and_gold_labels_test(files, tmp_path):
+    assert run(*files, *QUICK, "--labels", "teacher", "--method", "standard", "--out", tmp_path / "out") == 0
+    rows = load_rows(parse_args([*files, "--labels", "teacher"]))
+    assert all(r.label == r.teacher_label for r in rows.train + rows.validation)
+    assert rows.unlabelled == 3 and all(r.label != r.teacher_label for r in rows.test)
+
+
+def test_rows_are_divided_by_seed_without_overlap(files):
+    def ids(*arguments):
+        rows = load_rows(parse_args([*files, *arguments]))
+        return [r.id for r in rows.train], [r.id for r in rows.validation]
+
+    training, validation = ids()
+    assert len(training) == 19 and len(validation) == 2 and not set(training) & set(validation)
+    assert ids() == (training, validation) != ids("--seed", "1")
+    few, many = (set(sum(ids("--subsample", share), [])) for share in ("0.25", "0.5"))
+    assert len(few) == 5 and len(many) == 10 and few < many
+    given = load_rows(parse_args([*files, "--eval_data", files[-1]]))
+    assert len(given.train) == 21 and [r.id for r in given.validation] == ["r20", "r21", "r22", "r23"]
+
+
+def test_shuffled_rationales_all_stand_on_another_row():
+    rows = [Record(str(i), f"q{i}", f"l{i}", None if i % 5 == 0 else f"why {i}") for i in range(40)]
+    swapped = swap_rationales(rows, 0)
+    assert [(r.input, r.label) for r in swapped] == [(r.input, r.label) for r in rows]
+    assert sorted(r.rationale or "" for r in swapped) == sorted(r.rationale or "" for r in rows)
+    for before, after in zip(rows, swapped):
+        assert (before.rationale is None) == (after.rationale is None)
+        assert after.rationale is None or after.rationale != before.rationale
+
+
+def test_each_epoch_sees_each_row_once():
+    n, size = 7, 3
+    seen = [i for step in range(14) for i in train.rows_of_step(step, n, size, seed=5)]
+    epochs = [seen[e * n : (e + 1) * n] for e in range(6)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and len({tuple(e) for e in epochs}) > 1
+    assert train.rows_of_step(0, 2, 5, seed=0).__len__() == 5, "a step may be larger than the data"
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = parse_args("--steps 10 --warmup 4 --lr 1.0".split())
+    rates = [train.learning_rate(step, config) for step in range(10)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[9] == pytest.approx(1 / 6)
+    level = parse_args("--steps 10 --warmup 4 --lr 1.0 --schedule constant".split())
+    assert [train.learning_rate(step, level) for step in (3, 9)] == [1.0, 1.0]
+
+
+# ---- Bad input: one line, exit 2, nothing written -------------------------------------------------------------------
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+BAD = {
+    "missing data": (lambda d: ["--data", d / "none.jsonl"], "none.jsonl"),
+    "a directory": (lambda d: ["--data", d], "directory"),
+    "bad JSON": (lambda d: ["--data", write(d / "bad.jsonl", '{"input": "x"}\n{"inp')], "bad.jsonl:2: not JSON"),
+    "no input": (lambda d: ["--data", write(d / "bad.jsonl", '{"label": "x"}')], 'bad.jsonl:1: "input" must be'),
+    "empty file": (lambda d: ["--data", write(d / "e.jsonl", "")], "e.jsonl: no row has a gold label"),
+    "no label": (lambda d: ["--data", write(d / "n.jsonl", '{"input": "x"}')], "n.jsonl: no row has a gold label"),
+    "no teacher": (
+        lambda d: ["--data", write(d / "n.jsonl", '{"input": "x", "label": "y"}'), "--labels", "teacher"],
+        "no row has a teacher label",
+    ),
+    "one row": (lambda d: ["--data", write(d / "n.jsonl", '{"input": "x", "label": "y"}')], "one usable row cannot"),
+    "missing test": (lambda d: ["--data", d / "rows.jsonl", "--test_data", d / "none.jsonl"], "none.jsonl"),
+    "test only": (lambda d: ["--test_data", d / "test.jsonl"], "go with --data"),
+    "no weights": (
+        lambda d: ["--data", d / "rows.jsonl", "--weights", d / "none"],
+        "none: no such directory of weights",
+    ),
+    "no config": (lambda d: ["--data", d / "rows.jsonl", "--weights", d / "empty"], "spiece.model"),
+    "no spiece": (lambda d: ["--data", d / "rows.jsonl", "--spiece", d / "none.model"], "none.model: no such"),
+    "vocabulary": (lambda d: ["--data", d / "rows.jsonl", "--vocab_size", "5"], "no tokenizer of 5 pieces"),
+    "out is a file": (lambda d: ["--data", d / "rows.jsonl", "--out", write(d / "f", "x")], "f: not a directory"),
+    "cuda": (lambda d: ["--data", d / "rows.jsonl", "--device", "cuda"], "PyTorch sees no GPU"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_2_and_nothing_is_written(files, tmp_path, capsys, monkeypatch, case):
+    if case == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    arguments, words = BAD[case]
+    arguments = [str(a) for a in arguments(tmp_path)]
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*arguments, *QUICK) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_weights_directory_without_config_is_named(files, tmp_path, spiece, capsys):
+    assert run(*files, *QUICK, "--weights", spiece, "--out", tmp_path / "out") == 2
+    assert "config.json: missing" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_too_large_for_the_weights_is_named(files, tmp_path, spiece, capsys):
+    assert run(*files, *QUICK, "--method", "standard", "--vocab_size", "60", "--out", tmp_path / "one") == 0
+    student = tmp_path / "one" / "standard" / "student"
+    status = run(*files, *QUICK, "--weights", student, "--spiece", spiece / "spiece.model", "--out", tmp_path / "two")
+    assert status == 2 and "the tokenizer has" in capsys.readouterr().err and not (tmp_path / "two").exists()
+
+
+def test_an_output_directory_that_exists_needs_resume_or_overwrite(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert run(*files, *QUICK, "--method", "standard", "--out", out) == 0, "an empty directory is free to use"
+    first = (out / "standard" / "result.json").stat().st_mtime_ns
+    assert run(*files, *QUICK, "--method", "standard", "--out", out) == 2
+    assert "--resume goes on with it, --overwrite replaces it" in capsys.readouterr().err
+    assert run(*files, *QUICK, "--method", "standard", "dss", "--out", out, "--resume") == 0
+    assert (out / "standard" / "result.json").stat().st_mtime_ns == first, "a finished arm is not repeated"
+    assert result(out, "dss")["steps"] == 6
+    assert run(*files, *QUICK, "--method", "standard", "--out", out, "--overwrite") == 0
+    assert (out / "standard" / "result.json").stat().st_mtime_ns != first and (out / "dss").exists()
+
+
+def test_overwrite_deletes_nothing_but_runs(files, tmp_path, capsys):
+    precious = tmp_path / "out" / "standard" / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    assert run(*files, *QUICK, "--method", "standard", "--out", tmp_path / "out", "--overwrite") == 2
+    assert "will not delete" in capsys.readouterr().err and precious.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("change", [["--lr", "0.5"], ["--seed", "1"], ["--steps", "7"], ["--subsample", "0.5"]])
+def test_resume_refuses_another_run_and_names_the_setting(files, tmp_path, capsys, change):
+    arguments = [*files, *QUICK, "--method", "standard", "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    capsys.readouterr()
+    assert run(*arguments, *change, "--resume") == 2
+    error = capsys.readouterr().err
+    assert f"standard was started with {change[0]} " in error and error.count("\n") == 1
+
+
+def test_resume_refuses_changed_rows(files, tmp_path, capsys):
+    arguments = [*files, *QUICK, "--method", "standard", "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    path = Path(files[1])
+    write_jsonl(path, [Record(r.id, r.input + "!", r.label, r.rationale) for r in read_jsonl(path)])
+    assert run(*arguments, "--resume") == 2
+    assert "rows_sha256" in capsys.readouterr().err
+
+
+# ---- Interruption ---------------------------------------------------------------------------------------------------
+
+
+class StopAt(train.Stop):
+    """Interrupts a run when it asks for the n-th time."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def check(self):
+        self.left -= 1
+        if self.left == 0:
+            raise train.Interrupted
+
+
+@pytest.mark.parametrize("asked", [1, 2, 4, 5, 6, 9, 10, 11])
+def test_an_interrupted_run_resumes_to_the_same_student(files, tmp_path, capsys, monkeypatch, asked):
+    """Wherever it is cut, in a step, an evaluation or the test: dropout, order and selection go on as they were."""
+    arguments = [*files, *QUICK, "--method", "dss", "--dropout", "0.1"]
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Stop", lambda: StopAt(asked))
+        assert run(*arguments, "--out", tmp_path / "cut") == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert {"state.pt", "student", "metrics.jsonl"} <= {p.name for p in (tmp_path / "cut" / "dss").iterdir()}
+    load_t5(tmp_path / "cut" / "dss" / "student")
+    assert run(*arguments, "--out", tmp_path / "cut", "--resume") == 0
+    assert same_weights(weights(tmp_path / "whole", "dss"), weights(tmp_path / "cut", "dss"))
+    whole, cut = ((tmp_path / name / "dss" / "predictions.jsonl").read_text() for name in ("whole", "cut"))
+    assert whole == cut
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "dss" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-2:] == [6, 6]
+    assert not (tmp_path / "cut" / "dss" / "state.pt").exists()
+
+
+def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
+    out = tmp_path / "out"
+    arguments = [*files, "--steps", "100000", "--eval_every", "5", "--batch_size", "2", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (out / "standard" / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in error
+    assert "interrupted at step" in error.splitlines()[-1] and "--resume goes on" in error.splitlines()[-1]
+    assert (out / "standard" / "student" / "model.safetensors").exists()
+
+
+def test_a_killed_run_leaves_a_state_to_resume_and_torn_log_lines_are_dropped(files, tmp_path, monkeypatch):
+    arguments = [*files, *QUICK, "--method", "dss"]
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", die_after(4, train.train_step))
+        with pytest.raises(SystemError):
+            run(*arguments, "--out", tmp_path / "killed")
+    with open(tmp_path / "killed" / "dss" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert run(*arguments, "--out", tmp_path / "killed", "--resume") == 0
+    assert same_weights(weights(tmp_path / "whole", "dss"), weights(tmp_path / "killed", "dss"))
+    lines = (tmp_path / "killed" / "dss" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3, 4, 6, 6]
+
+
+def die_after(calls, function):
+    def mortal(*args):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise SystemError("killed")
+        return function(*args)
+
+    return mortal
+
+
+def test_a_damaged_state_is_one_line(files, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Stop", lambda: StopAt(2))
+        assert run(*files, *QUICK, "--out", tmp_path / "out") == 130
+    (tmp_path / "out" / "standard" / "state.pt").write_bytes(b"junk")
+    assert run(*files, *QUICK, "--out", tmp_path / "out", "--resume") == 2
+    assert "state.pt: not the state of this run" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line_and_exit_1(files, tmp_path, capsys):
+    assert run(*files, *QUICK, "--method", "dss", "--lr", "1e38", "--clip", "0", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: the loss is ") and "--lr" in error
