@@ -171,8 +171,15 @@ def report(out, rows, results):
         if sample["rationale"]:
             print(f"  because    {indent(sample['rationale'])}")
     print(
-        f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, which transformers loads."
+        f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl, and student/ for transformers to load."
     )
+    print(
+        "Next: the same command with --resume --method dss-shuffled trains the control, rationales of other rows, and"
+    )
+    print("      with --resume --method single_task the paper's other baseline.")
+    if rows.name == "toy":
+        print("      python -m data.toy --out D writes these rows as JSONL, the form in which to bring your own:")
+        print("      python train.py --data F.jsonl --test_data G.jsonl --weights google/t5-v1_1-base")
 
 
 def indent(text):
