@@ -51,6 +51,13 @@ def transformers():
 
 
 @pytest.fixture(scope="session")
+def auto_tokenizer(transformers):
+    """transformers' AutoTokenizer; it needs protobuf to read a spiece.model."""
+    pytest.importorskip("google.protobuf", reason="transformers reads a spiece.model only with protobuf installed")
+    return transformers.AutoTokenizer
+
+
+@pytest.fixture(scope="session")
 def spiece(tmp_path_factory):
     """A directory with a small tokenizer: spiece.model and tokenizer_config.json."""
     directory = tmp_path_factory.mktemp("spiece")

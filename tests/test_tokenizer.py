@@ -27,8 +27,8 @@ def ours(spiece):
 
 
 @pytest.fixture(scope="module")
-def theirs(spiece, transformers):
-    return transformers.AutoTokenizer.from_pretrained(spiece)
+def theirs(spiece, auto_tokenizer):
+    return auto_tokenizer.from_pretrained(spiece)
 
 
 @pytest.mark.parametrize("text", ODD)

@@ -93,11 +93,11 @@ def test_a_run_writes_what_the_contract_names(files, tmp_path, capsys):
     assert all(s["rationale"] is not None for s in result(out, "dss")["samples"])
 
 
-def test_transformers_loads_the_student_and_its_tokenizer(files, tmp_path, transformers):
+def test_transformers_loads_the_student_and_its_tokenizer(files, tmp_path, transformers, auto_tokenizer):
     assert run(*files, *QUICK, "--method", "dss", "--out", tmp_path / "out") == 0
     student = tmp_path / "out" / "dss" / "student"
     theirs, their_tokenizer = (
-        kind.from_pretrained(student) for kind in (transformers.AutoModelForSeq2SeqLM, transformers.AutoTokenizer)
+        kind.from_pretrained(student) for kind in (transformers.AutoModelForSeq2SeqLM, auto_tokenizer)
     )
     prediction = json.loads((student.parent / "predictions.jsonl").read_text().splitlines()[0])
     ids = their_tokenizer("predict: " + prediction["input"], return_tensors="pt").input_ids
