@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import kernels
@@ -73,6 +73,7 @@ def test_cross_entropy_refuses_shapes_that_do_not_fit():
 
 
 @given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 10_000))
+@example(3, 1, 1)
 def test_rms_norm_and_its_gradients(T, C, seed):
     g = torch.Generator().manual_seed(seed)
     single = [torch.randn(T, C, generator=g).requires_grad_(), torch.randn(C, generator=g).requires_grad_()]
@@ -81,8 +82,10 @@ def test_rms_norm_and_its_gradients(T, C, seed):
     want = double[0] / (double[0].square().mean(-1, keepdim=True) + 1e-6).sqrt() * double[1]
     weight = torch.randn(T, C, generator=g)
     pairs = zip(torch.autograd.grad((got * weight).sum(), single), torch.autograd.grad((want * weight).sum(), double))
+    # dx = r (w g - y mean(w g y)), r = 1 / rms: at C = 1 the two terms cancel, so errors are relative to the first
+    cancelled = (weight * double[1] / (double[0].square().mean(-1, keepdim=True) + 1e-6).sqrt()).norm()
     for a, b in ((got, want), *pairs):
-        assert (a - b).norm() <= 2e-6 * (b.norm() + 1)
+        assert (a - b).norm() <= 2e-6 * (b.norm() + cancelled + 1)
 
 
 def test_rms_norm_sums_squares_in_fp32():
