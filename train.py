@@ -144,9 +144,12 @@ class Progress:
 
 def train_arm(run, method, stop):
     """Train one student, select it on the validation rows, test it once. Returns what OUT/METHOD/result.json holds."""
-    config, out = run.config, run.out / method
+    out = run.out / method
     if (out / "result.json").exists():  # under --resume: this arm is finished
         return json.loads((out / "result.json").read_text("utf-8"))
+    if method == "standard-matched":
+        run = replace(run, config=replace(run.config, steps=matched_steps(run)))
+    config = run.config
     out.mkdir(exist_ok=True)
     write_json(out / "config.json", run.identity | {"method": method})
 
@@ -298,6 +301,15 @@ def make_examples(run, method):
         method = "standard"  # L = L_label: no need to compute what has no weight
     rows = tqdm(rows, desc=f"{method}: tokenizing", unit="row", leave=False, delay=3)
     return [sequences(row, method, run.tokenizer, config.max_input_length, config.max_target_length) for row in rows]
+
+
+def matched_steps(run):
+    """Steps in which standard finetuning trains on as many tokens as step-by-step does in --steps."""
+    tokens = {
+        method: sum(len(s.input_ids) + len(s.target_ids) for row in make_examples(run, method) for s in row)
+        for method in ("standard", "dss")
+    }
+    return round(run.config.steps * tokens["dss"] / tokens["standard"])
 
 
 def make_optimizer(model, config):

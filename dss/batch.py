@@ -46,8 +46,8 @@ class Batch:
 def sequences(row, method, tokenizer, max_input_length=1024, max_target_length=256):
     """The sequences that `method` trains on for one row, any object with .input, .label and .rationale.
 
-    standard: predict -> label. dss, dss-shuffled: that, and explain -> rationale where the row has one. single_task:
-    predict -> rationale and label in one target. A row whose label is None trains nothing.
+    standard, standard-matched: predict -> label. dss, dss-shuffled: that, and explain -> rationale where the row has
+    one. single_task: predict -> rationale and label in one target. A row whose label is None trains nothing.
     """
     if row.label is None:
         return []

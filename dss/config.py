@@ -51,6 +51,7 @@ MT5 = dict(V1_1, vocab_size=250112, model_type="mt5")
 
 SIZES = {  # the public family; Flan-T5 and the LM-adapted checkpoints have the shapes of t5-v1_1
     "tiny": t5(64, 128, 2, 2, d_kv=32, vocab_size=0),  # for random weights on a CPU; V is the tokenizer's
+    "mini": t5(128, 256, 3, 4, d_kv=32, vocab_size=0),
     "t5-small": t5(512, 2048, 6, 8),
     "t5-base": t5(768, 3072, 12, 12),
     "t5-large": t5(1024, 4096, 24, 16),
@@ -69,6 +70,16 @@ SIZES = {  # the public family; Flan-T5 and the LM-adapted checkpoints have the 
 }
 
 
+METHODS = (  # what an arm trains on: dss/batch.py
+    "standard",  # the label
+    "dss",  # the label and, as a second task, the rationale
+    "single_task",  # rationale and label in one target
+    "dss-shuffled",  # control: dss with each rationale from another row
+    "standard-matched",  # control: standard, for as many tokens as dss trains on
+)
+LABELS = ("gold", "teacher", "gold-or-teacher")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Distil a teacher's rationales into a small T5. Without arguments: the embedded task, minutes on a CPU."""
@@ -80,10 +91,10 @@ class TrainConfig:
     eval_data: str = ""  # validation rows, JSONL; none: cut from the training rows
     test_data: str = ""  # test rows, JSONL, read once, at the end
     eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval_data is not given
-    subsample: float = 1.0  # share of the training rows used, drawn by --seed; smaller shares are subsets of larger
-    labels: Literal["gold", "teacher"] = "gold"  # train on gold labels (finetuning) or the teacher's (distillation)
+    subsample: float = 1.0  # share of the labelled training rows used, by --seed; smaller shares are subsets of larger
+    labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or beyond --subsample
     # method
-    method: list[Literal["standard", "dss", "single_task", "dss-shuffled"]] = ("standard", "dss")  # arms, in order
+    method: list[Literal[METHODS]] = ("standard", "dss")  # arms, in order; -shuffled and -matched are controls
     lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale
     # student
     weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; none: random weights

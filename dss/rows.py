@@ -24,7 +24,9 @@ def load_rows(config):
     """The `Rows` of a TrainConfig. Raises OSError or ValueError, naming the file, for rows that cannot be used.
 
     The validation rows are those of --eval_data or a share cut from the training rows, and then have the labels of
-    training: who has only a teacher's labels selects on a teacher's labels. Test labels are always gold.
+    training: who has only a teacher's labels selects on a teacher's labels. Test labels are always gold. With
+    --labels gold-or-teacher, --subsample is the share of gold labels that are used (and cut for validation); every
+    other row with a teacher's label trains on that, as the paper does with unlabelled questions (section 4.2).
     """
     if config.data:
         name = Path(config.data[0]).stem
@@ -35,25 +37,35 @@ def load_rows(config):
         raise ValueError("--eval_data and --test_data go with --data")
     else:
         name, (rows, validation, test) = "toy", toy.make_rows(config.seed)
-    total = len(rows)
+    files, everything = ", ".join(config.data), rows
     if config.labels == "teacher":
-        rows = [replace(record, label=record.teacher_label) for record in rows]
-    rows = labelled(rows, f"{', '.join(config.data)}: no row has a {config.labels} label to train on")
-    unlabelled = total - len(rows)
+        rows = [by_teacher(record) for record in rows]
+    kind = "teacher" if config.labels == "teacher" else "gold"
+    rows = labelled(rows, f"{files}: no row has a {kind} label to train on")
     if config.eval_data:
         validation = labelled(validation, f"{config.eval_data}: no row has a label to evaluate on")
     if config.test_data:
         test = labelled(test, f"{config.test_data}: no row has a label to test on")
 
     order = np.random.default_rng(config.seed).permutation(len(rows))
-    rows = [rows[i] for i in order[: max(1, round(config.subsample * len(rows)))]]
+    share = max(1, round(config.subsample * len(rows)))
+    unlabelled = len(everything) - len(rows)
+    rows, left = [rows[i] for i in order[:share]], [rows[i] for i in order[share:]]
     if not validation:
         cut = max(1, round(config.eval_fraction * len(rows)))
         validation, rows = rows[:cut], rows[cut:]
-        if not rows:
-            raise ValueError(f"{', '.join(config.data)}: one usable row cannot both train and validate")
+    if config.labels == "gold-or-teacher":
+        left += [record for record in everything if record.label is None]
+        added = [by_teacher(record) for record in left if record.teacher_label is not None]
+        rows, unlabelled = rows + added, len(left) - len(added)
+    if not rows:
+        raise ValueError(f"{files}: one usable row cannot both train and validate")
     metric = config.metric if config.metric != "auto" else choose_metric(rows + validation + test)
     return Rows(name, rows, validation, test, metric, unlabelled)
+
+
+def by_teacher(record):
+    return replace(record, label=record.teacher_label)
 
 
 def labelled(rows, problem):

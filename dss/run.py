@@ -14,7 +14,7 @@ import torch
 from data.jsonl import replacing
 
 # What a resumed run may change: where it runs and lies, and where rows come from, as long as they are the same rows.
-FREE = {"data", "eval_data", "test_data", "spiece", "method", "device", "out", "resume", "overwrite"}
+FREE = {"data", "eval_data", "test_data", "spiece", "method", "device", "threads", "out", "resume", "overwrite"}
 
 
 def find_output(config, name):

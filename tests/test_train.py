@@ -169,6 +169,30 @@ def test_rows_are_divided_by_seed_without_overlap(files):
     assert len(given.train) == 21 and [r.id for r in given.validation] == ["r20", "r21", "r22", "r23"]
 
 
+def test_gold_or_teacher_keeps_gold_where_subsample_leaves_it(files):
+    """Of 26 rows 20 have both labels, one gold alone, three the teacher's alone, two neither."""
+    alone = [Record(f"t{i}", f"How many pears are {i}?", None, f"Count {i}.", f"teacher {i}") for i in range(3)]
+    write_jsonl(Path(files[1]).with_name("more.jsonl"), alone)
+    data = [files[0], files[1], str(Path(files[1]).with_name("more.jsonl")), *files[2:]]
+    rows = load_rows(parse_args([*data, "--labels", "gold-or-teacher", "--subsample", "0.5"]))
+    gold = load_rows(parse_args([*data, "--labels", "gold", "--subsample", "0.5"]))
+    assert rows.validation == gold.validation and rows.train[: len(gold.train)] == gold.train
+    added = rows.train[len(gold.train) :]
+    assert added and all(r.label == r.teacher_label for r in added) and {"t0", "t1", "t2"} <= {r.id for r in added}
+    everyone = [r.id for r in rows.train + rows.validation]
+    assert len(set(everyone)) == len(everyone) == 26 - rows.unlabelled
+    full = load_rows(parse_args([*data, "--labels", "gold-or-teacher"]))
+    assert len(full.train + full.validation) == 24 and full.unlabelled == 2
+
+
+def test_matched_standard_trains_on_as_many_tokens_as_dss(files, tmp_path):
+    steps = ["--steps", "30", "--eval_every", "60"]
+    arms = ["--method", "dss", "standard-matched", "--out", tmp_path / "out"]
+    assert run(*files, *QUICK, *steps, *arms) == 0
+    dss, matched = result(tmp_path / "out", "dss"), result(tmp_path / "out", "standard-matched")
+    assert matched["steps"] > 30 and abs(matched["tokens"] / dss["tokens"] - 1) < 0.03
+
+
 def test_shuffled_rationales_all_stand_on_another_row():
     rows = [Record(str(i), f"q{i}", f"l{i}", None if i % 5 == 0 else f"why {i}") for i in range(40)]
     swapped = swap_rationales(rows, 0)
