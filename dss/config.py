@@ -156,13 +156,19 @@ def require(condition, name, what, config):
         raise ValueError(f"--{name} must be {what}, got {getattr(config, name)}")
 
 
-def parse_args(argv=None, config=TrainConfig):
-    """The command line `argv` as a `config` (a dataclass of commented fields). Exits 2 with one line if it is wrong."""
+def parse_args(argv=None, config=TrainConfig, presets=None):
+    """The command line `argv` as a `config` (a dataclass of commented fields). Exits 2 with one line if it is wrong.
+
+    presets: {name: {field: default}}, defaults that the flag --preset NAME puts in place of the class's own.
+    """
     comments = field_comments(config)
     parser = OneLineParser(description=config.__doc__, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
     for field in dataclasses.fields(config):
         parser.add_argument(f"--{field.name}", **argument(field, comments[field.name]))
     values = parser.parse_args(argv)
+    if presets and values.preset:
+        parser.set_defaults(**presets[values.preset])
+        values = parser.parse_args(argv)
     try:
         result = config(**vars(values))
         result.check()
@@ -175,12 +181,12 @@ def argument(field, comment):
     """The keyword arguments of argparse for one field: type, choices, default and help from its declaration."""
     kind, default, many = field.type, field.default, get_origin(field.type) is list
     if many:
-        (kind,), default = get_args(kind), list(default)
+        (kind,), default = get_args(kind), [*default]
     if isinstance(kind, types.UnionType):
         kind = get_args(kind)[0]
     if kind is bool:
         return dict(action="store_true", help=comment)
-    shown = " ".join(default) if many else default
+    shown = " ".join(map(str, default)) if many else default
     options = dict(default=default, help=comment + (f" [{shown}]" if shown not in ("", None) else ""))
     if many:
         options["nargs"] = "+"
@@ -190,9 +196,9 @@ def argument(field, comment):
 
 
 def field_comments(config):
-    """{field: the comment behind its declaration}, read from the class's own source."""
-    lines = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config), re.MULTILINE)
-    return dict(lines)
+    """{field: the comment behind its declaration}, read from the source of the class and what it builds on."""
+    sources = [inspect.getsource(c) for c in reversed(config.__mro__[:-1])]
+    return dict(line for s in sources for line in re.findall(r"^    (\w+): .*?  # (.+)$", s, re.MULTILINE))
 
 
 class OneLineParser(argparse.ArgumentParser):

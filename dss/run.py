@@ -30,15 +30,15 @@ def find_output(config, name):
     return out
 
 
-def identify(config, rows, tokenizer):
+def identify(config, rows, tokenizer=None):
     """What makes two runs the same: the settings, and digests of rows and tokenizer. It becomes config.json."""
     texts = [[r.input, r.label, r.rationale] for part in (rows.train, rows.validation, rows.test) for r in part]
-    return asdict(config) | {
+    identity = asdict(config) | {
         "learning_rate": config.learning_rate,
         "metric": rows.metric,
         "rows_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-        "tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest(),
     }
+    return identity | ({"tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest()} if tokenizer else {})
 
 
 def claim_output(config, out, identity):
@@ -46,22 +46,24 @@ def claim_output(config, out, identity):
 
     Raises ValueError, naming the setting, if an arm there was started with another.
     """
-    for method in config.method:
-        started = out / method / "config.json"
-        if config.resume and started.exists():
-            before = json.loads(started.read_text("utf-8"))
-            for key, now in json.loads(json.dumps(identity)).items():
-                if key not in FREE and before.get(key) != now:
-                    was = (
-                        f"--{key} {before.get(key)}, not {now}"
-                        if hasattr(config, key)
-                        else f"other rows or tokenizer ({key})"
-                    )
-                    raise ValueError(f"--resume: {out / method} was started with {was}")
+    for method in config.method if config.resume else []:
+        require_same(out / method, identity)
     for method in config.method:
         if config.overwrite and (out / method).exists():
             shutil.rmtree(out / method)
     out.mkdir(parents=True, exist_ok=True)
+
+
+def require_same(arm, identity):
+    """Raise ValueError, naming the setting, if the directory `arm` holds a run of another identity."""
+    if (arm / "config.json").exists():
+        before = json.loads((arm / "config.json").read_text("utf-8"))
+        for key, now in json.loads(json.dumps(identity)).items():
+            if key not in FREE and before.get(key) != now:
+                other = (
+                    "other rows or tokenizer " if key.endswith("sha256") else f"--{key} {before.get(key)}, not {now} "
+                )
+                raise ValueError(f"--resume: {arm} was started with {other.strip()}")
 
 
 class Interrupted(Exception):

@@ -1,0 +1,263 @@
+"""The paper's comparisons, one command each:  python -m dss.study [--preset NAME] [--FLAG VALUE ...]
+
+    python -m dss.study --preset toy                       the embedded task: accuracy against share of training rows
+    python -m dss.study --preset cqa-base --data_dir D     a row of the paper's table 1; D is data.official's output
+
+A study is a grid: label sources x students x shares of the training rows x seeds. Each cell of the grid is one run of
+`train.py --resume` in a process and a directory of its own, with all methods as its arms, so a study that was killed
+goes on where it was, and a cell can be looked at, or repeated by hand, as any other run. What makes the comparison
+fair: the arms of a cell have the same rows, labels, tokenizer, first weights, optimiser steps and order of rows;
+`standard-matched` has the tokens of dss instead of its steps; each arm is selected on validation rows, and the test
+rows are read once. dss/study_report.py makes tables and pictures of what the cells wrote.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from dss.config import LABELS, METHODS, SIZES, TrainConfig, parse_args
+from dss.presets import PRESETS
+from dss.rows import load_rows
+from dss.run import Interrupted, Stop, identify, require_same
+from dss.study_report import write_report
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+COST = {
+    "standard": 1.0,
+    "single_task": 1.3,
+    "dss": 2.2,
+    "dss-shuffled": 2.2,
+    "standard-matched": 2.2,
+}  # time an arm takes
+
+
+@dataclass(frozen=True)
+class StudyConfig(TrainConfig):
+    """A grid of runs, and its tables and pictures. Flags that take several values span the grid; every other flag is
+    train.py's and holds for all runs."""
+
+    preset: Literal[("", *PRESETS)] = ""  # a named study; flags given beside it override its settings
+    data_dir: str = "."  # where a preset's files are, as data.official names them
+    method: list[Literal[METHODS]] = ("standard", "dss", "dss-shuffled")  # arms of every run, in order
+    labels: list[Literal[LABELS]] = ("gold",)  # label sources
+    weights: list[str] = ()  # public T5 weights, directories or hub ids; none: random weights of --size
+    size: list[Literal[tuple(SIZES)]] = ("tiny",)  # students with random weights
+    subsample: list[float] = (1.0,)  # shares of the labelled training rows
+    seed: list[int] = (0, 1, 2)  # each draws weights, order of rows and subsample anew
+    jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core
+    out: str = ""  # output directory; none: runs/study-NAME
+
+    def check(self):
+        if self.jobs < 0:
+            raise ValueError(f"--jobs must be 0 or more, got {self.jobs}")
+        for cell in self.cells().values():
+            cell.check()
+
+    def cells(self):
+        """{name of a run: its TrainConfig}, in the order in which they are started."""
+        students = [dict(weights=w) for w in self.weights] or [dict(size=s) for s in self.size]
+        grid = itertools.product(self.labels, students, self.subsample, self.seed)
+        shared = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
+        files = {name: self.located(shared[name]) for name in ("data", "eval_data", "test_data")}
+        cells = {}
+        for labels, student, share, seed in grid:
+            name = f"{labels}-{Path(*student.values()).name}-{share:g}-seed{seed}"
+            own = dict(weights="", size=TrainConfig.size) | student | dict(labels=labels, subsample=share, seed=seed)
+            place = dict(out=str(self.directory / name), resume=True, overwrite=False, threads=self.threads_a_run)
+            cells[name] = TrainConfig(**shared | files | own | place)
+        return cells
+
+    def located(self, files):
+        """A preset's file names, a list or a single one, below --data_dir."""
+        if not self.preset or not files:
+            return files
+        below = [str(Path(self.data_dir) / name) for name in ([files] if isinstance(files, str) else files)]
+        return below[0] if isinstance(files, str) else below
+
+    @property
+    def directory(self):
+        return Path(
+            self.out or Path("runs") / f"study-{self.preset or (Path(self.data[0]).stem if self.data else 'toy')}"
+        )
+
+    @property
+    def parallel(self):
+        gpus = torch.cuda.device_count() if self.device != "cpu" else 0
+        return self.jobs or gpus or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+
+    @property
+    def threads_a_run(self):
+        return self.threads or max(1, (os.cpu_count() or 1) // self.parallel)
+
+
+def main(argv=None):
+    """Exit status: 0 done, 1 a run failed, 2 the arguments or files are wrong, 130 interrupted."""
+    config = parse_args(argv, StudyConfig, PRESETS)
+    out, cells = config.directory, config.cells()
+    try:
+        if out.exists() and any(out.iterdir()) and not (config.resume or config.overwrite):
+            raise ValueError(f"{out} exists: --resume goes on with it, --overwrite replaces it, --out names another")
+        rows = {name: load_rows(cell) for name, cell in cells.items()}  # whatever is wrong with a file is found here
+        done = {name for name, cell in cells.items() if is_done(cell, rows[name])} if config.resume else set()
+        if config.overwrite:
+            for name in cells:
+                shutil.rmtree(out / name, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as problem:
+        return fail(2, problem)
+    print(
+        f"{out}: {len(cells)} runs of {', '.join(config.method)}"
+        + (f", {len(done)} of them done before" if done else "")
+        + f"; {config.parallel} at a time"
+    )
+    with Stop() as stop:
+        try:
+            failed = run_all(config, {name: cell for name, cell in cells.items() if name not in done}, stop)
+        except Interrupted:
+            return fail(130, f"interrupted; {out} keeps what is done, --resume goes on")
+        except ValueError as problem:
+            return fail(2, problem)
+    finished = {name: cell for name, cell in cells.items() if name not in failed}
+    if finished:
+        print("\n" + write_report(out, finished, rows))
+    for name in failed:
+        print(f"dss.study: {name} failed; see {out / name}.log", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def is_done(cell, rows):
+    """Whether every arm of a run is finished. Raises ValueError if one was started with other settings or rows."""
+    finished = True
+    for method in cell.method:
+        path = Path(cell.out) / method
+        require_same(path, identify(cell, rows))
+        finished = finished and (path / "result.json").exists()
+    return finished
+
+
+def run_all(config, cells, stop):
+    """Run the cells, `config.parallel` at a time. Returns the names of those that failed.
+
+    Raises Interrupted on Ctrl-C, after the runs under way have saved their state, and ValueError if the very first run
+    to end finds its arguments or files wrong, for then all would.
+    """
+    context = multiprocessing.get_context("spawn")
+    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
+    waiting, running, failed, succeeded = list(cells), {}, [], 0
+    total = sum(COST[m] for cell in cells.values() for m in cell.method)
+    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    with tqdm(total=total, bar_format=layout, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
+        try:
+            while waiting or running:
+                stop.check()
+                while waiting and len(running) < config.parallel:
+                    name = waiting.pop(0)
+                    slot = min(set(range(config.parallel)) - {slot for _, slot in running.values()})
+                    arguments = command_line(cells[name])
+                    process = context.Process(
+                        target=train, args=(arguments, str(config.directory / name) + ".log", slot, gpus)
+                    )
+                    process.start()
+                    running[name] = process, slot
+                for name, (process, _) in list(running.items()):
+                    if process.is_alive():
+                        continue
+                    process.join()
+                    del running[name]
+                    if process.exitcode == 2 and not succeeded:
+                        raise ValueError(last_line(f"{config.directory / name}.log"))
+                    succeeded += process.exitcode == 0
+                    failed += [name] if process.exitcode else []
+                    bar.write(summary(name, cells[name], process.exitcode, config.directory), file=sys.stderr)
+                ended = len(cells) - len(waiting) - len(running)
+                bar.set_description_str(f"{ended} of {len(cells)} runs done", refresh=False)
+                bar.update(sum(progress(cell) for cell in cells.values()) - bar.n)
+                time.sleep(0.5)
+        finally:
+            for process, _ in running.values():
+                process.terminate()  # train.py saves its state on SIGTERM
+            for process, _ in running.values():
+                process.join()
+    return failed
+
+
+def train(arguments, log, slot, gpus):
+    """What the process of one run does: train.py, its output in a file, on a GPU of its own where there are any.
+
+    It ends as on Ctrl-C when the study is gone, so that a study that was killed leaves no run behind to meet its own
+    successor.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the study ends its runs itself
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)
+    sys.argv = [str(TRAIN), *arguments]
+    sys.path.insert(0, str(TRAIN.parent))
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def command_line(cell):
+    """The arguments that give train.py this TrainConfig."""
+    arguments = []
+    for field in fields(TrainConfig):
+        value = getattr(cell, field.name)
+        if value is True:
+            arguments.append(f"--{field.name}")
+        elif isinstance(value, list | tuple):
+            arguments += [f"--{field.name}", *map(str, value)] if value else []
+        elif value not in (None, "", False):
+            arguments += [f"--{field.name}", str(value)]
+    return arguments
+
+
+def progress(cell):
+    """How much of a run is done, in units of COST."""
+    return sum(COST[method] * share_done(Path(cell.out) / method, cell.steps) for method in cell.method)
+
+
+def share_done(arm, steps):
+    """How much of an arm is done, from 0 to 1. standard-matched has more steps than this knows; then 1 comes early."""
+    if (arm / "result.json").exists():
+        return 1.0
+    try:
+        *_, last = (arm / "metrics.jsonl").read_text("utf-8").splitlines()
+        return min(json.loads(last)["step"] / steps, 1.0)
+    except (OSError, ValueError):  # not begun, or a line half written
+        return 0.0
+
+
+def summary(name, cell, status, out):
+    if status:
+        return f"{name}: failed with status {status}: {last_line(f'{out / name}.log')}"
+    results = [json.loads((Path(cell.out) / m / "result.json").read_text("utf-8")) for m in cell.method]
+    which = "test" if results[0]["test_accuracy"] is not None else "validation"
+    return f"{name}: " + ", ".join(f"{r['method']} {r[f'{which}_accuracy']:.1%}" for r in results) + f" ({which})"
+
+
+def last_line(log):
+    lines = Path(log).read_text("utf-8").splitlines() if Path(log).exists() else []
+    return lines[-1] if lines else "no output"
+
+
+def fail(status, problem):
+    print(f"dss.study: {problem}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
