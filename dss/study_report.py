@@ -153,8 +153,8 @@ def markdown(groups, lines, about):
         table.append(row)
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
     notes = [
-        "Label accuracy in %, mean over seeds ± standard deviation between seeds; beside it the difference from standard",
-        "finetuning on the same rows, question by question, and its 95 % bootstrap interval over seeds and questions.",
+        "Label accuracy in %, mean over seeds ± standard deviation between seeds; beside it the difference from",
+        "standard finetuning on the same rows and questions, and its 95 % bootstrap interval over seeds and questions.",
         f"On the same questions the teacher's own accuracy is {percent(lines['teacher'])}; always giving the commonest",
         f"training label, {percent(lines['commonest label'])}.",
     ]
