@@ -18,14 +18,14 @@ usable answer behind it (two choices, an unknown x): the rationale stays, the te
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.equation import same_value, value
+from data.answers import choice_answer, class_answer, cut, equation_answer
+from data.equation import same_value
 from data.jsonl import Record, RecordError, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
@@ -44,21 +44,8 @@ def read_nli(row):
     return f"{row['premise']}</s>{row['hypothesis']}", NLI[row["label"]] if 0 <= row["label"] < 3 else None
 
 
-def choice_answer(text):
-    """` (c) wooded area.` -> `wooded area`; None unless there is exactly one choice."""
-    match = re.fullmatch(r"\s*\(\w\)(((?!\(\w\)).)+?)\.?\s*", text, re.DOTALL)
-    return match[1].strip() if match else None
-
-
-def equation_answer(text):
-    """` (84 / 2).` -> `(84 / 2)`; None unless it is arithmetic."""
-    match = re.search(r"\(.*\)", text)
-    return match[0] if match and value(match[0]) is not None else None
-
-
 def nli_answer(text):
-    match = re.match(r"\s*(\w+)", text)
-    return match[1] if match and match[1] in NLI else None
+    return class_answer(text, NLI)
 
 
 def same_text(a, b):
@@ -86,10 +73,8 @@ FORMATS = {
 
 def parse_output(output, form):
     """One raw output -> (rationale or None, teacher label or None)."""
-    parts = re.split(form.marker, output.split(form.next_example)[0], maxsplit=1)
-    if len(parts) == 1:
-        return None, None
-    return parts[0].strip() or None, form.answer(parts[-1])
+    rationale, answer = cut(output, [form.next_example], form.marker)
+    return rationale, None if answer is None else form.answer(answer)
 
 
 def import_split(path, outputs, form, teacher):

@@ -1,14 +1,9 @@
 """The two configurations: `T5Config`, the shape of a model, and `TrainConfig`, a whole run and its command line."""
 
-import argparse
-import dataclasses
-import difflib
-import inspect
-import re
-import sys
-import types
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin
+from typing import Literal
+
+from data import arguments
 
 
 @dataclass(frozen=True)
@@ -156,59 +151,6 @@ def require(condition, name, what, config):
         raise ValueError(f"--{name} must be {what}, got {getattr(config, name)}")
 
 
-def parse_args(argv=None, config=TrainConfig, presets=None):
-    """The command line `argv` as a `config` (a dataclass of commented fields). Exits 2 with one line if it is wrong.
-
-    presets: {name: {field: default}}, defaults that the flag --preset NAME puts in place of the class's own.
-    """
-    comments = field_comments(config)
-    parser = OneLineParser(description=config.__doc__, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
-    for field in dataclasses.fields(config):
-        parser.add_argument(f"--{field.name}", **argument(field, comments[field.name]))
-    values = parser.parse_args(argv)
-    if presets and values.preset:
-        parser.set_defaults(**presets[values.preset])
-        values = parser.parse_args(argv)
-    try:
-        result = config(**vars(values))
-        result.check()
-    except ValueError as problem:
-        parser.error(str(problem))
-    return result
-
-
-def argument(field, comment):
-    """The keyword arguments of argparse for one field: type, choices, default and help from its declaration."""
-    kind, default, many = field.type, field.default, get_origin(field.type) is list
-    if many:
-        (kind,), default = get_args(kind), [*default]
-    if isinstance(kind, types.UnionType):
-        kind = get_args(kind)[0]
-    if kind is bool:
-        return dict(action="store_true", help=comment)
-    shown = " ".join(map(str, default)) if many else default
-    options = dict(default=default, help=comment + (f" [{shown}]" if shown not in ("", None) else ""))
-    if many:
-        options["nargs"] = "+"
-    if get_origin(kind) is Literal:
-        return dict(options, choices=get_args(kind))
-    return dict(options, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
-
-
-def field_comments(config):
-    """{field: the comment behind its declaration}, read from the source of the class and what it builds on."""
-    sources = [inspect.getsource(c) for c in reversed(config.__mro__[:-1])]
-    return dict(line for s in sources for line in re.findall(r"^    (\w+): .*?  # (.+)$", s, re.MULTILINE))
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse, with errors on one line and the nearest flag named for an unknown one."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            flag = unknown[1]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
-        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
-        raise SystemExit(2)
+def parse_args(argv=None):
+    """The command line as a TrainConfig. Exits 2 with one line if it is wrong."""
+    return arguments.parse(argv, TrainConfig)

@@ -2,9 +2,8 @@
 
 import re
 
+from data.answers import CHOICES, same_choice
 from data.equation import same_value, value
-
-CHOICES = re.compile(r"^\((\w)\) *(.+?)\s*$", re.MULTILINE)  # the lines "(a) park" of a question
 
 
 def text_right(prediction, label, _input=""):
@@ -14,18 +13,7 @@ def text_right(prediction, label, _input=""):
 
 def choice_right(prediction, label, input):
     """The same choice of those the input lists: `(c) park`, `c`, `(c)` and `park` are, in any case of letters."""
-    choices = CHOICES.findall(input)
-    chosen = pick(prediction, choices)
-    return text_right(prediction, label) or (chosen is not None and chosen == pick(label, choices))
-
-
-def pick(answer, choices):
-    """The text, case folded, of the choice that `answer` names by its text or else by its letter alone, or None."""
-    letter, text = re.fullmatch(r"(?:\((\w)\))?\s*(.*?)\.?\s*", answer.strip().casefold(), re.DOTALL).groups()
-    by_letter = {mark.casefold(): choice.casefold() for mark, choice in choices}
-    if text in by_letter.values():
-        return text
-    return None if letter and text else by_letter.get(letter or text)
+    return text_right(prediction, label) or same_choice(prediction, label, input)
 
 
 def equation_right(prediction, label, _input=""):

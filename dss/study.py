@@ -28,7 +28,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from dss.config import LABELS, METHODS, SIZES, TrainConfig, parse_args
+from data import arguments
+from dss.config import LABELS, METHODS, SIZES, TrainConfig
 from dss.presets import PRESETS
 from dss.rows import load_rows
 from dss.run import Interrupted, Stop, identify, require_same
@@ -49,6 +50,7 @@ class StudyConfig(TrainConfig):
     """A grid of runs, and its tables and pictures. Flags that take several values span the grid; every other flag is
     train.py's and holds for all runs."""
 
+    # the grid
     preset: Literal[("", *PRESETS)] = ""  # a named study; flags given beside it override its settings
     data_dir: str = "."  # where a preset's files are, as data.official names them
     method: list[Literal[METHODS]] = ("standard", "dss", "dss-shuffled")  # arms of every run, in order
@@ -105,7 +107,7 @@ class StudyConfig(TrainConfig):
 
 def main(argv=None):
     """Exit status: 0 done, 1 a run failed, 2 the arguments or files are wrong, 130 interrupted."""
-    config = parse_args(argv, StudyConfig, PRESETS)
+    config = arguments.parse(argv, StudyConfig, presets=PRESETS)
     out, cells = config.directory, config.cells()
     try:
         if out.exists() and any(out.iterdir()) and not (config.resume or config.overwrite):

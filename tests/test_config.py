@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from dss.config import TrainConfig, field_comments, parse_args
+from data.arguments import field_comments
+from dss.config import TrainConfig, parse_args
 
 
 def test_every_field_has_a_comment_and_every_default_is_what_the_command_line_gives():

@@ -1,0 +1,94 @@
+"""A command line made from a dataclass: a flag a field, its default and its comment from the declaration.
+
+train.py and extract.py are both made so. A field reads `name: type = default  # help text`; a comment on a line of its
+own begins a group of the help page.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import types
+from typing import Literal, get_args, get_origin
+
+
+def parse(argv, config, separator="_", presets=None):
+    """The command line `argv` as a `config` (a dataclass of commented fields, with a method `check` that raises
+    ValueError). Exits 2 with one line if it is wrong. `separator` joins the words of a flag. presets: {name: {field:
+    default}}, the defaults that a flag --preset NAME puts in place of the class's own."""
+    comments, groups = field_comments(config), field_groups(config)
+    description = inspect.cleandoc(config.__doc__)
+    parser = OneLineParser(
+        description=description,
+        usage="%(prog)s [--FLAG VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter if "\n" in description else argparse.HelpFormatter,
+    )
+    sections = {name: parser.add_argument_group(name) for name in dict.fromkeys(groups.values())}
+    for field in dataclasses.fields(config):
+        flag = "--" + field.name.replace("_", separator)
+        sections[groups[field.name]].add_argument(flag, **argument(field, comments[field.name]))
+    values = parser.parse_args(argv)
+    if presets and values.preset:
+        parser.set_defaults(**presets[values.preset])
+        values = parser.parse_args(argv)
+    try:
+        result = config(**vars(values))
+        result.check()
+    except ValueError as problem:
+        parser.error(str(problem))
+    return result
+
+
+def argument(field, comment):
+    """The keyword arguments of argparse for one field: type, choices, default and help from its declaration."""
+    kind, default, many = field.type, field.default, get_origin(field.type) is list
+    if many:
+        (kind,), default = get_args(kind), list(default)
+    if isinstance(kind, types.UnionType):
+        kind = get_args(kind)[0]
+    comment = comment.replace("%", "%%")
+    if kind is bool:
+        return dict(action="store_true", help=comment)
+    shown = " ".join(map(str, default)) if many else default
+    options = dict(default=default, help=comment + (f" [{shown}]" if shown not in ("", None) else ""))
+    if many:
+        options["nargs"] = "+"
+    if get_origin(kind) is Literal:
+        return dict(options, choices=get_args(kind))
+    return dict(options, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
+
+
+def field_comments(config):
+    """{field: the comment behind its declaration}, read from the class's own source."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source(config), re.MULTILINE))
+
+
+def field_groups(config):
+    """{field: the lower-case comment line above it or above its neighbours}, read from the class's own source."""
+    groups, group = {}, "options"
+    for heading, name in re.findall(r"^    (?:# ([a-z ]+)$|(\w+): )", source(config), re.MULTILINE):
+        group = heading or group
+        if name:
+            groups[name] = group
+    return groups
+
+
+def source(config):
+    """The source of a dataclass behind that of the one it builds on, if any."""
+    return "\n".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors on one line and the nearest flag named for an unknown one."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flag = unknown[1]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
