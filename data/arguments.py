@@ -14,13 +14,14 @@ import types
 from typing import Literal, get_args, get_origin
 
 
-def parse(argv, config, separator="_", presets=None):
+def parse(argv, config, separator="_", presets=None, prog=None):
     """The command line `argv` as a `config` (a dataclass of commented fields, with a method `check` that raises
     ValueError). Exits 2 with one line if it is wrong. `separator` joins the words of a flag. presets: {name: {field:
     default}}, the defaults that a flag --preset NAME puts in place of the class's own."""
     comments, groups = field_comments(config), field_groups(config)
     description = inspect.cleandoc(config.__doc__)
     parser = OneLineParser(
+        prog=prog,
         description=description,
         usage="%(prog)s [--FLAG VALUE ...]",
         allow_abbrev=False,
@@ -57,7 +58,10 @@ def argument(field, comment):
     if many:
         options["nargs"] = "+"
     if get_origin(kind) is Literal:
-        return dict(options, choices=get_args(kind))
+        choices = get_args(kind)
+        few = len(choices) < 8  # argparse prints them all in place of the value, twice for a flag that takes several
+        options["help"] += "" if few else "; " + " ".join(filter(None, choices))
+        return dict(options, choices=choices, metavar=None if few else "NAME")
     return dict(options, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
 
 

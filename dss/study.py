@@ -107,7 +107,7 @@ class StudyConfig(TrainConfig):
 
 def main(argv=None):
     """Exit status: 0 done, 1 a run failed, 2 the arguments or files are wrong, 130 interrupted."""
-    config = arguments.parse(argv, StudyConfig, presets=PRESETS)
+    config = arguments.parse(argv, StudyConfig, presets=PRESETS, prog="python -m dss.study")
     out, cells = config.directory, config.cells()
     try:
         if out.exists() and any(out.iterdir()) and not (config.resume or config.overwrite):
