@@ -29,7 +29,7 @@ from tqdm import tqdm
 import kernels
 import tokenizer
 from data.jsonl import write_jsonl
-from dss.batch import EXPLAIN, PREDICT, SEPARATOR, count_targets, encode, pack, sequences
+from dss.batch import EXPLAIN, PREDICT, SEPARATOR, count_targets, encode, pack, sequences, split_answer
 from dss.checkpoint import StateError, load_state, save_state
 from dss.config import SIZES, TrainConfig, parse_args
 from dss.generate import generate
@@ -37,7 +37,7 @@ from dss.loss import distillation_loss
 from dss.metrics import accuracy
 from dss.model import T5
 from dss.rows import Rows, load_rows, swap_rationales
-from dss.run import Interrupted, Log, Stop, claim_output, find_output, identify, report, write_json
+from dss.run import Interrupted, Log, Stop, choose_device, claim_output, find_output, identify, report, write_json
 from dss.weights import load_t5, locate, save_t5
 
 
@@ -78,9 +78,7 @@ class Run:
 def prepare(config):
     """Raises OSError or ValueError, in one line, for whatever the user can put right."""
     kernels.choice()
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and device.type == "cpu":
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    device = choose_device(config.device)
     rows = load_rows(config)
     out = find_output(config, rows.name)
     tok = make_tokenizer(config, rows, out)
@@ -242,10 +240,9 @@ def answer(run, method, model, rows):
     config, decode = run.config, run.tokenizer.decode
     if method != "single_task":
         return [(decode(ids), None) for ids in write(run, model, PREDICT, rows, config.max_new_tokens)]
-    separator = run.tokenizer.special[SEPARATOR]
     outputs = write(run, model, PREDICT, rows, config.max_target_length)
-    cuts = [ids.index(separator) if separator in ids else len(ids) for ids in outputs]
-    return [(decode(ids[cut:]), decode(ids[:cut])) for ids, cut in zip(outputs, cuts)]
+    parts = [split_answer(ids, run.tokenizer.special[SEPARATOR]) for ids in outputs]
+    return [(decode(label), decode(rationale)) for rationale, label in parts]
 
 
 def write(run, model, prefix, rows, longest):

@@ -79,9 +79,22 @@ def read_label(text, label_type, labels=(), input=""):
 
 
 def same_label(a, b, label_type, input=""):
-    """Whether two labels are the same: equations by value, choices by the choice they name, others by their words."""
+    """Whether two labels are the same: equations by value (`84 / 2` = `( 84.0 / 2.0 )`), choices by the choice of
+    `input` they name (`(c) park`, `c`, `(c)` and `park` are one), others by their words."""
     if label_type == "equation":
         return same_value(a, b)
     if label_type == "choice" and same_choice(a, b, input):
         return True
-    return a.casefold().split() == b.casefold().split()
+    return a.split() == b.split()
+
+
+def choose_label_type(rows):
+    """The label type that fits rows (with .input and .label): choices in every input; every label arithmetic, with an
+    operator in some; else text."""
+    rows = [row for row in rows if row.label is not None]
+    if rows and all(len(CHOICES.findall(row.input)) > 1 for row in rows):
+        return "choice"
+    arithmetic = all(value(row.label) is not None for row in rows)
+    if rows and arithmetic and any(re.search(r"\d\s*[+*/-]", row.label) for row in rows):
+        return "equation"
+    return "text"

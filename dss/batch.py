@@ -63,6 +63,12 @@ def sequences(row, method, tokenizer, max_input_length=1024, max_target_length=2
     return result
 
 
+def split_answer(ids, separator):
+    """What a single_task student writes -> (rationale ids, label ids). No separator, no label: it ended too early."""
+    cut = ids.index(separator) if separator in ids else len(ids)
+    return ids[:cut], ids[cut:]
+
+
 def encode(tokenizer, text, longest):
     """The ids of a text, at most `longest`: cut at the end, but </s> stays."""
     ids = tokenizer.encode(text)

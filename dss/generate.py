@@ -7,7 +7,7 @@ computed once and packed as the encoder left them. A sequence that ends leaves t
 
 import torch
 
-from dss.batch import Segments, segments
+from dss.batch import LABEL, Segments, Sequence, pack, segments
 
 
 class SelfCache:
@@ -101,3 +101,32 @@ def generate_batch(model, inputs, max_new_tokens):
             token, running, lengths = token[rows], [running[r] for r in going], [lengths[r] for r in going]
             where = segments(lengths, device)
     return outputs
+
+
+@torch.no_grad()
+def score(model, inputs, candidates, batch_size=64):
+    """The log-likelihood of every candidate output of every input, natural logarithm, summed over its tokens.
+
+    inputs: lists of ids, ending in </s>; candidates[i]: the outputs to compare for inputs[i], each a list of ids that
+    ends in </s>. At most batch_size candidates are computed at a time (but all of one input's). Returns a list of lists
+    of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list of candidates.
+    """
+    if not all(map(len, inputs)) or not all(map(len, candidates)) or not all(len(c) for cs in candidates for c in cs):
+        raise ValueError("score: every input needs a token and a candidate, every candidate a token")
+    device, scores, start = model.embedding.weight.device, [], 0
+    while start < len(inputs):
+        end, pairs = start, []
+        while end < len(inputs) and (not pairs or len(pairs) + len(candidates[end]) <= batch_size):
+            pairs += [Sequence(inputs[end], candidate, LABEL) for candidate in candidates[end]]
+            end += 1
+        likelihood = iter(sequence_likelihoods(model, pack(pairs, device, model.config.decoder_start_token_id)))
+        scores += [[next(likelihood) for _ in row] for row in candidates[start:end]]
+        start = end
+    return scores
+
+
+def sequence_likelihoods(model, batch):
+    """The log-likelihood of each target of a Batch, as a list of floats."""
+    token = model.read_out(model(batch)).float().log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]  # (T,)
+    lengths = batch.targets.cu_seqlens.diff().tolist()
+    return [float(part.sum()) for part in token.double().cpu().split(lengths)]

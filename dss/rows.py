@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data import toy
+from data.answers import choose_label_type
 from data.jsonl import Record, read_jsonl
-from dss.metrics import choose_metric
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Rows:
     train: list[Record]  # .label is the one to train on, gold or the teacher's
     validation: list[Record]
     test: list[Record]  # may be empty
-    metric: str  # a key of dss.metrics.METRICS
+    metric: str  # text, choice or equation
     unlabelled: int  # training rows left out, for they have no label of the kind asked for
 
 
@@ -60,7 +60,7 @@ def load_rows(config):
         rows, unlabelled = rows + added, len(left) - len(added)
     if not rows:
         raise ValueError(f"{files}: one usable row cannot both train and validate")
-    metric = config.metric if config.metric != "auto" else choose_metric(rows + validation + test)
+    metric = config.metric if config.metric != "auto" else choose_label_type(rows + validation + test)
     return Rows(name, rows, validation, test, metric, unlabelled)
 
 

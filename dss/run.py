@@ -17,6 +17,13 @@ from data.jsonl import replacing
 FREE = {"data", "eval_data", "test_data", "spiece", "method", "device", "threads", "out", "resume", "overwrite"}
 
 
+def choose_device(name):
+    """torch.device for "auto", "cpu" or "cuda". Raises ValueError for cuda where there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def find_output(config, name):
     """The output directory: --out or runs/NAME. Raises ValueError if it holds something and no flag says what to do."""
     out = Path(config.out or Path("runs") / name)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = {"data", "tokenizer", "kernels", "dss", "train", "extract", "tests"}
 MAY_IMPORT = {"data": set(), "tokenizer": set(), "kernels": set(), "dss": {"data", "tokenizer", "kernels"}}
 PACKAGES = {"torch", "triton", "sentencepiece", "numpy", "tqdm"}
+OPTIONAL = {"matplotlib"}  # for pictures: imported where they are drawn, and done without
 
 
 def imports(path):
@@ -31,8 +32,10 @@ def test_packages_import_in_one_direction(package):
 
 def test_nothing_but_the_listed_packages_is_needed():
     for path in [*ROOT.glob("*.py"), *(p for name in MAY_IMPORT for p in (ROOT / name).rglob("*.py"))]:
-        foreign = set(imports(path)) - OURS - PACKAGES - set(sys.stdlib_module_names)
+        foreign = set(imports(path)) - OURS - PACKAGES - OPTIONAL - set(sys.stdlib_module_names)
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+        at_once = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.Import)]
+        assert not OPTIONAL & {alias.name for node in at_once for alias in node.names}, path
 
 
 def test_importing_the_data_tools_does_not_load_torch():

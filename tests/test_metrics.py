@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.answers import choose_label_type, same_label
 from data.equation import same_value, value
 from data.jsonl import Record
-from dss.metrics import METRICS, accuracy, choose_metric
+from dss.metrics import accuracy
 
 numbers = st.integers(0, 999).map(str) | st.floats(0, 999, allow_nan=False).map(lambda x: f"{x:.2f}")
 expressions = st.recursive(
@@ -82,17 +83,17 @@ QUESTION = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded are
     "prediction", ["wooded area", "(c) wooded area", "c", "(c)", "C", "(c) Wooded area.", " wooded area "]
 )
 def test_a_choice_is_named_by_text_or_letter(prediction):
-    assert METRICS["choice"](prediction, "wooded area", QUESTION)
+    assert same_label(prediction, "wooded area", "choice", QUESTION)
 
 
 @pytest.mark.parametrize("prediction", ["", "(c", "(a) wooded", "park", "(a) sea", "f", "wooded", "(b) park"])
 def test_another_choice_is_wrong(prediction):
-    assert not METRICS["choice"](prediction, "wooded area", QUESTION)
+    assert not same_label(prediction, "wooded area", "choice", QUESTION)
 
 
 def test_a_choice_whose_text_is_a_letter_and_a_choice_given_twice():
-    assert METRICS["choice"]("b", "b", QUESTION), "the text of (d), not the letter of (b)"
-    assert METRICS["choice"]("(e)", "park", QUESTION) and METRICS["choice"]("a", "park", QUESTION)
+    assert same_label("b", "b", "choice", QUESTION), "the text of (d), not the letter of (b)"
+    assert same_label("(e)", "park", "choice", QUESTION) and same_label("a", "park", "choice", QUESTION)
 
 
 def rows(*pairs):
@@ -100,10 +101,10 @@ def rows(*pairs):
 
 
 def test_the_metric_fits_the_rows():
-    assert choose_metric(rows((QUESTION, "park"))) == "choice"
-    assert choose_metric(rows(("How many?", "( 84.0 / 2.0 )"), ("?", "12"))) == "equation"
-    assert choose_metric(rows(("How many?", "2"), ("?", "12"))) == "text", "counts, not equations"
-    assert choose_metric(rows(("p</s>h", "neutral"))) == choose_metric([]) == "text"
+    assert choose_label_type(rows((QUESTION, "park"))) == "choice"
+    assert choose_label_type(rows(("How many?", "( 84.0 / 2.0 )"), ("?", "12"))) == "equation"
+    assert choose_label_type(rows(("How many?", "2"), ("?", "12"))) == "text", "counts, not equations"
+    assert choose_label_type(rows(("p</s>h", "neutral"))) == choose_label_type([]) == "text"
 
 
 def test_accuracy():

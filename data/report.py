@@ -1,0 +1,153 @@
+"""What is in a JSONL file, before paying for training on it:  python -m data.report F.jsonl [G.jsonl ...]
+
+Rows and what they lack, the teacher's own accuracy by class, the balance of labels, lengths, and duplicates within and
+between files. Lengths are in T5's tokens with --spiece spiece.model, otherwise in words and marks, of which English has
+about 3 for every 4 tokens.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import sentencepiece
+
+from data.answers import choose_label_type, same_label
+from data.arguments import OneLineParser
+from data.jsonl import RecordError, read_jsonl
+
+AS = {"text": "texts", "choice": "choices, in any case of letters", "equation": "values of equations"}
+PERCENTILES = (50, 90, 99, 100)
+PAPER = {"input": 1024, "label": 256, "rationale": 256}  # what train.py cuts at, by default
+
+
+def main(argv=None):
+    """Exit status: 0 done, 2 the arguments or files are wrong."""
+    parser = OneLineParser(
+        prog="python -m data.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows as JSONL")
+    parser.add_argument(
+        "--spiece", default="", help="a spiece.model (or the directory that holds one) to count tokens with"
+    )
+    parser.add_argument("--classes", type=int, default=10, help="most classes shown, commonest first [10]")
+    args = parser.parse_args(argv)
+    try:
+        count, unit = counter(args.spiece)
+        rows = {path: list(read_jsonl(path)) for path in args.files}
+        for path, records in rows.items():
+            if not records:
+                raise RecordError(f"{path}: no row in it")
+            print("\n".join([f"{path}: {len(records):,} rows", *describe(records, count, unit, args.classes)]) + "\n")
+        if len(rows) > 1:
+            print("\n".join(overlaps(rows)) + "\n")
+    except (OSError, ValueError, RuntimeError) as problem:
+        print(f"data.report: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def counter(spiece):
+    """(a function that counts what is in a text, the name of what it counts)."""
+    if not spiece:
+        return lambda text: len(re.findall(r"\w+|[^\w\s]", text)), "words and marks"
+    path = Path(spiece) / "spiece.model" if Path(spiece).is_dir() else Path(spiece)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such SentencePiece model")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return lambda text: len(pieces.encode(text)) + 1, "tokens, </s> included"
+
+
+def describe(records, count, unit, most):
+    """The lines of one file's report."""
+    kind = choose_label_type(records)
+    yield from lacks(records)
+    yield from duplicates(records)
+    yield ""
+    yield from teacher(records, kind, most)
+    yield ""
+    yield f"  {'length in ' + unit:<34}" + "".join(f"{p:>7} %" for p in PERCENTILES) + "     rows cut by train.py"
+    for name, longest in PAPER.items():
+        lengths = sorted(count(text) for r in records if (text := getattr(r, name)) is not None)
+        if lengths:
+            row = "".join(f"{lengths[max(0, -(-p * len(lengths) // 100) - 1)]:>9,}" for p in PERCENTILES)
+            yield f"    {name:<32}{row}{sum(n > longest for n in lengths):>12,} (over {longest:,})"
+
+
+def lacks(records):
+    """Lines that count the rows by what they can train."""
+    counts = Counter()
+    for r in records:
+        if r.label is not None and r.rationale is not None:
+            counts["a label and a rationale: train both tasks"] += 1
+        elif r.label is not None:
+            counts["a label, no usable rationale: train the label task alone"] += 1
+        elif r.teacher_label is not None:
+            counts["only the teacher's label: for --labels teacher or gold-or-teacher"] += 1
+        else:
+            counts["neither label: train nothing"] += 1
+        counts["a rationale, but no teacher label"] += r.rationale is not None and r.teacher_label is None
+    for what, n in counts.items():
+        if n:
+            yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
+
+
+def duplicates(records):
+    inputs = defaultdict(list)
+    for record in records:
+        inputs[normal(record.input)].append(record)
+    repeated = [group for group in inputs.values() if len(group) > 1]
+    differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
+    ids = len(records) - len({r.id for r in records})
+    if repeated:
+        shared = sum(map(len, repeated))
+        yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
+    if ids:
+        yield f"  {ids:>8,}  rows repeat an id"
+
+
+def teacher(records, kind, most):
+    """The teacher against gold, by class: lines of a table."""
+    judged = [r for r in records if r.label is not None and (r.teacher_label is not None or r.teacher)]
+    right = {id(r): r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input) for r in judged}
+    classes = Counter(r.label for r in records if r.label is not None)
+    if not judged:
+        yield "  no row has both a gold label and a teacher's answer"
+    else:
+        n, of = sum(right.values()), len(judged)
+        yield f"  teacher right on {n:,} of {of:,} rows with gold, {n / of:.1%}; labels compared as {AS[kind]}"
+    if len(classes) > len(records) / 2 or not classes:
+        yield f"  {len(classes):,} different labels: no classes to balance"
+        return
+    yield f"    {'class':<24}{'rows':>9}{'share':>9}{'teacher right':>15}{'no teacher label':>18}"
+    for label, n in classes.most_common(most):
+        mine = [r for r in judged if r.label == label]
+        accuracy = f"{sum(right[id(r)] for r in mine) / len(mine):.1%}" if mine else "-"
+        missing = sum(r.teacher_label is None for r in records if r.label == label)
+        yield f"    {short(label):<24}{n:>9,}{n / sum(classes.values()):>9.1%}{accuracy:>15}{missing:>18,}"
+    if len(classes) > most:
+        yield f"    and {len(classes) - most:,} more classes"
+
+
+def overlaps(files):
+    """Lines on inputs that two files share: test rows among the training rows are the usual accident."""
+    seen = {path: {normal(r.input) for r in records} for path, records in files.items()}
+    paths = list(seen)
+    for i, a in enumerate(paths):
+        for b in paths[i + 1 :]:
+            shared = len(seen[a] & seen[b])
+            yield f"{a} and {b} share {shared:,} inputs (white space and case of letters apart)"
+
+
+def normal(text):
+    return " ".join((text or "").casefold().split())
+
+
+def short(text, longest=22):
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""data.report counts what is in a file as a careful reader would."""
+
+import pytest
+
+from data import report
+from data.jsonl import Record, write_jsonl
+
+ROWS = [
+    Record("a", "x", "yes", "because", "yes", {"model": "m"}),
+    Record("b", "y", "yes", "since", "no", {"model": "m"}),
+    Record("c", "Y ", "no", None, "no", {"model": "m"}),  # b's question with another label, and no rationale
+    Record("d", "z", "no", "for", None, {"model": "m"}),  # the teacher answered, but not usably
+    Record("e", "w", None, "as", "yes", {"model": "m"}),  # no gold
+    Record("e", "v"),  # nothing, and an id twice
+]
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", [Record("t", " X", "yes"), Record("u", "new", "no")])
+    return tmp_path / "rows.jsonl", tmp_path / "test.jsonl"
+
+
+def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, capsys):
+    assert report.main([str(files[0])]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "rows.jsonl: 6 rows 3 50.0% a label and a rationale",
+        "1 16.7% a label, no usable rationale",
+        "1 16.7% only the teacher's label",
+        "1 16.7% neither label",
+        "1 16.7% a rationale, but no teacher label",
+        "2 rows share their input with another; 1 such inputs have more than one label",
+        "1 rows repeat an id",
+        "teacher right on 2 of 4 rows with gold, 50.0%",
+        "yes 2 50.0% 50.0% 0",
+        "no 2 50.0% 50.0% 1",
+    ):
+        assert line in shown, line
+
+
+def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
+    rows = [Record(str(n), "one " * n, "two") for n in range(1, 101)] + [Record("long", "one " * 1100, "two")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
+    with_tokens = capsys.readouterr().out
+    assert report.main([str(tmp_path / "rows.jsonl")]) == 0
+    with_words = capsys.readouterr().out
+    (tokens,) = (line.split() for line in with_tokens.splitlines() if line.startswith("    input"))
+    (words,) = (line.split() for line in with_words.splitlines() if line.startswith("    input"))
+    assert tokens == ["input", "52", "92", "101", "1,101", "1", "(over", "1,024)"], "a token a word, and </s>"
+    assert words == ["input", "51", "91", "100", "1,100", "1", "(over", "1,024)"]
+
+
+def test_inputs_that_two_files_share_are_counted(files, capsys):
+    assert report.main([*map(str, files)]) == 0
+    assert "share 1 inputs" in capsys.readouterr().out
+
+
+def test_bad_files_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "bad.jsonl").write_text('{"input": "x"}\n{"input": 3}\n')
+    cases = {"empty.jsonl": "empty.jsonl: no row", "bad.jsonl": 'bad.jsonl:2: "input"', "none.jsonl": "none.jsonl"}
+    for name, what in cases.items():
+        assert report.main([str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert what in err and err.count("\n") == 1 and not out
+    assert report.main([str(tmp_path / "bad.jsonl"), "--spiece", str(tmp_path)]) == 2
+    assert "spiece.model: no such" in capsys.readouterr().err
