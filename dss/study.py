@@ -156,7 +156,7 @@ def run_all(config, cells, stop):
     Raises Interrupted on Ctrl-C, after the runs under way have saved their state, and ValueError if the very first run
     to end finds its arguments or files wrong, for then all would.
     """
-    context = multiprocessing.get_context("spawn")
+    context = process_context()
     gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     waiting, running, failed, succeeded = list(cells), {}, [], 0
     total = sum(COST[m] for cell in cells.values() for m in cell.method)
@@ -196,6 +196,16 @@ def run_all(config, cells, stop):
     return failed
 
 
+def process_context():
+    """How runs are started: from a server that has loaded torch once, or one by one where there is no such thing.
+    Never by a plain fork, which threads and CUDA do not survive."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "dss.study", "dss.weights", "dss.generate", "dss.loss"])
+    return context
+
+
 def train(arguments, log, slot, gpus):
     """What the process of one run does: train.py, its output in a file, on a GPU of its own where there are any.
 
@@ -222,7 +232,7 @@ def command_line(cell):
             arguments.append(f"--{field.name}")
         elif isinstance(value, list | tuple):
             arguments += [f"--{field.name}", *map(str, value)] if value else []
-        elif value not in (None, "", False):
+        elif value is not None and value is not False and value != "":  # 0 is a value
             arguments += [f"--{field.name}", str(value)]
     return arguments
 

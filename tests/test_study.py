@@ -1,0 +1,177 @@
+"""The study: its grid, its statistics, its files, and that nothing finished is ever run twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.jsonl import Record, write_jsonl
+from dss import study
+from dss.config import parse_args
+from dss.presets import PRESETS
+from dss.study import StudyConfig, command_line
+from dss.study_report import interval, summarise
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = (
+    "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8 --max_new_tokens 2".split()
+)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [
+        Record(f"r{i}", f"Tom gave {i} apples. How many?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows[:20])
+    write_jsonl(tmp_path / "test.jsonl", rows[20:])
+    return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl")]
+
+
+def run(*arguments):
+    return study.main([str(a) for a in arguments])
+
+
+def times(out):
+    return {path: path.stat().st_mtime_ns for path in sorted(out.rglob("result.json"))}
+
+
+def test_a_study_runs_its_grid_once_and_a_wider_one_adds_to_it(files, tmp_path, capsys):
+    out = tmp_path / "study"
+    grid = [*files, *QUICK, "--method", "standard", "dss", "--jobs", "2", "--out", out]
+    assert run(*grid, "--seed", "0", "1") == 0
+    shown = capsys.readouterr().out
+    made = {p.parent.relative_to(out).as_posix() for p in times(out)}
+    assert made == {f"gold-tiny-1-seed{s}/{m}" for s in (0, 1) for m in ("standard", "dss")}
+    content = json.loads((out / "study.json").read_text())
+    assert [g["method"] for g in content["groups"]] == ["standard", "dss"] and len(content["runs"]) == 4
+    assert content["groups"][1]["seeds"] == [0, 1] and len(content["groups"][1]["interval"]) == 2
+    assert 0 <= content["lines"]["teacher"] < 1, "the teacher is sometimes wrong in these rows"
+    assert (out / "study.md").read_text() in shown and "| gold | tiny | 1 | 18 | dss |" in shown
+
+    before = times(out)
+    assert run(*grid, "--seed", "0", "1") == 2, "an existing directory needs --resume or --overwrite"
+    assert "--resume goes on" in capsys.readouterr().err
+    assert run(*grid, "--seed", "0", "1", "--resume") == 0 and times(out) == before
+    assert "2 of them done before" in capsys.readouterr().out
+    assert run(*grid, "--seed", "0", "1", "--subsample", "0.5", "1", "--resume") == 0
+    assert {path: when for path, when in times(out).items() if path in before} == before and len(times(out)) == 8
+    if (out / "accuracy_by_share.png").exists():  # matplotlib is optional
+        assert (out / "accuracy_by_share.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_other_settings_or_rows_are_refused_by_name(files, tmp_path, capsys):
+    out = tmp_path / "study"
+    grid = [*files, *QUICK, "--method", "standard", "--seed", "0", "--out", out]
+    assert run(*grid) == 0
+    before = times(out)
+    assert run(*grid, "--resume", "--lr", "0.5") == 2
+    assert "--lr None, not 0.5" in capsys.readouterr().err
+    write_jsonl(files[1], [Record("new", "How many?", "1", "Count.")] * 20)
+    assert run(*grid, "--resume") == 2
+    assert "other rows" in capsys.readouterr().err and times(out) == before
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tmp_path, stop):
+    out = tmp_path / "study"
+    quick = ["--steps", "150", "--eval_every", "10", *QUICK[4:], "--method", "standard", "dss", "--seed", "0", "1"]
+    command = [sys.executable, "-m", "dss.study", *files, *quick, "--jobs", "1", "--out", str(out)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    first = out / "gold-tiny-1-seed0"
+    deadline = time.monotonic() + 120
+    while not (first / "standard" / "result.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(stop)
+    process.communicate(timeout=60)
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
+    deadline = time.monotonic() + 60
+    while str(first) in running_commands() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert str(first) not in running_commands()
+    done = times(out)
+    assert first / "standard" / "result.json" in done and len(done) < 4
+    subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    after = times(out)
+    assert len(after) == 4 and {path: after[path] for path in done} == done
+
+
+def running_commands():
+    """What runs here, files that it holds open included: a run keeps its metrics.jsonl open."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            found += [os.readlink(f) for f in (process / "fd").iterdir()]
+        except OSError:  # gone, or not ours
+            continue
+    return "\n".join(found)
+
+
+def test_bad_input_ends_in_one_line_and_nothing_is_made(files, tmp_path, capsys):
+    out = tmp_path / "study"
+    assert run("--data", tmp_path / "none.jsonl", "--out", out) == 2
+    assert "none.jsonl" in capsys.readouterr().err and not out.exists()
+    for wrong, what in ((["--subsample", "0.5", "2"], "--subsample must be"), (["--jobs", "-1"], "--jobs must be")):
+        with pytest.raises(SystemExit) as end:
+            run(*files, *wrong, "--out", out)
+        assert end.value.code == 2 and what in capsys.readouterr().err
+    assert run(*files, *QUICK, "--weights", tmp_path, "--out", out) == 2, "found by the first run, and said here"
+    err = capsys.readouterr().err
+    assert "train.py" in err and "spiece.model" in err
+
+
+def test_a_cell_has_the_command_line_of_its_settings():
+    """A study's run, repeated by hand with the same flags, is the same run. (A weight decay of 0 was once left out.)"""
+    for name in ("toy", "cqa-base", "svamp-large-curve", "esnli-xxl"):
+        cells = StudyConfig(**PRESETS[name], preset=name, data_dir="D").cells()
+        for cell in cells.values():
+            parsed = parse_args(command_line(cell))
+            as_lists = dict(method=list(cell.method), data=list(cell.data))
+            assert vars(parsed) == vars(cell) | as_lists
+
+
+def test_presets_have_the_papers_settings():
+    cell = StudyConfig(**PRESETS["cqa-base"], preset="cqa-base", data_dir="D").cells()["gold-t5-v1_1-base-1-seed3"]
+    assert (cell.steps, cell.batch_size, cell.learning_rate, cell.schedule) == (10_000, 64, 5e-5, "constant")
+    assert (cell.data, cell.test_data) == (["D/cqa_train.jsonl"], "D/cqa_test.jsonl")
+    assert round(cell.eval_fraction * 9741) == 975 and cell.weights == "google/t5-v1_1-base"
+    xxl = StudyConfig(**PRESETS["anli-xxl"], preset="anli-xxl").cells()["gold-t5-v1_1-xxl-1-seed0"]
+    assert (xxl.steps, xxl.batch_size) == (4_000, 32)
+
+
+def test_the_interval_is_that_of_a_bootstrap_over_seeds_and_questions():
+    """Against a plain bootstrap that draws every question."""
+    rng = np.random.default_rng(1)
+    differences = [rng.choice([-1, 0, 1], size=60, p=[0.1, 0.6, 0.3]) for _ in range(4)]
+    low, high = interval(differences)
+    means = []
+    for _ in range(4000):
+        drawn = [differences[s] for s in rng.integers(4, size=4)]
+        means.append(np.mean([d[rng.integers(60, size=60)].mean() for d in drawn]))
+    assert np.allclose([low, high], np.percentile(means, [2.5, 97.5]), atol=0.015)
+    assert interval([np.ones(5, dtype=int)]) == [1.0, 1.0]
+
+
+def test_gains_are_paired_within_a_run():
+    base = dict(labels="gold", student="tiny", share=1.0, rows=4, steps=1, tokens=1, seconds=1, parameters=1)
+    runs = []
+    for seed, (standard, dss) in enumerate([([1, 0, 0, 0], [1, 1, 0, 0]), ([1, 1, 1, 0], [1, 1, 1, 1])]):
+        for method, answers in (("standard", standard), ("dss", dss)):
+            answers = np.array(answers)
+            runs.append(base | dict(run=f"r{seed}", seed=seed, method=method, answers=answers, accuracy=answers.mean()))
+    standard, dss = summarise(runs)
+    assert standard["accuracy"] == 0.5 and dss["accuracy"] == 0.75 and dss["gain"] == 0.25 and "gain" not in standard
+    assert np.isclose(standard["deviation"], np.std([0.25, 0.75], ddof=1))
+
+
+def test_without_matplotlib_the_table_says_how_to_get_pictures(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(*files, *QUICK, "--method", "standard", "--seed", "0", "--out", tmp_path / "study") == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
