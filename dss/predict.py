@@ -6,7 +6,8 @@
 
 A label is decoded greedily, as when the student was tested. With --labels or --choices it is instead the likeliest of
 a closed set: p(label | input) is the product of its tokens' probabilities, </s> included, and --scores gives these
-products divided by their sum, so they add up to 1. A student of single_task writes a rationale first, on its own.
+products divided by their sum, so they add up to 1. (That is for students that answer at once; one of single_task
+writes its rationale first, and is told from the others by the separator it writes.)
 """
 
 import argparse
