@@ -111,7 +111,7 @@ class Student:
         return answers
 
     def choose(self, records, questions):
-        """The likeliest label of the set of each record, and with --scores the share of each."""
+        """The likeliest label of the set of each record, and with --scores the share of each, likeliest first."""
         sets = [self.args.labels or [text for _, text in CHOICES.findall(record.input)] for record in records]
         bare = next((record for record, labels in zip(records, sets) if not labels), None)
         if bare:
@@ -119,11 +119,10 @@ class Student:
         tokens = [[self.tokenizer.encode(label) for label in labels] for labels in sets]
         answers = []
         for labels, logs in zip(sets, score(self.model, questions, tokens, self.args.batch_size)):
-            best = max(logs)
-            shares = [math.exp(log - best) for log in logs]
-            scores = {label: share / sum(shares) for label, share in zip(labels, shares)}
-            answer = dict(prediction=labels[logs.index(best)])
-            answers.append(answer | (dict(scores=scores) if self.args.scores else {}))
+            ranked = sorted(zip(logs, labels), key=lambda pair: -pair[0])  # stable: a tie goes to the first named
+            shares = [math.exp(log - ranked[0][0]) for log, _ in ranked]
+            scores = {label: share / sum(shares) for (_, label), share in zip(ranked, shares)}
+            answers.append(dict(prediction=ranked[0][1]) | (dict(scores=scores) if self.args.scores else {}))
         return answers
 
     def encode(self, prefix, record):
