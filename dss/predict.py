@@ -112,7 +112,7 @@ class Student:
 
     def choose(self, records, questions):
         """The likeliest label of the set of each record, and with --scores the share of each, likeliest first."""
-        sets = [self.args.labels or [text for _, text in CHOICES.findall(record.input)] for record in records]
+        sets = [self.args.labels or list_choices(record.input) for record in records]
         bare = next((record for record, labels in zip(records, sets) if not labels), None)
         if bare:
             raise RecordError(f'row {bare.id}: --choices, but the input lists none, a line each: "(a) park"')
@@ -127,6 +127,11 @@ class Student:
 
     def encode(self, prefix, record):
         return encode(self.tokenizer, prefix + record.input, self.args.max_input_length)
+
+
+def list_choices(text):
+    """The choices that a question lists, in order, one given twice once."""
+    return list(dict.fromkeys(choice for _, choice in CHOICES.findall(text)))
 
 
 def read_rows(source, args):

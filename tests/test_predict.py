@@ -124,6 +124,10 @@ def test_choices_are_those_of_each_question(student, tmp_path, capsysbinary):
     status, out, _ = run(capsysbinary, student, tmp_path / "rows.jsonl", "--choices", "--scores")
     first, second = map(json.loads, out)
     assert status == 0 and set(first["scores"]) == {"park", "sea"} and second["prediction"] in ("Tom", "Mia", "Ann")
+    twice = Record("c", "Where?\n(a) park\n(b) sea\n(c) park")
+    write_jsonl(tmp_path / "twice.jsonl", [twice])
+    _, out, _ = run(capsysbinary, student, tmp_path / "twice.jsonl", "--choices", "--scores")
+    assert math.isclose(sum(json.loads(out[0])["scores"].values()), 1), "a choice listed twice is one"
     write_jsonl(tmp_path / "none.jsonl", [Record("a", "Where?")])
     status, out, err = run(capsysbinary, student, tmp_path / "none.jsonl", "--choices")
     assert status == 2 and "the input lists none" in err and err.count("\n") == 1
