@@ -30,7 +30,7 @@ CPU = dict(method=["standard", "dss", "dss-shuffled"], seed=[0, 1, 2], size=["ti
 NLI = dict(data=["esnli_valid.jsonl"], test_data="esnli_test.jsonl")  # 9,842 rows of the release's validation split
 
 PRESETS = {
-    "toy": CPU | dict(subsample=[0.125, 0.25, 0.5, 1.0], method=[*CPU["method"], "standard-matched"]),
+    "toy": CPU | dict(subsample=[0.125, 0.25, 0.5, 1.0]),
     "esnli-cpu": CPU | NLI | dict(subsample=[0.25, 1.0], steps=3000, eval_every=300),
     "cqa-cpu": CPU | DATASETS["cqa"] | dict(steps=1500, eval_every=300, max_new_tokens=16),
     "svamp-cpu": CPU | DATASETS["svamp"] | dict(steps=1500, eval_every=300, max_new_tokens=32),
