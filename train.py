@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import kernels
 import tokenizer
+from data.interrupt import Interrupted, Stop
 from data.jsonl import write_jsonl
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR, count_targets, encode, pack, sequences, split_answer
 from dss.checkpoint import StateError, load_state, save_state
@@ -37,7 +38,7 @@ from dss.loss import distillation_loss
 from dss.metrics import accuracy
 from dss.model import T5
 from dss.rows import Rows, load_rows, swap_rationales
-from dss.run import Interrupted, Log, Stop, choose_device, claim_output, find_output, identify, report, write_json
+from dss.run import Log, choose_device, claim_output, find_output, identify, report, write_json
 from dss.weights import load_t5, locate, save_t5
 
 

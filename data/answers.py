@@ -23,6 +23,17 @@ def cut(output, next_examples, marker):
     return output[: match.start()].strip() or None, output[match.end() :]
 
 
+def split_thinking(text):
+    """`<think>Hm.</think>The answer` -> ("Hm.", "The answer"): a reasoning model's thoughts and what it says then.
+
+    The opening tag may be missing (a chat template can hold it); without the closing one the thought never ended.
+    """
+    thought, closed, said = text.rpartition("</think>")
+    if not closed:
+        thought, said = (text, "") if text.lstrip().startswith("<think>") else ("", text)
+    return re.sub(r"</?think>", "", thought).strip(), said
+
+
 def choice_answer(text):
     """` (c) wooded area.` -> `wooded area`; None unless there is exactly one choice."""
     match = re.fullmatch(r"\s*\(\w\)(((?!\(\w\)).)+?)\.?\s*", text, re.DOTALL)

@@ -35,14 +35,19 @@ class Record:
         return json.dumps(row | {"teacher": self.teacher} | self.other, ensure_ascii=False)
 
 
-def parse_record(line, where, default_id):
-    """One line -> Record. `where` ("FILE:LINE") begins the message of the RecordError that a bad line raises."""
+def parse_record(line, where, default_id, names=None):
+    """One line -> Record. `where` ("FILE:LINE") begins the message of the RecordError that a bad line raises.
+
+    names: {"input": "question"} where the file has another name for a key of the record. A key so hidden is kept as
+    "original_KEY"; an id under another name may be a number.
+    """
     try:
         row = json.loads(line)
     except ValueError as problem:
         raise RecordError(f"{where}: not JSON ({problem})") from None
     if not isinstance(row, dict):
         raise RecordError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
+    row = renamed(row, where, names or {})
     if not isinstance(row.get("input"), str) or not row["input"].strip():
         raise RecordError(f'{where}: "input" must be a text that is not blank, got {row.get("input")!r}')
     texts = {}
@@ -60,8 +65,21 @@ def parse_record(line, where, default_id):
     return Record(id=identity, input=row.pop("input"), teacher=teacher or {}, other=row, **texts)
 
 
-def read_jsonl(path):
+def renamed(row, where, names):
+    """The row with the keys of the record in place of the file's own."""
+    names = {key: name for key, name in names.items() if key != name}
+    for name in names.values():
+        if name not in row:
+            raise RecordError(f'{where}: there is no "{name}"; the line has {", ".join(row) or "nothing"}')
+    taken = {key: row.pop(name) for key, name in names.items()}
+    if isinstance(taken.get("id"), int):
+        taken["id"] = str(taken["id"])
+    return {f"original_{key}" if key in taken else key: value for key, value in row.items()} | taken
+
+
+def read_jsonl(path, names=None):
     """Yield the Records of a file, one at a time; blank lines are passed over. A row without an id gets STEM-LINE.
+    `names` as in parse_record.
 
     Raises RecordError for a line that is no record, OSError for a file that cannot be read.
     """
@@ -74,7 +92,7 @@ def read_jsonl(path):
             except UnicodeDecodeError as problem:
                 raise RecordError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
             if text.strip():
-                yield parse_record(text, where, f"{path.stem}-{number}")
+                yield parse_record(text, where, f"{path.stem}-{number}", names)
 
 
 def write_jsonl(path, records):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import shutil
-import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -71,33 +70,6 @@ def require_same(arm, identity):
                     "other rows or tokenizer " if key.endswith("sha256") else f"--{key} {before.get(key)}, not {now} "
                 )
                 raise ValueError(f"--resume: {arm} was started with {other.strip()}")
-
-
-class Interrupted(Exception):
-    """Ctrl-C or SIGTERM: end now and keep what is there."""
-
-
-class Stop:
-    """In a `with` block: the first SIGINT or SIGTERM sets `requested`, for the run to end at a clean point; a second
-    one ends it where it is."""
-
-    def __enter__(self):
-        self.requested = False
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, *_):
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def check(self):
-        if self.requested:
-            raise Interrupted
 
 
 class Log:

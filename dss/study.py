@@ -29,10 +29,11 @@ import torch
 from tqdm import tqdm
 
 from data import arguments
+from data.interrupt import Interrupted, Stop
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
 from dss.presets import PRESETS
 from dss.rows import load_rows
-from dss.run import Interrupted, Stop, identify, require_same
+from dss.run import identify, require_same
 from dss.study_report import write_report
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"

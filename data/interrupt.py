@@ -1,0 +1,30 @@
+"""Ctrl-C and SIGTERM as a request to end at a clean point, for train.py and extract.py alike."""
+
+import signal
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: end now and keep what is there."""
+
+
+class Stop:
+    """In a `with` block: the first SIGINT or SIGTERM sets `requested`, for the run to end at a clean point; a second
+    one ends it where it is."""
+
+    def __enter__(self):
+        self.requested = False
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def check(self):
+        if self.requested:
+            raise Interrupted

@@ -1,0 +1,97 @@
+"""What extract.py can be told: `ExtractConfig`, from which its command line is made."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Ask a teacher for a label and a rationale for every row, and write them as rows that train.py reads.
+
+    Run the same command again to go on after an interruption; rows that are there are not asked again.
+    Exit status: 0 every row is in the output; 1 some rows are in the errors file instead, whether they failed now or
+    before (--retry-failed asks them again); 2 the arguments or files are wrong, nothing was sent; 3 aborted, the
+    teacher cannot go on; 130 interrupted. Whatever was finished is kept in every case.
+    """
+
+    # Each default stands here and nowhere else; each comment is the help text of its flag.
+
+    # rows
+    input: str = ""  # rows to ask about, JSONL with "input" and, if known, "id" and the gold "label"
+    output: str = ""  # where answered rows are written, JSONL; also the state that a second start goes on from
+    prompt: str = ""  # prompt file, such as data/prompts/svamp.json
+    errors: str = ""  # where rows without a usable answer are written; none: OUTPUT.errors.jsonl
+    limit: int = 0  # only the first N rows of the input; 0: all
+    id_field: str = "id"  # the input's name for the id
+    input_field: str = "input"  # the input's name for the question
+    label_field: str = "label"  # the input's name for the gold label
+    overwrite: bool = False  # begin anew: delete the output and the errors file first
+    retry_failed: bool = False  # ask the rows of the errors file again
+    dry_run: bool = False  # print one request, the rows, tokens and cost; send and write nothing
+    # teacher
+    base_url: str = ""  # URL up to and with /v1; none: $OPENAI_BASE_URL
+    model: str = ""  # the teacher's name, as the server knows it
+    endpoint: Literal["chat", "completions"] = "chat"  # chat, or plain text to go on from (for base models)
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset: no key is sent
+    extra_body: str = ""  # more parameters for every request, a JSON object
+    # sampling
+    temperature: float = 0.0  # 0: the likeliest text
+    top_p: float | None = None  # nucleus sampling; unset: the server's own
+    max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # newer models want the second
+    no_stop: bool = False  # do not send the prompt file's stop texts, which some models refuse
+    seed: int | None = None  # sent with every request, plus the number of the sample
+    n: int = 1  # answers to each question, asked one by one; the majority's label is taken, ties go to the first
+    # choice
+    keep: Literal["all", "correct"] = "all"  # all (the paper), or only rows whose label is the gold one
+    rationalize: bool = False  # show the teacher the gold label and ask for the reasons
+    reasoning: Literal["drop", "keep"] = "drop"  # a reasoning model's thoughts: not in the rationale, or before it
+    # limits
+    concurrency: int = 8  # requests in flight at most
+    max_retries: int = 5  # further attempts after one that failed for the moment
+    timeout: float = 600.0  # seconds for a whole reply
+    rpm: int = 0  # requests a minute at most; 0: no limit
+    max_consecutive_failures: int = 20  # abort after so many rows in a row without a usable answer; 0: never
+    price_in: float = 0.0  # $ per million prompt tokens
+    price_out: float = 0.0  # $ per million tokens written
+
+    def check(self):
+        """Raise ValueError, naming the flag, for a value that makes no sense."""
+        for name in ("input", "output", "prompt", "model"):
+            require(getattr(self, name), name, "given", self)
+        for name in ("max_tokens", "n", "concurrency"):
+            require(getattr(self, name) >= 1, name, "at least 1", self)
+        for name in ("limit", "max_retries", "rpm", "max_consecutive_failures", "price_in", "price_out"):
+            require(getattr(self, name) >= 0, name, "0 or more", self)
+        require(0 <= self.temperature <= 2, "temperature", "from 0 to 2", self)
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0 and at most 1", self)
+        require(0 < self.timeout < 1e6, "timeout", "more than 0", self)
+        require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
+        require(not (self.overwrite and self.retry_failed), "retry_failed", "given without --overwrite", self)
+        paths = [os.path.realpath(p) for p in (self.input, self.output, self.errors_path, self.prompt)]
+        require(len(set(paths)) == 4, "output", "another file than --input, --errors and --prompt", self)
+        folder = os.path.dirname(self.output) or "."
+        require(os.path.isdir(folder), "output", "in a directory that exists", self)
+        extra = self.extra  # raises for what is not a JSON object
+        for name in ("model", "messages", "prompt", "n", "stream"):
+            require(name not in extra, "extra_body", f'without "{name}"', self)
+
+    @property
+    def errors_path(self):
+        return self.errors or f"{self.output}.errors.jsonl"
+
+    @property
+    def extra(self):
+        try:
+            extra = json.loads(self.extra_body or "{}")
+        except ValueError:
+            extra = None
+        require(isinstance(extra, dict), "extra_body", "a JSON object", self)
+        return extra
+
+
+def require(condition, name, what, config):
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} must be {what}, got {getattr(config, name)!r}")

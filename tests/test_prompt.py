@@ -1,0 +1,201 @@
+"""Prompt files and the reading of answers: every file shipped works, a file that cannot work is refused in one line."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data import toy
+from data.answers import CHOICES, read_label, same_label
+from data.equation import value
+from data.prompt import PromptError, load_prompt
+
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "prompts"
+NAMES = ["anli", "cqa", "esnli", "svamp", "toy"]
+
+
+def prompt(name):
+    return load_prompt(FOLDER / f"{name}.json")
+
+
+def test_the_files_are_those_tested():
+    assert sorted(path.stem for path in FOLDER.iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_invents_next(name):
+    p = prompt(name)
+    assert 9 <= len(p.exemplars) <= 12 and len({e["input"] for e in p.exemplars}) == len(p.exemplars)
+    for e in p.exemplars:
+        for text in (p.reply(e), p.reply(e).strip(), p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0])):
+            read = p.parse(text, e["input"])
+            assert (read.rationale, read.label, read.problem) == (e["rationale"], e["label"], None)
+
+
+@pytest.mark.parametrize("name", ["anli", "esnli", "toy"])
+def test_classes_are_balanced(name):
+    counts = Counter(e["label"] for e in prompt(name).exemplars)
+    assert set(counts) == set(prompt(name).labels) and len(set(counts.values())) == 1
+
+
+def test_the_choices_are_balanced_by_letter_and_listed():
+    letters = Counter()
+    for e in prompt("cqa").exemplars:
+        choices = CHOICES.findall(e["input"])
+        assert len(choices) == 5
+        letters.update(letter for letter, text in choices if text == e["label"])
+    assert letters == dict.fromkeys("abcde", 2)
+
+
+def test_svamp_equations_evaluate_to_the_last_number_of_the_rationale_and_use_every_operator():
+    labels = [e["label"] for e in prompt("svamp").exemplars]
+    for e in prompt("svamp").exemplars:
+        assert value(e["label"]) == float(e["rationale"].rstrip(".").rsplit("= ", 1)[1])
+    assert all(sum(sign in label for label in labels) >= 2 for sign in "+-*/")
+
+
+def test_toy_exemplars_are_right_and_of_the_embedded_task():
+    kind_of = {word: kind for kind, words in toy.WORDS.items() for word in words}
+    for e in prompt("toy").exemplars:
+        items = e["input"].split(" ", 2)[2].removesuffix(". Mostly what?").split(", ")
+        assert e["rationale"] == " ".join(kind_of[item] for item in items)
+        assert e["label"] == Counter(e["rationale"].split()).most_common(1)[0][0]
+
+
+# ---- What is sent ---------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_put_as_chat_and_as_completion():
+    p = prompt("esnli")
+    chat, text = p.chat("A dog runs.</s>An animal moves."), p.completion("A dog runs.</s>An animal moves.")
+    assert [m["role"] for m in chat] == ["system"] + ["user", "assistant"] * 9 + ["user"]
+    assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
+    assert chat[2]["content"].endswith("\nAnswer: entailment") and text.endswith("\n\n" + chat[-1]["content"])
+    assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9 and "known" not in text
+
+
+def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar():
+    p = prompt("cqa")
+    text = p.completion("Hm?\n(a) x\n(b) y", "y")
+    assert text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:") and text.count("known") == 11
+
+
+def test_braces_in_a_question_are_not_taken_for_templates():
+    assert prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"] == "Q: Is {label} {input} {x}?\nA:"
+
+
+# ---- What comes back ------------------------------------------------------------------------------------------------
+
+Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) U.S."
+
+
+@pytest.mark.parametrize(
+    "name, text, short, rationale, label, problem",
+    [
+        ("svamp", "Two. The answer is (1 + 1).", False, "Two.", "(1 + 1)", None),
+        ("svamp", "Two. the answer is **(1 + 1)**.", False, "Two.", "(1 + 1)", None),
+        ("svamp", "Two. The answer is 4 ÷ 2 = 2.", False, "Two.", "4 / 2", None),
+        ("svamp", "Two. The answer is $2$.\nDone.", False, "Two.", "2", None),
+        ("svamp", "Two. The answer is two.", False, "Two.", None, "label_invalid"),
+        ("svamp", "Two. The answer is (9**9**9).", False, "Two.", None, "label_invalid"),
+        ("svamp", "Two. The answer is", False, "Two.", None, "label_invalid"),
+        ("svamp", "The answer is (1 + 1).", False, None, "(1 + 1)", "unparsed"),
+        ("svamp", "It is two.", False, None, None, "unparsed"),
+        ("svamp", " \n", False, None, None, "empty"),
+        ("svamp", "\nQ: What? A: Two. The answer is (2).", False, None, None, "unparsed"),
+        ("svamp", "Two and", True, None, None, "truncated"),
+        ("svamp", "Two. The answer is 84 / 2", True, None, None, "truncated"),  # it may have been going to be 84 / 24
+        ("svamp", "Two. The answer is (1 + 1).\n\nQ: And", True, "Two.", "(1 + 1)", None),
+        ("svamp", "Two. The answer is (1 + 1).\n\nAnother", True, "Two.", "(1 + 1)", None),
+        ("svamp", "It is two.\nQ: And", True, None, None, "unparsed"),
+        ("cqa", "Trees. So the answer is (c) wooded area.", False, "Trees.", "wooded area", None),
+        ("cqa", "Trees. So the answer is (c).", False, "Trees.", "wooded area", None),
+        ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
+        ("cqa", "Land. So the answer is (d) U.S.", False, "Land.", "U.S.", None),
+        ("cqa", "Both. So the answer is either (a) park or (c) wooded area.", False, "Both.", None, "label_invalid"),
+        ("cqa", "Sea. So the answer is (e) sea.", False, "Sea.", None, "label_invalid"),
+        ("esnli", "Same.\nAnswer: Neutral.", False, "Same.", "neutral", None),
+        ("esnli", "Same.\nANSWER: neutrality", False, "Same.", None, "label_invalid"),
+        ("esnli", "Same.\nAnswer: neutral", True, None, None, "truncated"),
+        ("anli", "Yes. The answer is entailment because", False, "Yes.", "entailment", None),
+    ],
+)
+def test_an_answer_is_read_or_its_problem_named(name, text, short, rationale, label, problem):
+    read = prompt(name).parse(text, Q, short)
+    assert (read.rationale, read.label, read.problem) == (rationale, label, problem)
+    assert bool(read.detail) == bool(problem)
+
+
+@given(st.sampled_from(NAMES), st.text(), st.booleans())
+def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
+    read = prompt(name).parse(text, Q, short)
+    assert read.problem or read.rationale.strip() and read.label.strip()
+
+
+def test_texts_are_labels_too_and_labels_compare_by_their_kind():
+    assert read_label(" Jean-Luc Picard.\nHe was", "text") == "Jean-Luc Picard" and read_label(" \n", "text") is None
+    assert same_label("(84 / 2)", "( 84.0 / 2.0 )", "equation") and not same_label("1 + 1", "1 + 2", "equation")
+    assert same_label("(c) wooded area", "wooded area", "choice", Q) and not same_label("park", "c", "choice", Q)
+    assert same_label("Neutral ", "neutral", "class") and not same_label("a b", "ab", "text")
+
+
+# ---- Files that cannot work -----------------------------------------------------------------------------------------
+
+FINE = dict(
+    exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}],
+    question="Q: {input}\nA:",
+    answer=" {rationale} It is {label}.",
+    answer_marker="It is",
+    label_type="equation",
+)
+
+
+def write(tmp_path, content):
+    path = tmp_path / "p.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_the_smallest_file(tmp_path):
+    p = load_prompt(write(tmp_path, FINE))
+    assert p.completion("2 and 2?") == "Q: 1 and 1?\nA: One more. It is 2.\n\nQ: 2 and 2?\nA:" and len(p.sha256) == 64
+    assert [m["role"] for m in p.chat("x")] == ["user", "assistant", "user"]
+    assert len(load_prompt(write(tmp_path, FINE | {"exemplars": []})).chat("x")) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("{", "not JSON"),
+        ("[]", "one JSON object, this is list"),
+        ({"question": None}, '"question" must be a text, got None'),
+        ({"shots": []}, 'unknown key "shots"'),
+        ({"answer_marker": ""}, '"answer_marker" must be a list of texts that are not blank'),
+        ({"answer_marker": []}, '"answer_marker" must not be empty'),
+        ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
+        ({"label_type": "class"}, '"labels" goes with label_type "class"'),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "4 texts"),
+        ({"question": "Q:"}, '{input} is missing from "question"'),
+        ({"question": "{input} {premise}"}, '{premise} means nothing in "question"'),
+        ({"answer": "{label}"}, '{rationale} is missing from "answer"'),
+        ({"exemplars": [{"input": "x"}]}, "exemplar 1 must have input, rationale and label"),
+        ({"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]}, "exemplar 1: input, rationale and label"),
+        ({"answer_marker": "Therefore"}, "exemplar 1: its answer does not read back as itself"),
+        ({"exemplars": [{"input": "x", "rationale": "It is so.", "label": "2"}]}, "does not read back"),
+        ({"input_parts": ["a", "b"], "question": "{a} {b}"}, "exemplar 1: the prompt wants 2 parts (a, b)"),
+    ],
+)
+def test_a_file_that_cannot_work_is_one_line(tmp_path, change, words):
+    path = write(tmp_path, change if isinstance(change, str) else FINE | change)
+    with pytest.raises(PromptError) as error:
+        load_prompt(path)
+    assert words in str(error.value) and str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named(tmp_path):
+    for name in FINE:
+        with pytest.raises(PromptError, match=f'"{name}" is missing'):
+            load_prompt(write(tmp_path, {key: value for key, value in FINE.items() if key != name}))
