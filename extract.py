@@ -197,7 +197,6 @@ class Outcome:
     record: Record
     body: dict
     samples: list = field(default_factory=list)
-    abort: str = ""  # why nothing further can succeed
     unasked: bool = False  # the run ended before there was an answer
     crash: BaseException | None = None
 
@@ -213,7 +212,8 @@ def work(run, jobs, results):
         except Stopped:
             outcome.unasked = True
         except Problem as problem:
-            outcome.abort = str(problem)
+            run.aborted, outcome.unasked = run.aborted or str(problem), True
+            run.pace.stopped.set()
         except Exception as problem:  # a bug of ours: the main thread raises it
             outcome.crash = problem
         results.put(outcome)
@@ -244,10 +244,8 @@ def ask(run, teacher, record, body, number):
         if reply.model and reply.model != config.model:
             run.tally.warn("model", f"asked for {config.model!r}, served by {reply.model!r}")
         if 0 < reply.usage["prompt"] * 8 < characters(body):
-            sent, read = characters(body), reply.usage["prompt"]
-            run.tally.warn(
-                "cut", f"{sent:,} characters were sent, the server read {read:,} tokens: a context too small?"
-            )
+            seen = f"{reply.usage['prompt']:,} tokens of {characters(body):,} characters"
+            run.tally.warn("cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
         sample.usage.update(reply.usage)
         sample.model, sample.seconds, sample.raw = reply.model, reply.seconds, reply.text
         parse(run, record, reply, sample)
@@ -340,7 +338,8 @@ def ask_all(run, stop):
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
     output, errors, ending = Appender(config.output), Appender(config.errors_path), run.pace.stopped
-    flying, in_a_row, patience = 0, 0, 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+    patience = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+    told, flying, in_a_row = False, 0, 0
     with tqdm(total=len(run.ids), initial=run.resumed, unit="row", mininterval=patience, disable=not total) as bar:
         while True:
             while flying < 2 * workers and not ending.is_set() and (job := next(todo, None)):
@@ -348,8 +347,8 @@ def ask_all(run, stop):
                 flying += 1
             if not flying:
                 break
-            if (stop.requested or run.aborted) and not ending.is_set():
-                run.interrupted, stop.requested = stop.requested, True
+            if (stop.requested or run.aborted) and not told:
+                told, run.interrupted, stop.requested = True, stop.requested, True
                 ending.set()
                 bar.write("ending: waiting for the requests in flight; Ctrl-C ends at once", file=sys.stderr)
             try:
@@ -359,8 +358,7 @@ def ask_all(run, stop):
             flying -= 1
             if outcome.crash:
                 raise outcome.crash
-            run.aborted = run.aborted or outcome.abort
-            if outcome.abort or outcome.unasked:
+            if outcome.unasked:
                 continue
             row, kind = check(run, outcome)
             (errors if kind else output).write(run.address.hide(row.to_json()))

@@ -161,6 +161,7 @@ class Teacher:
                 raise http.client.HTTPException(f"a reply of more than {LARGEST_REPLY >> 20} MB")
         if response.length:  # read1 does not notice by itself
             raise http.client.IncompleteRead(b"")
+        response.close()  # read1 leaves it open at its end, and an open one blocks the connection
         if response.will_close:
             self.close()
         return response.status, response.headers, b"".join(chunks)

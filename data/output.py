@@ -184,10 +184,10 @@ def what_changed(path, name, now):
     old, new = before.get("params", {}), now["params"]
     if ("max_tokens" in old) != ("max_tokens" in new):
         found.append(f"--max-tokens-field {'max_tokens' if 'max_tokens' in old else 'max_completion_tokens'}")
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            flag = flags.get(name, f"extra-body {name}")
-            found.append(f"--{flag} {old.get(name, 'unset')}, not {new.get(name, 'unset')}")
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            flag = flags.get(key, f"extra-body {key}")
+            found.append(f"--{flag} {old.get(key, 'unset')}, not {new.get(key, 'unset')}")
     if before.get("prompt_sha256") != now["prompt_sha256"]:
         found.append(f"another --prompt file (sha256 {str(before.get('prompt_sha256'))[:12]})")
     return "; ".join(found) or f"another input in row {name!r}"

@@ -19,8 +19,10 @@ class Tally:
 
     def add(self, kind, usage, retries, correct):
         """One row: its kind of error or None, its tokens, and whether its label is the gold one (None: unknown)."""
-        self.kept += kind is None
-        self.kinds[kind] += kind is not None
+        if kind is None:
+            self.kept += 1
+        else:
+            self.kinds[kind] += 1
         self.tokens.update(usage)
         self.retries += retries
         self.right[correct] += 1

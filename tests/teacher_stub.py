@@ -1,0 +1,211 @@
+"""A teacher on loopback that answers sums, and misbehaves in every way extract.py must survive.
+
+`Stub(behave)` runs in threads of the test process; `behave(question, attempt)` names what it does with each request,
+"ok" or a key of REPLIES or one of the ways in `Handler.do_POST`. `python tests/teacher_stub.py SECONDS` is a process of
+its own that answers every request after SECONDS and does nothing else, to measure against.
+"""
+
+import asyncio
+import json
+import re
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+USAGE = {"prompt_tokens": 200, "completion_tokens": 20, "prompt_tokens_details": {"cached_tokens": 100}}
+
+
+def answer(question):
+    """The rationale and label for `What is 3 + 4?`, each row's own."""
+    a, b = re.findall(r"\d+", question)[-2:]
+    return f"{a} and {b} more. The answer is ({a} + {b})."
+
+
+def completed(text, finish="stop", **message):
+    """The body of a chat reply, which serves as a completion's, too."""
+    choice = {"index": 0, "finish_reason": finish, "text": text}
+    choice["message"] = {"role": "assistant", "content": text, **message}
+    return {"id": "x", "model": "stub-1", "choices": [choice], "usage": USAGE}
+
+
+def error(message, **fields):
+    return {"error": {"message": message, **fields}}
+
+
+REPLIES = {  # name: (status, body, headers)
+    "not json": (200, "{'choices'", {}),
+    "html": (200, "<html><body>Welcome to the proxy</body></html>", {}),
+    "no choices": (200, {"choices": []}, {}),
+    "error in 200": (200, error("upstream is busy"), {}),
+    "null": (200, completed(None), {}),
+    "empty": (200, completed(" \n"), {}),
+    "refusal": (200, completed(None, refusal="I would rather not."), {}),
+    "filtered": (200, completed("Well", "content_filter"), {}),
+    "cut short": (200, completed("Three and four more. The answer is (3", "length"), {}),
+    "no marker": (200, completed("It is seven, of course."), {}),
+    "no sum": (200, completed("Three and more. The answer is seven."), {}),
+    "thoughts only": (200, completed(None, "length", reasoning_content="Let me see, three and"), {}),
+    "429": (429, error("slow down"), {"Retry-After": "1"}),
+    "429 ms": (429, error("slow down"), {"retry-after-ms": "1000", "Retry-After": "60"}),
+    "429 bare": (429, error("slow down"), {}),
+    "429 long": (429, error("come back tomorrow"), {"Retry-After": "3600"}),
+    "quota": (429, error("You exceeded your current quota", code="insufficient_quota"), {}),
+    "402": (402, error("Insufficient balance"), {}),
+    "500": (500, error("oops"), {}),
+    "503": (503, "<html>Service Unavailable</html>", {"Retry-After": "1"}),
+    "408": (408, error("request timeout"), {}),
+    "409": (409, error("conflict"), {}),
+    "401": (401, error("no such key"), {}),
+    "403": (403, error("not for you"), {}),
+    "404": (404, error("model 'm' not found"), {}),
+    "moved": (308, "", {"Location": "https://elsewhere.example/v1/chat/completions?key=1"}),
+    "context": (400, error("This model's maximum context length is 4096 tokens.", code="context_length_exceeded"), {}),
+    "context, llama.cpp": (400, error("the request exceeds the available context size",
+                                      type="exceed_context_size_error"), {}),
+    "filter": (400, error("The response was filtered", code="content_filter"), {}),
+    "413": (413, "too large", {}),
+    "422": (422, {"detail": "unprocessable"}, {}),
+    "400": (400, error("bad luck"), {}),
+    "max_tokens": (400, error("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                              "'max_completion_tokens' instead.", code="unsupported_parameter",
+                              param="max_tokens"), {}),
+    "stop": (400, error("Unsupported parameter: 'stop' is not supported with this model.", param="stop"), {}),
+    "temperature": (400, error("Unsupported value: 'temperature' does not support 0 with this model.",
+                               param="temperature", code="unsupported_value"), {}),
+    "top_k": (400, error("Unrecognized request argument supplied: top_k"), {}),
+}  # fmt: skip
+
+
+class Stub:
+    """In a `with` block: a teacher at `.url`. `.requests` are (question, body, headers, time), `.most` is the largest
+    number of requests in flight at a time."""
+
+    def __init__(self, behave=lambda question, attempt: "ok", latency=0.0):
+        self.behave, self.latency, self.lock = behave, latency, threading.Lock()
+        self.requests, self.attempts, self.actions = [], Counter(), Counter()
+        self.flying = self.most = self.connections = 0
+        self.stalled = set()
+
+    def __enter__(self):
+        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server.stub = self
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def arrive(self, question, body, headers):
+        with self.lock:
+            for sock in [s for s in self.stalled if select.select([s], [], [], 0)[0]]:  # its client has hung up
+                self.stalled.discard(sock)
+                self.flying -= 1
+            self.flying += 1
+            self.most = max(self.most, self.flying)
+            self.requests.append((question, body, headers, time.monotonic()))
+            action = self.behave(question, self.attempts[question])
+            self.attempts[question] += 1
+            self.actions[action if isinstance(action, str) else "said"] += 1
+        return action
+
+    def leave(self):
+        with self.lock:
+            self.flying -= 1
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads, block_on_close, request_queue_size = True, False, 128
+
+    def handle_error(self, *_):
+        """A client that has hung up is what the tests are about."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self):
+        super().setup()
+        self.server.stub.connections += 1
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        stub = self.server.stub
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"] if "messages" in body else body["prompt"].split("\n\n")[-1]
+        action = stub.arrive(question, body, dict(self.headers))
+        time.sleep(stub.latency)
+        if action == "stall":
+            return self.stall()
+        if action in ("reset", "disconnect"):
+            stub.leave()
+            if action == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+            self.close_connection = True
+            return None
+        cut = 30 if action in ("truncated", "truncated chunk") else None  # bytes of the body that are sent
+        chunked = action == "truncated chunk"
+        if action == "ok" or cut:
+            action = completed(answer(question))
+        if action == "date":
+            action = (429, error("slow down"), {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
+        if isinstance(action, dict):
+            action = (200, action, {})
+        status, content, headers = REPLIES[action] if isinstance(action, str) else action
+        content = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        head = f"HTTP/1.1 {status} Whatever\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        if chunked:
+            reply = f"{head}Transfer-Encoding: chunked\r\n\r\n{len(content):x}\r\n".encode() + content[:cut]
+        else:
+            reply = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:cut]
+        stub.leave()  # before the client can have the reply and send the next request
+        self.wfile.write(reply)
+        self.close_connection = bool(cut)
+        return None
+
+    def stall(self):
+        """Half a reply, then nothing until the client hangs up; then the rest, which is late."""
+        stub = self.server.stub
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+        with stub.lock:
+            stub.stalled.add(self.connection)
+        select.select([self.connection], [], [], 20)
+        with stub.lock:
+            if self.connection in stub.stalled:
+                stub.stalled.discard(self.connection)
+                stub.flying -= 1
+        self.close_connection = True
+
+
+async def serve(seconds):
+    content = json.dumps(completed("One and 2 more. The answer is (1 + 2).")).encode()
+    reply = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+
+    async def converse(reader, writer):
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)[1]))
+                await asyncio.sleep(seconds)
+                writer.write(reply)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(converse, "127.0.0.1", 0, backlog=512)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(float(sys.argv[1])))
