@@ -51,6 +51,7 @@ def main(argv=None, scale=1.0):
                 with Stop() as stop:
                     ask_all(run, stop)
             except OSError as problem:  # a full disk, for one
+                run.pace.stopped.set()
                 run.aborted = str(problem)
             failed = say_summary(run)
         if run.aborted:
@@ -108,9 +109,8 @@ def prepare(config, scale):
         raise ValueError(f"{config.input}: there are no rows in it")
     run.resumed = sum(not to_ask(run, name) for name in run.ids)
     if config.overwrite:
-        for path in (config.output, config.errors_path):
-            if os.path.exists(path):
-                os.unlink(path)
+        for path in filter(os.path.exists, (config.output, config.errors_path)):
+            os.unlink(path)
     say_header(run)
     return run
 
@@ -122,15 +122,10 @@ def make_run(config, scale=1.0):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
     base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = os.environ.get(config.api_key_env, "").strip()
-    address = Address("", config.endpoint, {}, (), config.timeout)
-    if base_url:
-        address = make_address(base_url, config.endpoint, key, config.timeout)
-    params = {"temperature": config.temperature, config.max_tokens_field: config.max_tokens}
-    optional = {"top_p": config.top_p, "seed": config.seed, "stop": list(prompt.stop) or None}
-    if config.no_stop:
-        del optional["stop"]
-    params |= {name: value for name, value in optional.items() if value is not None} | config.extra
-    return Run(config, prompt, address, params, Pace(config.rpm, scale), Tally(config.price_in, config.price_out))
+    nowhere = Address("", config.endpoint, {}, (), config.timeout)
+    address = make_address(base_url, config.endpoint, key, config.timeout) if base_url else nowhere
+    pace, tally = Pace(config.rpm, scale), Tally(config.price_in, config.price_out)
+    return Run(config, prompt, address, config.params(prompt.stop), pace, tally)
 
 
 def read_input(config):
@@ -140,12 +135,9 @@ def read_input(config):
 
 def to_ask(run, name):
     """Whether a row is still to be asked: not in the output, and not failed before unless --retry-failed says so."""
-    if name in run.done:
-        return False
-    if name not in run.failed:
-        return True
-    left_out = run.failed[name] == "incorrect" and run.config.keep == "correct"  # it did not fail
-    return run.config.retry_failed and not left_out
+    kind = run.failed.get(name)
+    left_out = kind == "incorrect" and run.config.keep == "correct"  # it did not fail
+    return name not in run.done and (kind is None or run.config.retry_failed and not left_out)
 
 
 # ---- Render ----------------------------------------------------------------------------------------------------------
@@ -322,8 +314,7 @@ def check(run, outcome):
     other |= {"correct": correct}
     if kind:
         other["error"] = {"kind": kind, "message": detail, "raw": best.raw}
-    row = replace(record, rationale=best.rationale, teacher_label=best.label, teacher=teacher, other=other)
-    return row, kind
+    return replace(record, rationale=best.rationale, teacher_label=best.label, teacher=teacher, other=other), kind
 
 
 # ---- Write: the main thread ------------------------------------------------------------------------------------------
@@ -358,7 +349,7 @@ def ask_all(run, stop):
             flying -= 1
             if outcome.crash:
                 raise outcome.crash
-            if outcome.unasked:
+            if outcome.unasked:  # the next start will
                 continue
             row, kind = check(run, outcome)
             (errors if kind else output).write(run.address.hide(row.to_json()))

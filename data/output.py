@@ -13,6 +13,8 @@ from pathlib import Path
 
 from data.jsonl import RecordError, replacing
 
+BEGIN = b'{"id": '  # of every line
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -74,16 +76,20 @@ def mend(path):
 
 
 def read_rows(path):
-    """Yield (where, row) of a file that extract.py wrote. Raises RecordError, naming file and line, for another one."""
+    """Yield (where, row) of a file that extract.py wrote, but for a torn last line.
+
+    Raises RecordError, naming file and line, for another file.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-                known = isinstance(row["id"], str) and isinstance(row["teacher"]["request_sha256"], str)
-            except (ValueError, LookupError, TypeError):
-                known = False
-            if not known:
+            except ValueError:
+                if not line.endswith(b"\n") and (number > 1 or line[:7] == BEGIN[: len(line)]):
+                    return  # the last line, torn
+                row = None
+            if not isinstance(row, dict) or "id" not in row or "request_sha256" not in (row.get("teacher") or ()):
                 raise RecordError(f"{where}: not a row that extract.py wrote; name another file, or give --overwrite")
             yield where, row
 
@@ -105,8 +111,6 @@ def read_state(output, errors):
     for path in (errors, output):  # the output has the last word
         if not os.path.exists(path):
             continue
-        if torn := mend(path):
-            state.torn.append((path, torn))
         for where, row in read_rows(path):
             name = row["id"]
             if path == errors:
@@ -118,6 +122,8 @@ def read_state(output, errors):
                 state.failed.pop(name, None)
                 state.right[row.get("correct")] += 1
             state.hashes[name] = row["teacher"]["request_sha256"]
+        if torn := mend(path):  # not before every line is known to be ours
+            state.torn.append((path, torn))
     return state
 
 

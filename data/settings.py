@@ -78,6 +78,12 @@ class ExtractConfig:
         for name in ("model", "messages", "prompt", "n", "stream"):
             require(name not in extra, "extra_body", f'without "{name}"', self)
 
+    def params(self, stop):
+        """The parameters of every request, besides the model and the question. stop: the prompt file's texts."""
+        params = {"temperature": self.temperature, self.max_tokens_field: self.max_tokens}
+        optional = {"top_p": self.top_p, "seed": self.seed, "stop": None if self.no_stop else list(stop) or None}
+        return params | {name: value for name, value in optional.items() if value is not None} | self.extra
+
     @property
     def errors_path(self):
         return self.errors or f"{self.output}.errors.jsonl"

@@ -90,7 +90,7 @@ def say_header(run):
 
 def say_summary(run):
     """Say what came of it. Returns how many rows of the input failed, in this start or before."""
-    config, kinds = run.config, Counter(run.failed[name] for name in run.ids if name in run.failed.keys() - run.done)
+    config, kinds = run.config, Counter(run.failed[name] for name in run.ids if name in run.failed)
     left_out = kinds.pop("incorrect", 0)
     if run.resumed == len(run.ids):
         say("nothing left to ask")
@@ -100,6 +100,8 @@ def say_summary(run):
     if kinds or left_out:
         listing = ", ".join(filter(None, [listed(kinds), f"left out as not right {left_out:,}" if left_out else ""]))
         say(f"{config.errors_path}: {listing}" + ("; --retry-failed asks failed rows again" if kinds else ""))
+    if run.done:
+        say(f"next: python train.py --data {config.output}")
     return kinds.total()
 
 

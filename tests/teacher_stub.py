@@ -147,6 +147,9 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(stub.latency)
         if action == "stall":
             return self.stall()
+        if action == "late":  # after the client's patience
+            time.sleep(1)
+            action = "ok"
         if action in ("reset", "disconnect"):
             stub.leave()
             if action == "reset":
