@@ -24,6 +24,9 @@ from functools import cached_property
 
 from data.answers import CHOICES, cut, pick, read_label, same_label
 
+# Tokens that end a turn, which a server whose chat template is not the model's lets through as text (llama.cpp with a
+# base model: all of 8 replies). What follows is an invented next turn.
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "</s>")
 LABEL_TYPES = ("choice", "class", "equation", "text")
 
 
@@ -107,8 +110,9 @@ class Prompt:
         """A teacher's text -> Answer. `cut_short`: it ended at the token limit, so what stands last may be torn."""
         if not text.strip():
             return Answer(problem="empty", detail="the reply has no text")
-        rationale, rest = cut(text, self.stop, self.marker)
-        if cut_short and not any(stop in text for stop in self.stop) and "\n" not in (rest or "").lstrip():
+        ends = [*self.stop, *ENDS]
+        rationale, rest = cut(text, ends, self.marker)
+        if cut_short and not any(end in text for end in ends) and "\n" not in (rest or "").lstrip():
             return Answer(problem="truncated", detail="the reply ended at the token limit, before a whole answer")
         if rest is None:
             return Answer(problem="unparsed", detail=f"the reply does not say {self.markers[0]!r}")

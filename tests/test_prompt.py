@@ -112,6 +112,7 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
         ("svamp", "Two. The answer is (1 + 1).\n\nAnother", True, "Two.", "(1 + 1)", None),
         ("svamp", "It is two.\nQ: And", True, None, None, "unparsed"),
         ("cqa", "Trees. So the answer is (c) wooded area.", False, "Trees.", "wooded area", None),
+        ("cqa", "Trees. So the answer is (c) wooded area.<|im_end|>\nHi", True, "Trees.", "wooded area", None),
         ("cqa", "Trees. So the answer is (c).", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
         ("cqa", "Land. So the answer is (d) U.S.", False, "Land.", "U.S.", None),
