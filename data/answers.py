@@ -91,11 +91,14 @@ def read_label(text, label_type, labels=(), input=""):
 
 def same_label(a, b, label_type, input=""):
     """Whether two labels are the same: equations by value (`84 / 2` = `( 84.0 / 2.0 )`), choices by the choice of
-    `input` they name (`(c) park`, `c`, `(c)` and `park` are one), others by their words."""
+    `input` they name (`(c) park`, `c`, `(c)` and `park` are one), classes in any case of letters, texts by their
+    words."""
     if label_type == "equation":
         return same_value(a, b)
     if label_type == "choice" and same_choice(a, b, input):
         return True
+    if label_type == "class":
+        a, b = a.casefold(), b.casefold()
     return a.split() == b.split()
 
 

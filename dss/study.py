@@ -203,7 +203,7 @@ def process_context():
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dss.study", "dss.weights", "dss.generate", "dss.loss"])
+    context.set_forkserver_preload(["torch", "dss.weights", "dss.generate", "dss.loss"])
     return context
 
 
