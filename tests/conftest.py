@@ -1,10 +1,15 @@
 """Fixtures that several files share. One thread: on a busy machine threads that wait for one another cost far more."""
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before any kernel is defined: Triton's interpreter runs them in NumPy
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 import tokenizer
@@ -14,6 +19,18 @@ settings.register_profile("dss", deadline=None, max_examples=25)
 settings.load_profile("dss")
 
 FIGURES = pytest.StashKey()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton tests run: compiled, or interpreted
+BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of a kernel's error against fp64
+
+
+def relative_error(got, want):
+    """|got - want| / |want|, Frobenius; 0 for two tensors of zeros, infinite where got is not finite."""
+    difference = (got.double().cpu() - want.double().cpu()).norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / max(want.double().norm().item(), 1e-300) if math.isfinite(difference) else math.inf
+
+
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "official" / "datasets"
 OFFICIAL = Path(os.environ.get("DSS_OFFICIAL", BESIDE))
 
