@@ -37,12 +37,12 @@ from .launch import architecture, launch, next_power_of_2, tl, triton
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk of logits: about 4k tokens of T5's vocabulary in bfloat16
 
-# Warps for a block of so many columns: 32 fp32 values a thread are the most that stay in registers beside the masks.
-# gfx942 has 64 threads a warp and at most 1024 a program, so half the warps at most.
+# Warps for a block of so many columns. The longest row takes 64 fp32 values a thread; with 32 warps it would take 32,
+# but a thread then has only 64 registers, and 4 to 30 values spill. gfx942 has 64 threads a warp.
 WARPS = {
-    "sm_80": {1024: 4, 8192: 8, 16384: 16, 32768: 32},
-    "sm_90": {1024: 4, 8192: 8, 16384: 16, 32768: 32},
-    "gfx942": {1024: 2, 8192: 8, 16384: 16, 32768: 16},
+    "sm_80": {1024: 4, 8192: 8, 32768: 16},
+    "sm_90": {1024: 4, 8192: 8, 32768: 16},
+    "gfx942": {1024: 2, 8192: 4, 32768: 8},
     "interpreter": {32768: 1},
 }
 
@@ -135,6 +135,7 @@ def row_kernel(
     smoothing,
     zeta,
     HAS_GRADIENT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK: the row is read once
     BLOCK: tl.constexpr,
     IGNORED: tl.constexpr,
@@ -154,49 +155,56 @@ def row_kernel(
                 zero = tl.zeros([BLOCK], gradient_ptr.dtype.element_ty)
                 tl.store(gradient_ptr + start + columns, zero, mask=start + columns < V)
     else:
-        # 1. lse = log sum exp z, the sum of z, and z[label]. The label's entry is picked from what was read anyway: a
-        #    load of its own could find the gradient of a faster warp there.
+        known = (label >= 0) & (label < V)
+        y = label.to(tl.int32)  # in 64 bits each comparison would take two registers a column
+        # 1. lse = log sum exp z, the sum of z, and z[label], which is read before the first reduction: no warp writes
+        #    its gradient before all have met there.
+        z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
         if ONE_BLOCK:
             z = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
             top = tl.max(z, 0)
-            e = tl.exp(z - top)
-            total = tl.sum(e, 0)
-            z_label = tl.sum(tl.where(columns == label, z, 0.0), 0)
-            z_sum = tl.sum(tl.where(columns < V, z, 0.0), 0)
+            if SMOOTHING:
+                z_sum = tl.sum(tl.where(columns < V, z, 0.0), 0)
+            total = tl.sum(tl.exp(z - top), 0)
         else:
             top = tl.full([], float("-inf"), tl.float32)
             total = tl.full([], 0.0, tl.float32)
-            z_label = tl.full([], 0.0, tl.float32)
-            z_sum = tl.full([], 0.0, tl.float32)
+            if SMOOTHING:
+                z_sum = tl.full([], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
                 inside = start + columns < V
                 z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
                 higher = tl.maximum(top, tl.max(z, 0))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
                 top = higher
-                z_label += tl.sum(tl.where(start + columns == label, z, 0.0), 0)
-                z_sum += tl.sum(tl.where(inside, z, 0.0), 0)
+                if SMOOTHING:
+                    z_sum += tl.sum(tl.where(inside, z, 0.0), 0)
         lse = top + tl.log(total)
 
-        # 2. The loss. A label that is no column would silently count as logit 0.
-        nll = tl.where((label >= 0) & (label < V), lse - z_label, float("nan"))
-        loss = nll + smoothing * (z_label - z_sum / V) + zeta * lse * lse
+        # 2. The loss; NaN for a label that is no column.
+        nll = lse - z_label
+        loss = nll + zeta * lse * lse
+        if SMOOTHING:
+            loss += smoothing * (z_label - z_sum / V)
         tl.store(nll_ptr + row, nll)
         tl.store(losses_ptr + row, weight * loss)
 
         # 3. The gradient.
         if HAS_GRADIENT:
             factor = weight * (1.0 + 2.0 * zeta * lse)
-            everywhere = weight * smoothing / V
             at_label = weight * (1.0 - smoothing)
             if ONE_BLOCK:
-                g = e * (factor / total) - everywhere - tl.where(columns == label, at_label, 0.0)
+                g = tl.exp(z - lse) * factor - tl.where(columns == y, at_label, 0.0)
+                if SMOOTHING:
+                    g -= weight * smoothing / V
                 tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), mask=columns < V)
             else:
                 for start in range(0, V, BLOCK):
                     inside = start + columns < V
                     z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-                    g = tl.exp(z - lse) * factor - everywhere - tl.where(start + columns == label, at_label, 0.0)
+                    g = tl.exp(z - lse) * factor - tl.where(start + columns == y, at_label, 0.0)
+                    if SMOOTHING:
+                        g -= weight * smoothing / V
                     tl.store(gradient_ptr + start + columns, g.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
@@ -230,6 +238,7 @@ def launch_rows(logits, gradient, labels, weights, losses, nll, label_smoothing,
         float(label_smoothing),
         float(z_loss),
         HAS_GRADIENT=gradient is not None,
+        SMOOTHING=label_smoothing > 0,
         ONE_BLOCK=block >= V,
         BLOCK=block,
         IGNORED=IGNORE,

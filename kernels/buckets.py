@@ -1,0 +1,52 @@
+"""T5's relative position buckets (Raffel et al. 2020, section 2.1): which entry of the bias table a distance uses.
+
+Half the buckets of a direction count single positions; the others grow logarithmically up to `max_distance`, and all
+beyond share the last. A bidirectional table splits its buckets between keys before (first half) and after the query.
+"""
+
+import functools
+import math
+
+import torch
+
+
+def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirectional=True):
+    """T5's bucket of each distance `key position - query position` (any integer shape), as int64.
+
+    The logarithm is exact at powers of two, where a rounding error would move a bucket's edge, so buckets are looked
+    up in a table made once on the host rather than computed where they are needed.
+    """
+    lut = bucket_table(num_buckets, max_distance, bidirectional, distance.device)
+    return lut[distance.clamp(-max_distance, max_distance) + max_distance]
+
+
+@functools.cache
+def bucket_table(num_buckets, max_distance, bidirectional, device):
+    """(2 * max_distance + 1,) int64: the bucket of every distance from -max_distance to max_distance, made on the host.
+
+    Bucket num_buckets / 2 of a bidirectional table is never used, for it would be "after, by nothing". In a causal
+    table later keys fall into bucket 0; they are masked anyway.
+    """
+    distance = torch.arange(-max_distance, max_distance + 1)
+    per_side = num_buckets // 2 if bidirectional else num_buckets
+    exact = per_side // 2
+    back = distance.abs() if bidirectional else (-distance).clamp(min=0)
+    log = torch.log(back.clamp(min=1) / exact) / math.log(max_distance / exact)
+    far = (exact + (log * (per_side - exact)).long()).clamp(max=per_side - 1)
+    bucket = torch.where(back < exact, back, far)
+    return (bucket + per_side * (distance > 0) if bidirectional else bucket).to(device)
+
+
+@functools.cache
+def near_buckets(num_buckets, max_distance, bidirectional, device):
+    """(reach, buckets): the least reach >= 1 such that all distances <= -reach share a bucket, and all >= reach
+    another, and the buckets of the distances from -reach to reach, (2 * reach + 1,) int32 on the device.
+
+    The last bucket of 32 begins at distance 91 of 128 (bidirectional) or 113 (causal).
+    """
+    bucket = bucket_table(num_buckets, max_distance, bidirectional, torch.device("cpu"))
+    before, after = bucket[:max_distance].flip(0), bucket[max_distance + 1 :]  # at distance 1, 2, ...
+    own = ((before != before[-1]) | (after != after[-1])).nonzero()
+    reach = int(own.max()) + 2 if len(own) else 1  # own[i] is distance i + 1
+    near = bucket[max_distance - reach : max_distance + reach + 1]
+    return reach, near.to(torch.int32).to(device)
