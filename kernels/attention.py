@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 
 from .buckets import near_buckets, relative_position_bucket
-from .dropout import kept, threshold_of
+from .dropout import dropout_mask, kept, threshold_of
 from .launch import INTERPRETED, architecture, launch, next_power_of_2, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware has a power of two only
@@ -80,7 +80,7 @@ CONFIGURATIONS = {
         ("forward", 2): {32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (64, 32, 4, 2)},
         ("decode", 2): {32: (16, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 32, 4, 2)},
         ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 32, 4, 2)},
-        ("dkdv", 2): {32: (64, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 2)},
+        ("dkdv", 2): {32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 2)},
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 4, 1)},
         ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 16, 4, 1)},
         ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 16, 4, 1)},
@@ -207,12 +207,6 @@ def unpad(x, slot):
     """(B, H, longest, D) -> (T, H, D) packed."""
     x = x.transpose(1, 2).flatten(0, 1)
     return x if slot is None else x.index_select(0, slot)
-
-
-def dropout_mask(shape, p, seed, device):
-    """A tensor of 0 (with probability p) and 1 / (1 - p), determined by `seed`."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.empty(shape, device=device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 # ---- Triton, shared by forward and backward -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Dropout for the Triton kernels: a mask that is a function of a seed and an element's place, and of nothing else.
+"""Dropout. For the Triton kernels it is a mask that is a function of a seed and an element's place alone.
 
 A mask is never stored. The backward pass makes it again, whatever tiles it works in, because the bits of an element
 come from Philox (Salmon et al. 2011), a generator without state: four 32-bit counters and a 64-bit key, the seed, go
@@ -12,8 +12,24 @@ than the matrix products take. Seven rounds are the fewest with which Philox pas
 """
 
 import torch
+import torch.nn.functional as F
 
 from .launch import tl, triton
+
+
+def dropout_reference(x, p, seed=None):
+    """x with each element 0 (probability p) or divided by 1 - p: torch's own dropout, drawn from its generator, unless
+    a seed says what to draw."""
+    if p == 0:
+        return x
+    return F.dropout(x, p) if seed is None else x * dropout_mask(x.shape, p, seed, x.device).to(x.dtype)
+
+
+def dropout_mask(shape, p, seed, device):
+    """A tensor of 0 (with probability p) and 1 / (1 - p), determined by `seed`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.empty(shape, device=device).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
 
 ROUNDS = tl.constexpr(7)
 

@@ -1,14 +1,156 @@
-"""The gated feed-forward activation of T5 1.1:  y = gelu(gate) * up  (Shazeer 2020, "GEGLU").
+"""The feed-forward activations of T5, each with the dropout that follows it.
+
+    T5 1.1:  y = gelu(gate) * up  (Shazeer 2020, "GEGLU")          T5 1.0:  y = max(x, 0)
 
 T5 uses the tanh approximation of GELU, gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))); the exact one
-differs in the fourth digit, enough to fail a comparison of logits.
+differs in the fourth digit, enough to fail a comparison of logits. Since 1 + tanh(u) = 2 sigmoid(2 u),
+
+    gelu(x) = x sigmoid(2 u),     u = sqrt(2 / pi) (x + 0.044715 x^3)
+
+which is how the kernel has it. All of it is bound by memory: one pass reads the inputs and writes y, in fp32 between.
+The backward pass keeps the inputs alone and makes gelu and the dropout mask (kernels/dropout.py) again.
 """
 
+import torch
 import torch.nn.functional as F
 
+from .dropout import draw_seed, dropout_reference, kept, threshold_of
+from .launch import architecture, launch, tl, triton
 
-def geglu_reference(gate, up):
-    """gate, up: (T, F), one float dtype. Returns gelu_tanh(gate) * up, (T, F). Raises ValueError if shapes differ."""
+# (rows, columns, num_warps) of a tile: 16 values a thread, and rows long enough for whole cache lines.
+TILES = {"sm_80": (4, 512, 4), "sm_90": (4, 512, 4), "gfx942": (4, 512, 4), "interpreter": (64, 512, 1)}
+TWO_ROOT_2_BY_PI = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
+CUBIC = tl.constexpr(0.044715)
+
+
+# ---- Reference ------------------------------------------------------------------------------------------------------
+
+
+def geglu_reference(gate, up, dropout_p=0.0, seed=None):
+    """dropout(gelu_tanh(gate) * up). gate, up: (T, F), one float dtype. Returns (T, F).
+
+    seed: of the dropout; None draws from torch's generator. Raises ValueError if shapes differ.
+    """
     if gate.shape != up.shape:
         raise ValueError(f"geglu: gate and up must have one shape, got {list(gate.shape)} and {list(up.shape)}")
-    return F.gelu(gate, approximate="tanh") * up
+    return dropout_reference(F.gelu(gate, approximate="tanh") * up, dropout_p, seed)
+
+
+def relu_reference(x, dropout_p=0.0, seed=None):
+    """dropout(max(x, 0)). x: (T, F), any float dtype; seed as in `geglu_reference`. Returns (T, F)."""
+    return dropout_reference(F.relu(x), dropout_p, seed)
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
+#
+# With r the dropout mask (0 or 1 / keep), t = sigmoid(2 u) and gelu = x t:
+#
+#     d up = dy r gelu(gate),     d gate = dy r up gelu'(gate),     gelu'(x) = t + x t (1 - t) 2 u'
+#     2 u' = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
+
+
+@triton.jit
+def gelu(x):
+    """gelu(x) and its derivative; the caller that wants one leaves the other to the compiler."""
+    t = 1 / (1 + tl.exp(-(x + x * x * x * CUBIC) * TWO_ROOT_2_BY_PI))
+    return x * t, t + x * t * (1 - t) * (1 + x * x * (3 * CUBIC)) * TWO_ROOT_2_BY_PI
+
+
+@triton.jit
+def activation_kernel(
+    gate_ptr,
+    up_ptr,  # x of relu
+    dy_ptr,
+    y_ptr,  # BACKWARD: d up; else y
+    d_gate_ptr,  # dy, y, d gate: (T, F), contiguous
+    T,
+    F,
+    gate_stride,
+    up_stride,
+    seed,
+    threshold,
+    BACKWARD: tl.constexpr,
+    GATED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (rows[:, None] < T) & (columns[None, :] < F)
+    far = rows[:, None].to(tl.int64)
+    here = far * F + columns[None, :]
+    factor = tl.full([ROWS, BLOCK], 1.0, tl.float32)
+    if DROPOUT:
+        keep = kept(seed, rows, 0, tl.program_id(1) * BLOCK, threshold, BLOCK)
+        factor = tl.where(keep, 256.0 / (256 - threshold), 0.0)
+    if BACKWARD:
+        factor *= tl.load(dy_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + far * up_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        gate = tl.load(gate_ptr + far * gate_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        value, slope = gelu(gate)
+        if BACKWARD:
+            d_gate = factor * up * slope
+            tl.store(d_gate_ptr + here, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
+            y = factor * value
+        else:
+            y = factor * value * up
+    elif BACKWARD:
+        y = tl.where(up > 0, factor, 0.0)
+    else:
+        y = factor * tl.maximum(up, 0.0)
+    tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+class Activation(torch.autograd.Function):
+    """gate is None for relu."""
+
+    @staticmethod
+    def forward(ctx, gate, up, dropout_p, seed):
+        ctx.save_for_backward(gate, up)
+        ctx.rest = seed, threshold_of(dropout_p)
+        y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        launch_activation(gate, up, y, y, y, *ctx.rest, backward=False)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        d_up = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        d_gate = None if gate is None else torch.empty_like(d_up)
+        launch_activation(gate, up, dy.contiguous(), d_up, d_up if gate is None else d_gate, *ctx.rest, backward=True)
+        return d_gate, d_up, None, None
+
+
+def launch_activation(gate, up, dy, y, d_gate, seed, threshold, backward):
+    (T, width), (rows, block, warps) = up.shape, TILES[architecture(up.device)]
+    gated, gate = gate is not None, up if gate is None else gate
+    grid = (-(-T // rows), -(-width // block))
+    sizes = (T, width, gate.stride(0), up.stride(0), seed, threshold)
+    flags = dict(BACKWARD=backward, GATED=gated, DROPOUT=threshold > 0, ROWS=rows, BLOCK=block, num_warps=warps)
+    launch(activation_kernel, grid, gate, up, dy, y, d_gate, *sizes, **flags)
+
+
+def geglu_triton(gate, up, dropout_p=0.0, seed=None):
+    """`geglu_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(
+            "geglu: gate and up must have one shape, dtype and device, got "
+            f"{list(gate.shape)} {gate.dtype} {gate.device} and {list(up.shape)} {up.dtype} {up.device}"
+        )
+    return activation("geglu: gate", gate, up, dropout_p, seed)
+
+
+def relu_triton(x, dropout_p=0.0, seed=None):
+    """`relu_reference` in one pass, as `geglu_triton`."""
+    return activation("relu: x", None, x, dropout_p, seed)
+
+
+def activation(name, gate, up, dropout_p, seed):
+    if up.dim() != 2 or up.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name} must be (T, F) in float32, float16 or bfloat16, got {list(up.shape)} {up.dtype}")
+    if dropout_p and seed is None:
+        seed = draw_seed()
+    gate, up = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (gate, up))
+    return Activation.apply(gate, up, dropout_p, seed or 0)

@@ -2,18 +2,199 @@
 
 T5's layer norm subtracts no mean and adds no bias (Zhang and Sennrich 2019). The mean of squares is taken in fp32
 whatever the input's dtype: in half precision the sum of a few hundred squares has lost its last digits.
+
+In T5 most norms follow a residual connection with dropout, and all three are bound by memory. With `residual` they are
+one pass, which reads the two inputs and writes the two outputs that the layer goes on with:
+
+    s = residual + dropout(x),     y = s / sqrt(mean(s^2) + eps) * weight
+
+The backward pass keeps s and the weight; 1 / rms and the dropout mask (kernels/dropout.py) are made again. The weight's
+gradient is a sum over all tokens: each of at most PROGRAMS programs adds up its own rows in fp32, PyTorch adds up the
+programs, in a fixed order. C is at most 16384.
 """
 
 import torch
 
+from .dropout import draw_seed, dropout_reference, kept, threshold_of
+from .launch import architecture, launch, next_power_of_2, tl, triton
 
-def rms_norm_reference(x, weight, eps=1e-6):
-    """x: (T, C), any float dtype; weight: (C,). Returns (T, C) in x's dtype; the arithmetic is fp32.
+# {columns: (rows at a time, num_warps)}: 16 to 32 fp32 values a thread, which backward needs three times.
+TILES = {
+    "sm_80": {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)},
+    "sm_90": {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)},
+    "gfx942": {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 4), 16384: (1, 16)},
+    "interpreter": {16384: (32, 1)},
+}
+PROGRAMS = 256  # in backward: about two for each multiprocessor of an H100, each with a row of fp32 sums to write
 
-    Raises ValueError if weight does not match x's last dimension.
+
+# ---- Reference ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm_reference(x, weight, eps=1e-6, residual=None, dropout_p=0.0, seed=None):
+    """Normalised x; with a residual (T, C), the pair (s, normalised s) of s = residual + dropout(x).
+
+    x: (T, C), any float dtype; weight: (C,). Returns (T, C) in the dtype of x, or of residual + x; the arithmetic of
+    the norm is fp32. seed: of the dropout; None draws from torch's generator. Raises ValueError if shapes do not match.
     """
+    check_arguments(x, weight, residual, dropout_p)
+    s = x if residual is None else residual + dropout_reference(x, dropout_p, seed)
+    y = s.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    y = (y * weight.float()).to(s.dtype)
+    return y if residual is None else (s, y)
+
+
+def check_arguments(x, weight, residual, dropout_p):
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight must be ({x.shape[-1]},), got {list(weight.shape)}")
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y * weight.float()).to(x.dtype)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"rms_norm: residual must have x's shape {list(x.shape)}, got {list(residual.shape)}")
+    if dropout_p and residual is None:
+        raise ValueError(f"rms_norm: dropout_p is for x beside a residual; without one it must be 0, got {dropout_p}")
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    s_ptr,
+    y_ptr,  # s, y: (T, C), contiguous
+    T,
+    C,
+    x_stride,
+    residual_stride,
+    eps,
+    seed,
+    threshold,
+    RESIDUAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = (rows[:, None] < T) & (columns[None, :] < C)
+    far = rows[:, None].to(tl.int64)
+    s = tl.load(x_ptr + far * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    if DROPOUT:
+        s = tl.where(kept(seed, rows, 0, 0, threshold, BLOCK), s * (256.0 / (256 - threshold)), 0.0)
+    if RESIDUAL:
+        s += tl.load(residual_ptr + far * residual_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        rounded = s.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + far * C + columns[None, :], rounded, mask=inside)
+        s = rounded.to(tl.float32)  # backward will see the rounded ones
+    rms = tl.sqrt(tl.sum(s * s, 1) / C + eps)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    y = s / rms[:, None] * weight[None, :]
+    tl.store(y_ptr + far * C + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+# With n = s / rms, g = w dy and rms^2 = mean(s^2) + eps, whose derivative by s_i is 2 s_i / C:
+#
+#     dy / dw:   dw = sum over rows of  n dy
+#     dy / ds:   ds = (g - n mean(g n)) / rms,   to which the gradient of the output s itself is added
+#     dx = ds, dropped as x was, and d residual = ds.
+
+
+@triton.jit
+def backward_kernel(
+    dy_ptr,
+    ds_ptr,  # gradient of the output s
+    s_ptr,
+    weight_ptr,
+    dx_ptr,
+    d_residual_ptr,  # all five (T, C), contiguous
+    partial_ptr,  # (programs, C) fp32
+    T,
+    C,
+    s_stride,
+    rows_each,  # of a program; a multiple of ROWS
+    eps,
+    seed,
+    threshold,
+    RESIDUAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([BLOCK], tl.float32)
+    first = tl.program_id(0) * rows_each
+    for start in range(first, tl.minimum(first + rows_each, T), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows[:, None] < T) & (columns[None, :] < C)
+        far = rows[:, None].to(tl.int64)
+        here = far * C + columns[None, :]
+        s = tl.load(s_ptr + far * s_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        rms = tl.sqrt(tl.sum(s * s, 1) / C + eps)
+        n = s / rms[:, None]
+        d_weight += tl.sum(n * dy, 0)
+        g = dy * weight[None, :]
+        d = (g - n * (tl.sum(g * n, 1) / C)[:, None]) / rms[:, None]
+        if RESIDUAL:
+            d += tl.load(ds_ptr + here, mask=inside, other=0.0).to(tl.float32)
+            tl.store(d_residual_ptr + here, d.to(d_residual_ptr.dtype.element_ty), mask=inside)
+        if DROPOUT:
+            d = tl.where(kept(seed, rows, 0, 0, threshold, BLOCK), d * (256.0 / (256 - threshold)), 0.0)
+        tl.store(dx_ptr + here, d.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + tl.program_id(0) * C + columns, d_weight, mask=columns < C)
+
+
+def tile(device, C):
+    """{ROWS, BLOCK, num_warps} for rows of C columns."""
+    sizes = TILES[architecture(device)]
+    rows, warps = next(sizes[size] for size in sizes if size >= C)
+    return dict(ROWS=rows, BLOCK=max(next_power_of_2(C), 16), num_warps=warps)
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual, dropout_p, seed):
+        (T, C), threshold = x.shape, threshold_of(dropout_p)
+        flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(x.device, C)
+        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        y = torch.empty(T, C, dtype=dtype, device=x.device)
+        s = x if residual is None else torch.empty_like(y)
+        beside = x if residual is None else residual
+        sizes = (T, C, x.stride(0), beside.stride(0), eps, seed, threshold)
+        launch(forward_kernel, (-(-T // flags["ROWS"]),), x, beside, weight, s, y, *sizes, **flags)
+        ctx.save_for_backward(s, weight)
+        ctx.rest = (eps, seed, threshold), flags, x.dtype, None if residual is None else residual.dtype
+        return y if residual is None else (s, y)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        s, weight = ctx.saved_tensors
+        numbers, flags, x_dtype, residual_dtype = ctx.rest
+        (T, C), rows = s.shape, flags["ROWS"]
+        rows_each = -(-T // (PROGRAMS * rows)) * rows
+        programs = -(-T // rows_each) if T else 0
+        ds, dy = (x.contiguous() for x in (upstream[0], upstream[-1]))  # one and the same without a residual
+        dx = torch.empty(T, C, dtype=x_dtype, device=s.device)
+        d_residual = torch.empty_like(dx, dtype=residual_dtype) if residual_dtype else None
+        partial = torch.empty(programs, C, device=s.device)
+        tensors = (dy, ds, s, weight, dx, dx if d_residual is None else d_residual, partial)
+        launch(backward_kernel, (programs,), *tensors, T, C, s.stride(0), rows_each, *numbers, **flags)
+        return dx, partial.sum(0).to(weight.dtype), None, d_residual, None, None
+
+
+def rms_norm_triton(x, weight, eps=1e-6, residual=None, dropout_p=0.0, seed=None):
+    """`rms_norm_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
+    check_arguments(x, weight, residual, dropout_p)
+    if x.dim() != 2 or not 1 <= x.shape[1] <= 16384:
+        raise ValueError(f"rms_norm: the Triton kernel takes x of (T, C) with C up to 16384, got {list(x.shape)}")
+    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"rms_norm: {name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"rms_norm: {name} must be on x's device, {x.device}, got {tensor.device}")
+    if dropout_p and seed is None:
+        seed = draw_seed()
+    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+    return RMSNorm.apply(x, weight.contiguous(), eps, residual, dropout_p, seed or 0)
