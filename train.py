@@ -78,8 +78,8 @@ class Run:
 
 def prepare(config):
     """Raises OSError or ValueError, in one line, for whatever the user can put right."""
-    kernels.choice()
     device = choose_device(config.device)
+    kernels.choice(device)
     rows = load_rows(config)
     out = find_output(config, rows.name)
     tok = make_tokenizer(config, rows, out)

@@ -138,15 +138,12 @@ class Layer(nn.Module):
 
     def forward(self, x, positions, bias_table, memory, inputs, cache):
         y = self.self_attention_norm(x)
-        x = x + self.dropout(
-            self.self_attention(y, positions, y, positions, bias_table, cache and cache.self_attention)
-        )
+        part = self.self_attention(y, positions, y, positions, bias_table, cache and cache.self_attention)
         if memory is not None:  # no position bias from target to input: their positions have nothing in common
-            y = self.cross_attention_norm(x)
-            x = x + self.dropout(
-                self.cross_attention(y, positions, memory, inputs, None, cache and cache.cross_attention)
-            )
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            x, y = self.cross_attention_norm.add(part, x)
+            part = self.cross_attention(y, positions, memory, inputs, None, cache and cache.cross_attention)
+        x, y = self.feed_forward_norm.add(part, x)
+        return x + self.dropout(self.feed_forward(y))
 
 
 class Attention(nn.Module):
@@ -200,18 +197,24 @@ class FeedForward(nn.Module):
             self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout_p = config.dropout_rate
 
     def forward(self, x):
-        y = kernels.geglu(self.gate(x), self.up(x)) if self.gated else F.relu(self.up(x))  # (T, F)
-        return self.down(self.dropout(y))
+        p = self.dropout_p if self.training else 0.0
+        y = kernels.geglu(self.gate(x), self.up(x), p) if self.gated else kernels.relu(self.up(x), p)  # (T, F)
+        return self.down(y)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.d_model))
-        self.eps = config.layer_norm_epsilon
+        self.eps, self.dropout_p = config.layer_norm_epsilon, config.dropout_rate
 
     def forward(self, x):
         return kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, part, x):
+        """x + dropout(part), and that normalised: the residual connection and the next norm are one kernel."""
+        p = self.dropout_p if self.training else 0.0
+        return kernels.rms_norm(part, self.weight, self.eps, residual=x, dropout_p=p)

@@ -106,8 +106,32 @@ def test_geglu_is_the_tanh_approximation():
         kernels.geglu(gate, up[1:])
 
 
-@pytest.mark.parametrize("value", ["triton", "cuda"])
-def test_a_choice_of_kernels_that_is_not_there_is_refused(monkeypatch, value):
+# What DSS_KERNELS asks for, where; what is chosen, or what the refusal says.
+CHOICES = [
+    ("", "cpu", dict(installed=True, interpreted=True), "reference"),
+    ("", "cuda", dict(installed=True, interpreted=False), "triton"),
+    ("", "cuda", dict(installed=False, interpreted=False), "reference"),
+    ("reference", "cuda", dict(installed=True, interpreted=False), "reference"),
+    ("triton", "cpu", dict(installed=True, interpreted=True), "triton"),
+    ("triton", "cpu", dict(installed=True, interpreted=False), "TRITON_INTERPRET=1"),
+    ("triton", "mps", dict(installed=False, interpreted=False), "not installed"),
+    ("cuda", "cuda", dict(installed=True, interpreted=False), "must be 'triton' or 'reference', got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize("value, device, here, outcome", CHOICES)
+def test_the_choice_of_kernels(monkeypatch, value, device, here, outcome):
     monkeypatch.setenv("DSS_KERNELS", value)
+    monkeypatch.setattr("kernels.launch.INSTALLED", here["installed"])
+    monkeypatch.setattr("kernels.launch.INTERPRETED", here["interpreted"])
+    if outcome in ("triton", "reference"):
+        assert kernels.choice(torch.device(device)) == outcome
+    else:
+        with pytest.raises(ValueError, match=f"DSS_KERNELS.*{outcome}"):
+            kernels.choice(torch.device(device))
+
+
+def test_a_misspelt_choice_stops_the_first_operation(monkeypatch):
+    monkeypatch.setenv("DSS_KERNELS", "cuda")
     with pytest.raises(ValueError, match="DSS_KERNELS"):
-        kernels.geglu(torch.zeros(2), torch.zeros(2))
+        kernels.geglu(gate=torch.zeros(2), up=torch.zeros(2))

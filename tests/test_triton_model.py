@@ -1,0 +1,87 @@
+"""The whole model on the Triton kernels against the same model on the references: a training step and generation."""
+
+import pytest
+import torch
+from conftest import DEVICE, relative_error
+
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
+from dss.config import T5Config
+from dss.generate import generate
+from dss.loss import distillation_loss
+from dss.model import T5
+
+SHAPE = dict(vocab_size=61, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=2)
+V1_0 = dict(feed_forward_proj="relu")
+V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
+SEQUENCES = [
+    Sequence([5, 6, 7, 8, 1], [11, 1], LABEL),
+    Sequence([9, 6, 7, 8, 1], [12, 13, 14, 15, 1], RATIONALE),
+    Sequence([9, 1], [16, 1], LABEL),
+    Sequence([*range(3, 60), 1], [*range(20, 55), 1], RATIONALE),
+]
+
+
+def student(shape, dropout_rate=0.0):
+    torch.manual_seed(0)
+    model = T5(T5Config(**SHAPE, **shape, dropout_rate=dropout_rate)).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the initial ones and from alike scores
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def train_step(model, monkeypatch, kernels, bf16=False):
+    """(L, L_label, L_rationale) and {name: gradient} of one step."""
+    monkeypatch.setenv("DSS_KERNELS", kernels)
+    model.zero_grad()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+        losses = distillation_loss(model, pack(SEQUENCES, DEVICE), *count_targets(SEQUENCES), lam=0.5)
+    losses[0].backward()
+    return torch.stack([x.detach() for x in losses]), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("shape", [V1_0, V1_1], ids=["T5 1.0", "T5 1.1"])
+def test_every_gradient_of_a_training_step(shape, monkeypatch, measured):
+    model = student(shape)
+    losses, gradients = train_step(model, monkeypatch, "triton")
+    want_losses, want = train_step(model, monkeypatch, "reference")
+    torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=1e-6)
+    assert all((g != 0).any() for g in want.values()), "a parameter that plays no part compares nothing"
+    worst = max(relative_error(gradients[name], want[name]) for name in want)
+    measured(f"Triton against reference: worst of {len(want)} gradients of a training step", worst, 2e-5)
+
+
+def test_every_gradient_under_bfloat16_autocast(monkeypatch, measured):
+    """fp32 master weights, products in bf16: Triton is about as near to fp32 as the reference, gradients are fp32."""
+    model = student(V1_1)
+    exact = train_step(model, monkeypatch, "reference")[1]
+    ours = train_step(model, monkeypatch, "triton", bf16=True)[1]
+    theirs = train_step(model, monkeypatch, "reference", bf16=True)[1]
+    assert all(g.dtype == torch.float32 for g in ours.values())
+    worst = max(relative_error(ours[n], exact[n]) / max(relative_error(theirs[n], exact[n]), 5e-3) for n in exact)
+    measured(
+        "Triton against reference, bf16: worst ratio of their gradients' errors against fp32", worst, 3.0
+    )  # the interpreter truncates to bf16
+
+
+def test_dropout_trains_and_follows_torch_s_seed(monkeypatch):
+    model = student(V1_1, dropout_rate=0.2).train()
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses, gradients = train_step(model, monkeypatch, "triton")
+        results.append(torch.cat([losses, *(g.flatten() for g in gradients.values())]))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert results[0].isfinite().all()
+
+
+def test_generation_is_equal(monkeypatch):
+    model = student(V1_0).eval()
+    inputs = [[5, 6, 7, 8, 1], [9, 1], [*range(3, 43), 1]]
+    written = []
+    for kernels in ("triton", "reference"):
+        monkeypatch.setenv("DSS_KERNELS", kernels)
+        written.append(generate(model, inputs, max_new_tokens=5))
+    assert written[0] == written[1] and any(written[0])
