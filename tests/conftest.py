@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 settings.register_profile("dss", deadline=None, max_examples=25)
 settings.load_profile("dss")
 
-FIGURES = pytest.StashKey()
+FIGURES, TABLES = pytest.StashKey(), pytest.StashKey()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton tests run: compiled, or interpreted
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of a kernel's error against fp64
 
@@ -46,7 +46,16 @@ def measured(request):
     return check
 
 
+@pytest.fixture
+def table(request):
+    """A function (title, lines) that prints them at the end of the test run."""
+    return lambda title, lines: request.config.stash.setdefault(TABLES, []).append((title, lines))
+
+
 def pytest_terminal_summary(terminalreporter, config):
+    for title, of_table in config.stash.get(TABLES, []):
+        terminalreporter.section(title)
+        terminalreporter.write_line("\n".join(of_table))
     lines = config.stash.get(FIGURES, [])
     if lines:
         terminalreporter.section("measured, relative errors")

@@ -1,0 +1,212 @@
+"""Every kernel compiled ahead of time, without a GPU: does it build, and does it fit into the registers?
+
+    python -m kernels.aot                      a table for sm_90
+    python -m kernels.aot --arch sm_80 gfx942 --only attention geglu --json
+
+The launches are those of the real launchers: CASES call the public Triton functions, forward and backward, on tensors
+without storage (device "meta"), and a `Recording` keeps what would have been launched, so that what is compiled here is
+what a GPU of that architecture would run. Registers, shared memory and spills (loads from and stores to local memory in
+the machine code) come from the cuobjdump in Triton's own package; for AMD from the metadata in its assembly.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+
+import torch
+
+from . import launch
+from .attention import attention_triton
+from .cross_entropy import cross_entropy_triton
+from .geglu import geglu_triton, relu_triton
+from .rms_norm import rms_norm_triton
+
+ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Recording:
+    """What `launch` was asked to run, as (kernel, arguments, options), while this is `launch.recording`."""
+
+    def __init__(self, architecture):
+        self.architecture, self.launches = architecture, []
+
+    def add(self, *of_launch):
+        self.launches.append(of_launch)
+
+
+# ---- The cases ------------------------------------------------------------------------------------------------------
+
+
+def meta(*shape, dtype=torch.bfloat16, gradient=True):
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=gradient and dtype.is_floating_point)
+
+
+def attention_case(D, causal=False, bias=True, dropout_p=0.1, dtype=torch.bfloat16, M=1024, N=1024, H=12):
+    B = 16
+    cu_q, cu_k = (meta(B + 1, dtype=torch.int32) for _ in range(2))
+    q, k, v = meta(B * M, H, D, dtype=dtype), meta(B * N, H, D, dtype=dtype), meta(B * N, H, D, dtype=dtype)
+    table = meta(32, H, dtype=torch.float32) if bias else None
+    o = attention_triton(q, k, v, table, cu_q, cu_k, causal, dropout_p, 7, 128, M, N)
+    if o.requires_grad:
+        o.sum().backward()
+
+
+def decoding_case(D, causal=False, bias=True, dtype=torch.bfloat16):
+    with torch.no_grad():
+        attention_case(D, causal, bias, 0.0, dtype, M=1, N=200)
+
+
+def cross_entropy_case(V, dtype=torch.bfloat16):
+    labels, weights = meta(64, dtype=torch.int64), meta(64, dtype=torch.float32, gradient=False)
+    cross_entropy_triton(meta(64, V, dtype=dtype), labels, weights).backward()
+
+
+def residual_case(C):
+    """Under autocast: a bf16 branch beside an fp32 residual stream."""
+    x, weight, residual = meta(64, C), meta(C, dtype=torch.float32), meta(64, C, dtype=torch.float32)
+    s, y = rms_norm_triton(x, weight, 1e-6, residual, 0.1, 7)
+    (s + y).sum().backward()
+
+
+CASES = {
+    "attention D=64 encoder": lambda: attention_case(64),
+    "attention D=64 encoder, no dropout": lambda: attention_case(64, dropout_p=0.0),
+    "attention D=64 decoder": lambda: attention_case(64, causal=True),
+    "attention D=64 cross": lambda: attention_case(64, bias=False, M=256),
+    "attention D=64 encoder, fp32": lambda: attention_case(64, dtype=torch.float32),
+    "attention D=128 encoder": lambda: attention_case(128),
+    "attention D=128 decoder": lambda: attention_case(128, causal=True),
+    "attention D=128 cross": lambda: attention_case(128, bias=False, M=256),
+    "attention D=32 encoder": lambda: attention_case(32),
+    "attention D=32 decoder": lambda: attention_case(32, causal=True),
+    "attention D=32 cross": lambda: attention_case(32, bias=False, M=256),
+    "attention D=32 encoder, fp32": lambda: attention_case(32, dtype=torch.float32),
+    "attention D=128 encoder, fp32": lambda: attention_case(128, dtype=torch.float32),
+    "decoding D=64 self": lambda: decoding_case(64, causal=True),
+    "decoding D=64 cross": lambda: decoding_case(64, bias=False),
+    "decoding D=128 self": lambda: decoding_case(128, causal=True),
+    "decoding D=64 self, fp32": lambda: decoding_case(64, causal=True, dtype=torch.float32),
+    "cross_entropy V=32128": lambda: cross_entropy_case(32128),
+    "cross_entropy V=32128, fp32": lambda: cross_entropy_case(32128, torch.float32),
+    "cross_entropy V=250112": lambda: cross_entropy_case(250112),
+    "rms_norm C=768": lambda: rms_norm_triton(meta(64, 768), meta(768, dtype=torch.float32)).sum().backward(),
+    "rms_norm + residual + dropout C=768": lambda: residual_case(768),
+    "rms_norm + residual + dropout C=2048": lambda: residual_case(2048),
+    "rms_norm + residual + dropout C=4096": lambda: residual_case(4096),
+    "geglu F=2048": lambda: geglu_triton(meta(64, 2048), meta(64, 2048), 0.1, 7).sum().backward(),
+    "relu F=3072": lambda: relu_triton(meta(64, 3072), 0.1, 7).sum().backward(),
+}
+
+
+def launches_of(case, architecture):
+    """[(kernel, arguments, options)] that CASES[case] would launch on a GPU of this architecture."""
+    launch.recording = Recording(architecture)
+    try:
+        CASES[case]()
+        return launch.recording.launches
+    finally:
+        launch.recording = None
+
+
+# ---- Compilation ----------------------------------------------------------------------------------------------------
+
+
+def compile_launch(kernel, arguments, options, architecture):
+    """{registers, shared, spills} of one launch; raises what Triton raises where it does not build."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    amd = architecture.startswith("gfx")
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
+    built_with = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+    constants = {key: value for key, value in options.items() if key not in built_with}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):  # as Triton specialises a call: on 1 and on multiples of 16
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        value = arguments[i]
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=built_with)
+    if amd:
+        text = built.asm["amdgcn"]
+        first = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
+        return dict(registers=first("vgpr_count"), shared=built.metadata.shared, spills=first("vgpr_spill_count"))
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = pathlib.Path(directory) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.check_output([tool, "-res-usage", cubin], text=True, stderr=subprocess.STDOUT)
+        machine_code = subprocess.check_output([tool, "-sass", cubin], text=True, stderr=subprocess.DEVNULL)
+    return dict(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        shared=built.metadata.shared,
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", machine_code)),
+    )
+
+
+def rows(architecture, only=("",)):
+    """A dict for each compiled launch: case, kernel, tile, warps, stages, registers, shared (bytes), spills."""
+    for case in CASES:
+        if any(text in case for text in only):
+            for kernel, arguments, options in launches_of(case, architecture):
+                tile = "x".join(str(options[key]) for key in ("BM", "BN", "ROWS", "BLOCK") if key in options)
+                row = dict(architecture=architecture, case=case, kernel=kernel.__name__, tile=tile)
+                row |= dict(warps=options["num_warps"], stages=options.get("num_stages", 3))
+                yield row | compile_launch(kernel, arguments, options, architecture)
+
+
+HEADER = (
+    "| case | kernel | tile | warps | stages | registers | shared, KiB | spills |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row):
+    shown = row | dict(shared=f"{row['shared'] / 1024:.1f}")
+    keys = ("case", "kernel", "tile", "warps", "stages", "registers", "shared", "spills")
+    return f"| {' | '.join(str(shown[key]) for key in keys)} |"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", choices=ARCHITECTURES, nargs="+", default=["sm_90"], help="[sm_90]")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one of these")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
+    args = parser.parse_args(argv)
+    if not launch.INSTALLED or launch.INTERPRETED:
+        print("kernels.aot: needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # 3.9 says it once, whatever we do
+    for architecture in args.arch:
+        if not args.json:
+            print(f"{architecture}\n{HEADER}")
+        for row in rows(architecture, args.only):
+            print(json.dumps(row) if args.json else line(row), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
