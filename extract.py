@@ -122,8 +122,7 @@ def make_run(config, scale=1.0):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
     base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = os.environ.get(config.api_key_env, "").strip()
-    nowhere = Address("", config.endpoint, {}, (), config.timeout)
-    address = make_address(base_url, config.endpoint, key, config.timeout) if base_url else nowhere
+    address = make_address(base_url, config.endpoint, key, config.timeout)
     pace, tally = Pace(config.rpm, scale), Tally(config.price_in, config.price_out)
     return Run(config, prompt, address, config.params(prompt.stop), pace, tally)
 
@@ -204,7 +203,8 @@ def work(run, jobs, results):
         except Stopped:
             outcome.unasked = True
         except Problem as problem:
-            run.aborted, outcome.unasked = run.aborted or str(problem), True
+            question = "; is the teacher running there?" if problem.then == "retry" else ""
+            run.aborted, outcome.unasked = run.aborted or f"{problem}{question}", True
             run.pace.stopped.set()
         except Exception as problem:  # a bug of ours: the main thread raises it
             outcome.crash = problem
@@ -364,7 +364,7 @@ def ask_all(run, stop):
             in_a_row = in_a_row + 1 if kind and kind != "incorrect" else 0
             if config.max_consecutive_failures and in_a_row == config.max_consecutive_failures:
                 last = row.other["error"]["message"]
-                run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer, the last: {last}"
+                run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer; the last: {last}"
     for _ in range(workers):
         jobs.put(None)
     output.close()

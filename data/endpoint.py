@@ -78,7 +78,9 @@ class Address:
 
 
 def make_address(base_url, endpoint, key, timeout):
-    """The Address of a base URL. Raises ValueError, which never quotes a secret."""
+    """The Address of a base URL, or of none. Raises ValueError, which never quotes a secret."""
+    if not base_url:
+        return Address("", endpoint, {}, (), timeout)
     parts = urlsplit(base_url)
     try:
         good = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
@@ -283,11 +285,16 @@ class Pace:
 
     def wait(self):
         """Return when a request may go out. Raises Stopped if the run ends first."""
-        with self.lock:
-            turn = self.next = max(time.monotonic(), self.next + self.interval)
-        while (pause := max(turn, self.open) - time.monotonic()) > 0:  # `open` may move while we wait
-            self.sleep(pause)
-        self.sleep(0)
+        while True:
+            self.sleep(self.open - time.monotonic())
+            with self.lock:
+                now = time.monotonic()
+                if now < self.open:  # another worker was told to wait while this one did
+                    continue
+                turn = self.next = max(now, self.next + self.interval)
+            self.sleep(turn - now)
+            if time.monotonic() >= self.open:
+                return
 
     def back_off(self, attempt, wait):
         """Pause after failed attempt 0, 1, ...: all workers for the server's `wait`, else this one, ever longer."""

@@ -112,9 +112,8 @@ def say_estimate(run, rows, characters):
     usual = round(requests * min(sum(replies) / len(replies), config.max_tokens))
     sent, most = characters * config.n // 3, requests * config.max_tokens
     print(f"rows: {rows:,}; requests: {requests:,}")
-    print(
-        f"tokens, at 4 characters each: {sent:,} in; out {usual:,} if answers are like the exemplars', at most {most:,}"
-    )
+    print(f"tokens, at 3 characters each (English prose has 4 to 5): {sent:,} in;")
+    print(f"        {usual:,} out if answers are as long as the exemplars', at most {most:,}")
     if config.price_in or config.price_out:
         usual, most = ((sent * config.price_in + out * config.price_out) / 1e6 for out in (usual, most))
         print(f"cost: about ${usual:,.2f}, at most ${most:,.2f}")

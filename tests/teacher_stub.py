@@ -86,8 +86,9 @@ class Stub:
     """In a `with` block: a teacher at `.url`. `.requests` are (question, body, headers, time), `.most` is the largest
     number of requests in flight at a time."""
 
-    def __init__(self, behave=lambda question, attempt: "ok", latency=0.0):
-        self.behave, self.latency, self.lock = behave, latency, threading.Lock()
+    def __init__(self, behave=lambda question, attempt: "ok", latency=0.0, idle=None):
+        """latency: seconds a reply takes; idle: seconds after which a connection without requests is closed."""
+        self.behave, self.latency, self.idle, self.lock = behave, latency, idle, threading.Lock()
         self.requests, self.attempts, self.actions = [], Counter(), Counter()
         self.flying = self.most = self.connections = 0
         self.stalled = set()
@@ -133,6 +134,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def setup(self):
+        self.timeout = self.server.stub.idle
         super().setup()
         self.server.stub.connections += 1
 
@@ -147,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(stub.latency)
         if action == "stall":
             return self.stall()
+        if action == "drip":
+            return self.drip()
         if action == "late":  # after the client's patience
             time.sleep(1)
             action = "ok"
@@ -174,8 +178,20 @@ class Handler(BaseHTTPRequestHandler):
             reply = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:cut]
         stub.leave()  # before the client can have the reply and send the next request
         self.wfile.write(reply)
-        self.close_connection = bool(cut)
+        self.close_connection = bool(cut) or headers.get("Connection") == "close"
         return None
+
+    def drip(self):
+        """A byte now and then: never silent for long, and never done."""
+        self.server.stub.leave()
+        self.close_connection = True
+        try:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n")
+            for _ in range(40):
+                self.wfile.write(b"{")
+                time.sleep(0.05)
+        except OSError:
+            pass
 
     def stall(self):
         """Half a reply, then nothing until the client hangs up; then the rest, which is late."""

@@ -1,5 +1,6 @@
 """extract.py against teachers that misbehave: nothing lost, nothing twice, one clear line for what cannot work."""
 
+import dataclasses
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from teacher_stub import REPLIES, Stub, answer, completed
 
 import extract
 from data.jsonl import read_jsonl
+from data.output import put_in_order
+from data.settings import ExtractConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-test-0123456789abcdef"
@@ -172,10 +176,28 @@ def test_limit_and_more_of_the_same_file_later(files):
     assert len(stub.requests) == 6
 
 
-def test_connections_are_kept_alive_and_a_stale_one_is_replaced(files):
+def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(files):
     with Stub() as stub:
-        assert run(files, stub.url, "--concurrency 2") == 0
-        assert stub.connections <= 2
+        assert run(files, stub.url, "--concurrency 2") == 0 and stub.connections <= 2
+    closing = {"Connection": "close"}
+    for stub in (Stub(idle=0.05), Stub(lambda q, attempt: (200, completed(answer(q)), closing))):
+        with stub:  # llama.cpp closes after 5 s; the requests go out each 100 ms
+            assert run(files, stub.url, "--concurrency 1 --overwrite --rpm 60", scale=0.1) == 0
+        assert stub.connections == 6 and [r["teacher"]["attempts"] for r in rows(files)] == [1] * 6
+
+
+def test_help_groups_the_flags_and_gives_each_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        extract.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and re.findall(r"^([a-z]+):$", text, re.MULTILINE) == [
+        "options", "rows", "teacher", "sampling", "choice", "limits",
+    ]  # fmt: skip
+    words = " ".join(text.split())
+    for field in dataclasses.fields(ExtractConfig):
+        shown = "" if field.default in ("", None, False) else f"[{field.default}]"
+        assert f"--{field.name.replace('_', '-')} " in words and shown in words
+    assert "3 aborted, the teacher cannot go on; 130 interrupted" in words
 
 
 # ---- Samples, gold labels, reasoning --------------------------------------------------------------------------------
@@ -269,7 +291,7 @@ RETRIED = [
     "truncated",
     "truncated chunk",
 ]
-RETRIED += ["not json", "html", "no choices", "error in 200", "stall", "late", "date"]
+RETRIED += ["not json", "html", "no choices", "error in 200", "stall", "late", "drip", "date"]
 
 
 @pytest.mark.parametrize("action", RETRIED)
@@ -344,7 +366,8 @@ def test_an_abort_keeps_what_is_in_flight_and_the_next_start_goes_on(files):
 
 def test_a_teacher_that_never_answers_aborts_after_the_first_rows_retries(files, capsys):
     assert run(files, "http://127.0.0.1:9/v1", "--max-retries 2 --timeout 2") == 3
-    assert "aborted: http://127.0.0.1:9/v1: " in capsys.readouterr().err and not errors(files)
+    said = capsys.readouterr().err
+    assert "aborted: http://127.0.0.1:9/v1: " in said and "is the teacher running there?" in said and not errors(files)
     with Stub(always("500")) as stub:
         assert run(files, stub.url, "--max-retries 2 --concurrency 1") == 3 and len(stub.requests) == 3
     assert "oops" in capsys.readouterr().err
@@ -355,7 +378,7 @@ def test_too_many_failures_in_a_row_abort(tmp_path, capsys):
     with Stub(always("no marker", lambda q: int(re.search(r"\d+", q)[0]) > 9)) as stub:
         assert run(tmp_path, stub.url, "--max-consecutive-failures 5 --concurrency 1") == 3
         assert len(rows(tmp_path)) == 10 and 5 <= len(errors(tmp_path)) <= 7
-        assert "5 rows in a row without a usable answer, the last: the reply does not say" in capsys.readouterr().err
+        assert "5 rows in a row without a usable answer; the last: the reply does not say" in capsys.readouterr().err
         assert (
             run(tmp_path, stub.url, "--max-consecutive-failures 0 --retry-failed") == 1 and len(errors(tmp_path)) == 30
         )
@@ -383,6 +406,14 @@ def test_rpm_spaces_the_requests(tmp_path):
     assert times[-1] - times[0] > 0.05 * 11 * 0.9
 
 
+def test_a_pause_does_not_save_up_requests_for_a_burst(tmp_path):
+    make_files(tmp_path, 8)
+    with Stub(once("429")) as stub:
+        assert run(tmp_path, stub.url, "--rpm 60 --limit 6", scale=0.1) == 0  # one each 100 ms, pauses of 100 ms
+    times = sorted(when for _, _, _, when in stub.requests)
+    assert min(b - a for a, b in pairwise(times)) > 0.05
+
+
 def test_back_off_doubles_up_to_a_minute_with_jitter(monkeypatch):
     from data.endpoint import Pace
 
@@ -398,7 +429,7 @@ def test_never_more_in_flight_than_concurrency(tmp_path):
     make_files(tmp_path, 60)
     for most in (1, 5):
         with Stub(once("stall"), latency=0.01) as stub:
-            assert run(tmp_path, stub.url, f"--concurrency {most} --limit {8 * most} --timeout 0.3 --overwrite") == 0
+            assert run(tmp_path, stub.url, f"--concurrency {most} --limit {4 * most} --timeout 0.3 --overwrite") == 0
         assert stub.most == most
 
 
@@ -485,6 +516,34 @@ def test_a_torn_last_line_is_cut_off_and_reported(files, capsys, tail, rows_left
     assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
     assert (files / "out.jsonl").read_bytes().startswith(whole)
     assert ("torn by a crash was cut off" in capsys.readouterr().err) == bool(tail)
+
+
+@settings(max_examples=20)
+@given(share=st.floats(0, 1), cut_errors=st.booleans())
+def test_wherever_a_crash_cuts_the_files_the_next_start_completes_them(tmp_path_factory, share, cut_errors):
+    folder = make_files(tmp_path_factory.mktemp("cut"))
+    with Stub(always("no marker", lambda q: int(re.search(r"\d+", q)[0]) < 2)) as stub:
+        assert run(folder, stub.url) == 1
+        before = rows(folder), errors(folder)
+        path = folder / ("out.jsonl.errors.jsonl" if cut_errors else "out.jsonl")
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        assert run(folder, stub.url) == 1
+    for was, now in zip(before, (rows(folder), errors(folder))):
+        assert [lasting(row) for row in was] == [lasting(row) for row in now]
+
+
+@given(names=st.lists(st.integers(0, 9)), order=st.permutations(range(10)), out=st.sets(st.integers(0, 9), max_size=4))
+def test_lines_are_put_in_order_the_last_of_an_id_stays(tmp_path_factory, names, order, out):
+    path = tmp_path_factory.mktemp("order") / "x.jsonl"
+    path.write_text("".join(json.dumps({"id": str(name), "line": i}) + "\n" for i, name in enumerate(names)))
+    known = [str(name) for name in order[:7]]  # the other three lie behind
+    put_in_order(path, known, leave_out={str(name) for name in out})
+    last = {str(name): i for i, name in enumerate(names) if name not in out}
+    left = rows(path.parent, "x.jsonl")
+    assert {row["id"]: row["line"] for row in left} == last and len(left) == len(last)
+    assert [row["id"] for row in left][: len(last.keys() & set(known))] == [name for name in known if name in last]
+    assert path.exists() == bool(last) and len(list(path.parent.iterdir())) == bool(last)
 
 
 def test_a_second_process_is_refused(files, capsys):
@@ -676,6 +735,27 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path):
         assert process.returncode == 130 and time.monotonic() - clock < 3
         assert said.endswith("extract.py: interrupted\n") and "Ctrl-C ends at once" in said
     assert len(rows(tmp_path)) == 21
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_aborts_and_the_next_start_goes_on(tmp_path):
+    make_files(tmp_path, 60)
+    code = "import resource, sys, extract; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    code += "; sys.exit(extract.main(sys.argv[1:]))"
+    with Stub() as stub:
+        made = subprocess.run(
+            [sys.executable, "-c", code, *arguments(tmp_path, stub.url)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert made.returncode == 3 and "extract.py: aborted: [Errno 27]" in made.stderr, made.stderr
+        assert "Traceback" not in made.stderr
+        assert run(tmp_path, stub.url) == 0
+    assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(60)]
+
+
+def test_a_bug_of_ours_in_a_worker_is_raised_and_does_not_hang(files, monkeypatch):
+    monkeypatch.setattr(extract, "parse", lambda *_: 1 / 0)
+    with Stub() as stub, pytest.raises(ZeroDivisionError):
+        run(files, stub.url)
 
 
 @settings(max_examples=4)

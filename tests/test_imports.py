@@ -30,6 +30,10 @@ def test_packages_import_in_one_direction(package):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+def test_extract_needs_data_alone():
+    assert set(imports(ROOT / "extract.py")) & OURS == {"data"}
+
+
 def test_nothing_but_the_listed_packages_is_needed():
     for path in [*ROOT.glob("*.py"), *(p for name in MAY_IMPORT for p in (ROOT / name).rglob("*.py"))]:
         foreign = set(imports(path)) - OURS - PACKAGES - OPTIONAL - set(sys.stdlib_module_names)

@@ -1,6 +1,7 @@
 """Prompt files and the reading of answers: every file shipped works, a file that cannot work is refused in one line."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def test_toy_exemplars_are_right_and_of_the_embedded_task():
         items = e["input"].split(" ", 2)[2].removesuffix(". Mostly what?").split(", ")
         assert e["rationale"] == " ".join(kind_of[item] for item in items)
         assert e["label"] == Counter(e["rationale"].split()).most_common(1)[0][0]
+
+
+def test_the_prompt_file_in_the_readme_works(tmp_path):
+    text = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+    (tmp_path / "p.json").write_text(re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1])
+    p = load_prompt(tmp_path / "p.json")
+    assert p.label_type == "class" and p.completion("Fine.", "good").endswith("known to be good.)\nReasons:")
 
 
 # ---- What is sent ---------------------------------------------------------------------------------------------------
