@@ -135,13 +135,14 @@ class Appender:
 
     def write(self, line):
         if self.file is None:  # no file for no rows
-            self.file = open(self.path, "ab")
+            self.file = open(self.path, "ab", buffering=0)  # a full disk must not leave a rest to be flushed later
         try:
             content = line.encode()
         except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
             content = json.dumps(json.loads(line)).encode()
-        self.file.write(content + b"\n")
-        self.file.flush()
+        rest = memoryview(content + b"\n")
+        while rest:
+            rest = rest[self.file.write(rest) :]
         os.fsync(self.file.fileno())
 
     def close(self):
