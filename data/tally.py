@@ -86,6 +86,8 @@ def say_header(run):
     say(f"prompt:  {config.prompt} (sha256 {run.prompt.sha256[:12]}), {len(run.prompt.exemplars)} exemplars")
     resumed = f", {run.resumed:,} of them done or failed before" if run.resumed else ""
     say(f"rows:    {len(run.ids):,} in {config.input}{resumed}")
+    if others := len(run.done - run.ids.keys()):
+        say(f"         {others:,} more in {config.output} that are not in this input stay there")
 
 
 def say_summary(run):
