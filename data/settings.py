@@ -19,7 +19,7 @@ class ExtractConfig:
     # Each default stands here and nowhere else; each comment is the help text of its flag.
 
     # rows
-    input: str = ""  # rows to ask about, JSONL with "input", "id" (else it is FILE-LINE) and, if known, the gold "label"
+    input: str = ""  # rows to ask about, JSONL with "input", "id" (else FILE-LINE is it) and, if known, gold "label"
     output: str = ""  # where answered rows are written, JSONL; also the state that a second start goes on from
     prompt: str = ""  # prompt file, such as data/prompts/svamp.json
     errors: str = ""  # where rows without a usable answer are written; none: OUTPUT.errors.jsonl

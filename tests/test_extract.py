@@ -329,6 +329,13 @@ def test_what_fails_a_row_is_not_asked_again_and_keeps_the_raw_text(files, actio
         assert run(files, stub.url) == 0 and len(stub.requests) == 7
 
 
+@pytest.mark.parametrize("action, kind", [("truncated", "disconnect"), ("reset", "disconnect"), ("stall", "timeout")])
+def test_a_reply_that_never_comes_whole_is_named_as_that(files, action, kind):
+    with Stub(always(action, lambda q: "4 + 2" in q)) as stub:
+        assert run(files, stub.url, "--max-retries 1 --timeout 0.3") == 1
+    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r4", kind)]
+
+
 def test_retries_end_and_the_row_fails_with_its_last_reply(files):
     with Stub(always("html", lambda q: "4 + 2" in q)) as stub:
         assert run(files, stub.url, "--max-retries 2") == 1
@@ -390,7 +397,7 @@ def test_too_many_failures_in_a_row_abort(tmp_path, capsys):
 
 @pytest.mark.parametrize("action", ["429", "429 ms", "503"])
 def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action):
-    make_files(tmp_path, 12)
+    make_files(tmp_path, 100)
     slow = "Q: What is 3 + 2?\nA:"
     with Stub(lambda question, attempt: action if question == slow and attempt < 2 else "ok", latency=0.02) as stub:
         assert run(tmp_path, stub.url, "--concurrency 3", scale=0.4) == 0
