@@ -152,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         if action == "drip":
             return self.drip()
         if action == "late":  # after the client's patience
-            time.sleep(1)
+            time.sleep(1.5)
             action = "ok"
         if action in ("reset", "disconnect"):
             stub.leave()
@@ -187,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n")
-            for _ in range(40):
+            for _ in range(60):
                 self.wfile.write(b"{")
                 time.sleep(0.05)
         except OSError:

@@ -297,8 +297,9 @@ RETRIED += ["not json", "html", "no choices", "error in 200", "stall", "late", "
 
 @pytest.mark.parametrize("action", RETRIED)
 def test_what_may_pass_is_asked_again(files, action):
+    patience = 0.8 if action in ("stall", "late", "drip") else 30
     with Stub(once(action)) as stub:
-        assert run(files, stub.url, "--limit 3 --timeout 0.5") == 0
+        assert run(files, stub.url, f"--limit 3 --timeout {patience}") == 0
     assert [r["teacher"]["attempts"] for r in rows(files)] == [2, 2, 2] and len(stub.requests) == 6
 
 
@@ -400,10 +401,10 @@ def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action
     make_files(tmp_path, 100)
     slow = "Q: What is 3 + 2?\nA:"
     with Stub(lambda question, attempt: action if question == slow and attempt < 2 else "ok", latency=0.02) as stub:
-        assert run(tmp_path, stub.url, "--concurrency 3", scale=0.4) == 0
+        assert run(tmp_path, stub.url, "--concurrency 3", scale=0.7) == 0
     refused = [when for question, _, _, when in stub.requests if question == slow][:2]
-    for when in refused:  # told to wait 1 s, which is 0.4 s here; 0.1 s for the reply and what was in flight
-        assert not [t for _, _, _, t in stub.requests if when + 0.1 < t < when + 0.4], "a request during the pause"
+    for when in refused:  # told to wait 1 s, which is 0.7 s here; at first some were in flight
+        assert not [t for _, _, _, t in stub.requests if when + 0.25 < t < when + 0.7], "a request during the pause"
 
 
 def test_rpm_spaces_the_requests(tmp_path):
@@ -417,7 +418,7 @@ def test_rpm_spaces_the_requests(tmp_path):
 def test_a_pause_does_not_save_up_requests_for_a_burst(tmp_path):
     make_files(tmp_path, 8)
     with Stub(once("429")) as stub:
-        assert run(tmp_path, stub.url, "--rpm 60 --limit 6", scale=0.1) == 0  # one each 100 ms, pauses of 100 ms
+        assert run(tmp_path, stub.url, "--rpm 60 --limit 4", scale=0.2) == 0  # one each 200 ms, pauses of 200 ms
     times = sorted(when for _, _, _, when in stub.requests)
     assert min(b - a for a, b in pairwise(times)) > 0.05
 
