@@ -85,6 +85,7 @@ def make_address(base_url, endpoint, key, timeout):
     try:
         good = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
         port = parts.port
+        (parts.hostname or "").encode("idna")  # as the socket will; http://a..b is refused here, not in a worker
     except ValueError:
         good = False
     if not good:
@@ -123,7 +124,8 @@ class Teacher:
             status, headers, content = self.exchange(json.dumps(body).encode(), start + self.address.timeout)
         except TimeoutError:
             self.close()  # a reply that comes later has nowhere to go
-            raise Problem("timeout", f"no whole reply within {self.address.timeout:g} s", "retry") from None
+            waited = f"{time.monotonic() - start:.3g} s (--timeout {self.address.timeout:g})"
+            raise Problem("timeout", f"{self.address.url}: no whole reply within {waited}", "retry") from None
         except http.client.IncompleteRead:
             self.close()
             raise Problem("disconnect", "the reply was cut off", "retry") from None
@@ -132,7 +134,7 @@ class Teacher:
             what = str(problem) or type(problem).__name__
             raise Problem("disconnect", f"{self.address.url}: {self.address.hide(what)}", "retry") from None
         text = self.address.hide(content.decode("utf-8", "replace"))
-        if status != 200:
+        if not 200 <= status < 300:
             raise classify(status, headers, text, body, self.address)
         return read_reply(text, self.address, time.monotonic() - start)
 

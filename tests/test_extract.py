@@ -583,6 +583,7 @@ def test_a_second_process_is_refused(files, capsys):
         ("--overwrite --retry-failed", "--retry-failed must be given without --overwrite"),
         ("--model ", "--model: expected one argument"),
         ("--base-url ftp://x/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
+        ("--base-url http://a..b/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
         ("--base-url http://x/v1?key=abc", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
         ("--prompt nowhere.json", "nowhere.json"),
         ("--input nowhere.jsonl", "nowhere.jsonl"),
