@@ -183,8 +183,8 @@ def what_changed(path, name, now):
     now: the `teacher` of this run's rows. The answer is in the words of the command line.
     """
     before = next(row["teacher"] for _, row in read_rows(path) if row["id"] == name)
-    flags = {"temperature": "temperature", "top_p": "top-p", "seed": "seed", "n": "n", "reasoning": "reasoning"}
-    flags |= {"max_tokens": "max-tokens", "max_completion_tokens": "max-tokens", "stop": "no-stop"}
+    flags = {name: f"--{name}" for name in ("temperature", "seed", "n", "reasoning")} | {"top_p": "--top-p"}
+    flags |= {"max_tokens": "--max-tokens", "max_completion_tokens": "--max-tokens", "stop": "(--no-stop) stop texts"}
     found = [f"--{n} {before.get(n)}, not {now[n]}" for n in ("model", "endpoint") if before.get(n) != now[n]]
     if before.get("rationalize") != now["rationalize"]:
         found.append("--rationalize" if before.get("rationalize") else "no --rationalize")
@@ -193,8 +193,8 @@ def what_changed(path, name, now):
         found.append(f"--max-tokens-field {'max_tokens' if 'max_tokens' in old else 'max_completion_tokens'}")
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            flag = flags.get(key, f"extra-body {key}")
-            found.append(f"--{flag} {old.get(key, 'unset')}, not {new.get(key, 'unset')}")
+            flag = flags.get(key, f"--extra-body {key}")
+            found.append(f"{flag} {old.get(key, 'unset')}, not {new.get(key, 'unset')}")
     if before.get("prompt_sha256") != now["prompt_sha256"]:
         found.append(f"another --prompt file (sha256 {str(before.get('prompt_sha256'))[:12]})")
     return "; ".join(found) or f"another input in row {name!r}"

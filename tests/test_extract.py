@@ -462,7 +462,7 @@ def test_nothing_left_to_do_sends_nothing(files, capsys):
         ("--temperature 0.5", "--temperature 0.0, not 0.5"),
         ("--top-p 0.5", "--top-p unset, not 0.5"),
         ("--seed 1", "--seed unset, not 1"),
-        ("--no-stop", "--no-stop"),
+        ("--no-stop", "(--no-stop) stop texts ['\\nQ:'], not unset"),
         ("--model other", "--model stub-1, not other"),
         ("--endpoint completions", "--endpoint chat, not completions"),
         ('--extra-body {"top_k":1}', "--extra-body top_k unset, not 1"),
