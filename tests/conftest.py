@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is defined: Triton's interpreter runs them in NumPy
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from extracting import make_files
 from hypothesis import settings
 
 import tokenizer
@@ -91,3 +92,16 @@ def spiece(tmp_path_factory):
     texts = [f"{a} {b} {c}, {a}? ( 84.0 / 2.0 ) {b}. café naïve" for a in words for b in words[:6] for c in words[:3]]
     tokenizer.train(texts, directory / "spiece.model", vocab_size=300).save(directory)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def no_key_of_the_user(monkeypatch):
+    """No test may send, or depend on, what the user's environment holds."""
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with extract.py's small task: in.jsonl and p.json."""
+    return make_files(tmp_path)

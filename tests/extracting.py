@@ -1,0 +1,78 @@
+"""What the tests of extract.py share: a task, its files, and ways to run extract.py on them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import extract
+
+ROOT = Path(__file__).resolve().parents[1]
+KEY = "sk-test-0123456789abcdef"
+PROMPT = {
+    "exemplars": [{"input": "What is 1 + 1?", "rationale": "1 and 1 more.", "label": "(1 + 1)"}],
+    "question": "Q: {input}{hint}\nA:",
+    "hint": " ({label})",
+    "answer": " {rationale} The answer is {label}.",
+    "answer_marker": "The answer is",
+    "stop": ["\nQ:"],
+    "label_type": "equation",
+}
+FAST = 0.01  # of the real pauses
+
+
+def make_files(folder, rows=6):
+    """in.jsonl and p.json; the gold label of every third row is another than the stub says."""
+    lines = [{"id": f"r{i}", "input": f"What is {i} + 2?", "label": f"{i} + {2 + (i % 3 == 0)}"} for i in range(rows)]
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "p.json").write_text(json.dumps(PROMPT))
+    return folder
+
+
+def arguments(folder, url, line=""):
+    places = ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--prompt", folder / "p.json"]
+    return [str(a) for a in [*places, "--model", "stub-1", "--base-url", url, *line.split()]]
+
+
+def run(folder, url, line="", scale=FAST):
+    return extract.main(arguments(folder, url, line), scale)
+
+
+def rows(folder, name="out.jsonl"):
+    path = folder / name
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def errors(folder):
+    return rows(folder, "out.jsonl.errors.jsonl")
+
+
+def always(action, when=lambda question: True):
+    return lambda question, attempt: action if when(question) else "ok"
+
+
+def once(*actions):
+    """Each row's first requests are answered so, later ones well."""
+    return lambda question, attempt: actions[attempt] if attempt < len(actions) else "ok"
+
+
+def start(folder, url, line=""):
+    code = f"import sys, extract; sys.exit(extract.main(sys.argv[1:], {FAST}))"
+    command = [sys.executable, "-c", code, *arguments(folder, url, line)]
+    environment = os.environ | {"OPENAI_API_KEY": KEY}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_rows(folder, number, process):
+    while process.poll() is None and not (
+        (p := folder / "out.jsonl").exists() and p.read_bytes().count(b"\n") >= number
+    ):
+        time.sleep(0.005)
+
+
+def lasting(row):
+    """A row without what differs from run to run."""
+    passing = ("created_at", "latency_s", "attempts")
+    return row | {"teacher": {k: v for k, v in row["teacher"].items() if k not in passing}}

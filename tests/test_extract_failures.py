@@ -1,0 +1,172 @@
+"""extract.py against a teacher that fails in every way there is, and its pace."""
+
+import re
+from itertools import pairwise
+
+import pytest
+from extracting import always, errors, make_files, once, rows, run
+from teacher_stub import REPLIES, Stub
+
+# ---- Every way to fail ----------------------------------------------------------------------------------------------
+
+RETRIED = [
+    "408",
+    "409",
+    "429",
+    "429 ms",
+    "429 bare",
+    "500",
+    "503",
+    "reset",
+    "disconnect",
+    "truncated",
+    "truncated chunk",
+]
+RETRIED += ["not json", "html", "no choices", "error in 200", "stall", "late", "drip", "date"]
+
+
+@pytest.mark.parametrize("action", RETRIED)
+def test_what_may_pass_is_asked_again(files, action):
+    patience = 0.8 if action in ("stall", "late", "drip") else 30
+    with Stub(once(action)) as stub:
+        assert run(files, stub.url, f"--limit 3 --timeout {patience}") == 0
+    assert [r["teacher"]["attempts"] for r in rows(files)] == [2, 2, 2] and len(stub.requests) == 6
+
+
+ROW_FAILS = {
+    "context": "context_exceeded", "context, llama.cpp": "context_exceeded", "filter": "content_filter",
+    "filtered": "content_filter", "refusal": "content_filter", "413": "http_413", "422": "http_422", "400": "http_400",
+    "null": "empty", "empty": "empty", "cut short": "truncated", "no marker": "unparsed", "no sum": "label_invalid",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("action", ROW_FAILS)
+def test_what_fails_a_row_is_not_asked_again_and_keeps_the_raw_text(files, action):
+    with Stub(always(action, lambda q: "4 + 2" in q)) as stub:
+        assert run(files, stub.url) == 1
+        assert len(stub.requests) == 6 and [r["id"] for r in rows(files)] == ["r0", "r1", "r2", "r3", "r5"]
+        (row,) = errors(files)
+        assert (row["id"], row["input"], row["error"]["kind"]) == ("r4", "What is 4 + 2?", ROW_FAILS[action])
+        assert row["rationale"] is row["teacher_label"] is row["correct"] is None and row["error"]["message"]
+        content = REPLIES[action][1]
+        text = content if isinstance(content, str) else str((content.get("choices") or [{}])[0].get("text") or "")
+        assert text in row["error"]["raw"]
+        assert run(files, stub.url) == 1 and len(stub.requests) == 6, (
+            "it failed before: not asked without --retry-failed"
+        )
+        stub.behave = always("ok")
+        assert run(files, stub.url, "--retry-failed") == 0 and len(stub.requests) == 7
+        assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)] and not errors(files)
+        assert run(files, stub.url) == 0 and len(stub.requests) == 7
+
+
+@pytest.mark.parametrize("action, kind", [("truncated", "disconnect"), ("reset", "disconnect"), ("stall", "timeout")])
+def test_a_reply_that_never_comes_whole_is_named_as_that(files, action, kind):
+    with Stub(always(action, lambda q: "4 + 2" in q)) as stub:
+        assert run(files, stub.url, "--max-retries 1 --timeout 0.3") == 1
+    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r4", kind)]
+
+
+def test_retries_end_and_the_row_fails_with_its_last_reply(files):
+    with Stub(always("html", lambda q: "4 + 2" in q)) as stub:
+        assert run(files, stub.url, "--max-retries 2") == 1
+        assert stub.attempts["Q: What is 4 + 2?\nA:"] == 3
+    assert errors(files)[0]["error"]["raw"] == REPLIES["html"][1] and errors(files)[0]["error"]["kind"] == "bad_reply"
+    assert errors(files)[0]["teacher"]["attempts"] == 3
+
+
+ABORTS = {
+    "401": "--api-key-env", "403": "--api-key-env", "404": "--model", "quota": "nothing left to spend", "402": "spend",
+    "429 long": "a pause of 3600 s", "max_tokens": "use --max-tokens-field max_completion_tokens",
+    "stop": "use --no-stop", "temperature": "use --temperature 1", "top_k": "--extra-body", "moved": "redirects to https://elsewhere.example/v1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("action", ABORTS)
+def test_what_cannot_pass_aborts_at_once(files, capsys, action):
+    with Stub(always(action)) as stub:
+        line = '--concurrency 1 --extra-body {"top_k":2}'
+        assert run(files, stub.url, line) == 3 and len(stub.requests) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("extract.py: aborted: ") and ABORTS[action] in said and "the same command goes on" in said
+    assert not errors(files), "the row did not fail; it will be asked again"
+
+
+def test_an_abort_keeps_what_is_in_flight_and_the_next_start_goes_on(files):
+    with Stub(always("quota", lambda q: "3 + 2" in q), latency=0.05) as stub:
+        assert run(files, stub.url, "--concurrency 2") == 3
+        before = {r["id"] for r in rows(files)}
+        assert {"r0", "r1", "r2"} <= before and not errors(files)
+        stub.behave = always("ok")
+        assert run(files, stub.url) == 0
+        assert all(stub.attempts[f"Q: What is {i} + 2?\nA:"] == 1 for i in range(6) if f"r{i}" in before)
+    assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
+
+
+def test_a_teacher_that_never_answers_aborts_after_the_first_rows_retries(files, capsys):
+    assert run(files, "http://127.0.0.1:9/v1", "--max-retries 2 --timeout 2") == 3
+    said = capsys.readouterr().err
+    assert "aborted: http://127.0.0.1:9/v1: " in said and "is the teacher running there?" in said and not errors(files)
+    with Stub(always("500")) as stub:
+        assert run(files, stub.url, "--max-retries 2 --concurrency 1") == 3 and len(stub.requests) == 3
+    assert "oops" in capsys.readouterr().err
+
+
+def test_too_many_failures_in_a_row_abort(tmp_path, capsys):
+    make_files(tmp_path, 40)
+    with Stub(always("no marker", lambda q: int(re.search(r"\d+", q)[0]) > 9)) as stub:
+        assert run(tmp_path, stub.url, "--max-consecutive-failures 5 --concurrency 1") == 3
+        assert len(rows(tmp_path)) == 10 and 5 <= len(errors(tmp_path)) <= 7
+        assert "5 rows in a row without a usable answer; the last: the reply does not say" in capsys.readouterr().err
+        assert (
+            run(tmp_path, stub.url, "--max-consecutive-failures 0 --retry-failed") == 1 and len(errors(tmp_path)) == 30
+        )
+
+
+# ---- Pace -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["429", "429 ms", "503"])
+def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action):
+    make_files(tmp_path, 100)
+    slow = "Q: What is 3 + 2?\nA:"
+    with Stub(lambda question, attempt: action if question == slow and attempt < 2 else "ok", latency=0.02) as stub:
+        assert run(tmp_path, stub.url, "--concurrency 3", scale=0.7) == 0
+    refused = [when for question, _, _, when in stub.requests if question == slow][:2]
+    for when in refused:  # told to wait 1 s, which is 0.7 s here; at first some were in flight
+        assert not [t for _, _, _, t in stub.requests if when + 0.25 < t < when + 0.7], "a request during the pause"
+
+
+def test_rpm_spaces_the_requests(tmp_path):
+    make_files(tmp_path, 12)
+    with Stub() as stub:
+        assert run(tmp_path, stub.url, "--rpm 60", scale=0.05) == 0  # one each 50 ms
+    times = sorted(when for _, _, _, when in stub.requests)
+    assert times[-1] - times[0] > 0.05 * 11 * 0.9
+
+
+def test_a_pause_does_not_save_up_requests_for_a_burst(tmp_path):
+    make_files(tmp_path, 8)
+    with Stub(once("429")) as stub:
+        assert run(tmp_path, stub.url, "--rpm 60 --limit 4", scale=0.2) == 0  # one each 200 ms, pauses of 200 ms
+    times = sorted(when for _, _, _, when in stub.requests)
+    assert min(b - a for a, b in pairwise(times)) > 0.05
+
+
+def test_back_off_doubles_up_to_a_minute_with_jitter(monkeypatch):
+    from data.endpoint import Pace
+
+    pace, pauses = Pace(), []
+    monkeypatch.setattr(pace, "sleep", pauses.append)
+    for attempt in range(10):
+        pace.back_off(attempt, None)
+    for attempt, pause in enumerate(pauses):
+        assert 0.75 * min(60, 0.5 * 2**attempt) <= pause <= min(60, 0.5 * 2**attempt)
+
+
+def test_never_more_in_flight_than_concurrency(tmp_path):
+    make_files(tmp_path, 60)
+    for most in (1, 5):
+        with Stub(once("stall"), latency=0.01) as stub:
+            assert run(tmp_path, stub.url, f"--concurrency {most} --limit {4 * most} --timeout 0.3 --overwrite") == 0
+        assert stub.most == most

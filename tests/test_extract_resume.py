@@ -1,0 +1,336 @@
+"""extract.py interrupted, killed and continued: nothing lost, nothing twice; and 20,000 rows."""
+
+import http.client
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+from extracting import (
+    KEY,
+    PROMPT,
+    ROOT,
+    always,
+    arguments,
+    errors,
+    lasting,
+    make_files,
+    rows,
+    run,
+    start,
+    wait_for_rows,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from teacher_stub import Stub, answer
+
+import extract
+from data.output import put_in_order
+
+# ---- Resume ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_left_to_do_sends_nothing(files, capsys):
+    with Stub() as stub:
+        assert run(files, stub.url) == 0
+        before = (files / "out.jsonl").read_bytes()
+        assert run(files, stub.url) == 0 and len(stub.requests) == 6
+    assert (files / "out.jsonl").read_bytes() == before and "nothing left to ask" in capsys.readouterr().err
+    assert run(files, "http://127.0.0.1:9/v1") == 0, "not even a teacher is needed, wherever it is"
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--max-tokens 99", "--max-tokens 256, not 99"),
+        ("--max-tokens-field max_completion_tokens", "--max-tokens-field max_tokens"),
+        ("--temperature 0.5", "--temperature 0.0, not 0.5"),
+        ("--top-p 0.5", "--top-p unset, not 0.5"),
+        ("--seed 1", "--seed unset, not 1"),
+        ("--no-stop", "(--no-stop) stop texts ['\\nQ:'], not unset"),
+        ("--model other", "--model stub-1, not other"),
+        ("--endpoint completions", "--endpoint chat, not completions"),
+        ('--extra-body {"top_k":1}', "--extra-body top_k unset, not 1"),
+        ("--rationalize", "no --rationalize"),
+        ("--reasoning keep", "--reasoning drop, not keep"),
+        ("--n 2 --temperature 1", "--n 1, not 2"),
+    ],
+)
+def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(files, capsys, line, words):
+    with Stub() as stub:
+        assert run(files, stub.url, "--limit 3") == 0
+        before = (files / "out.jsonl").read_bytes()
+        assert run(files, stub.url, line) == 2 and len(stub.requests) == 3
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"was made with {words}" in said or f"; {words}" in said
+    assert (files / "out.jsonl").read_bytes() == before
+    if line == "--max-tokens 99":
+        with Stub() as stub:
+            assert run(files, stub.url, f"{line} --overwrite") == 0 and len(stub.requests) == 6
+
+
+def test_a_changed_prompt_file_or_row_is_named(files, capsys):
+    with Stub() as stub:
+        assert run(files, stub.url) == 0
+        (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
+        assert run(files, stub.url) == 2 and "another --prompt file (sha256 " in capsys.readouterr().err
+        make_files(files)
+        text = (files / "in.jsonl").read_text().replace("What is 3", "What was 3")
+        (files / "in.jsonl").write_text(text)
+        assert run(files, stub.url) == 2 and "another input in row 'r3'" in capsys.readouterr().err
+        (files / "p.json").write_text(json.dumps(PROMPT | {"answer_marker": ["The answer is", "So it is"]}))
+        make_files(files)
+        assert run(files, stub.url) == 0 and len(stub.requests) == 6, "the same requests: what is done is done"
+
+
+def test_failed_rows_may_be_asked_under_other_settings(files):
+    with Stub(always("cut short")) as stub:
+        assert run(files, stub.url) == 1 and len(errors(files)) == 6
+        stub.behave = always("ok")
+        assert run(files, stub.url, "--max-tokens 999") == 0 and not errors(files)
+        assert len(rows(files)) == 6
+
+
+def test_the_errors_file_can_be_the_input_of_another_run(files):
+    with Stub(always("no marker")) as stub:
+        assert run(files, stub.url) == 1
+        (files / "out.jsonl.errors.jsonl").rename(files / "in.jsonl")
+        stub.behave = always("ok")
+        assert run(files, stub.url, "--max-tokens 999") == 0
+    assert len(rows(files)) == 6 and all("error" not in r and r["rationale"] for r in rows(files))
+
+
+@pytest.mark.parametrize("tail, rows_left", [(b'{"id": "r9", "inp', 3), (b"\x00\x00\x00", 3), (b"", 3), (None, 3)])
+def test_a_torn_last_line_is_cut_off_and_reported(files, capsys, tail, rows_left):
+    with Stub() as stub:
+        assert run(files, stub.url, "--limit 3") == 0
+        whole = (files / "out.jsonl").read_bytes()
+        (files / "out.jsonl").write_bytes(whole[:-1] if tail is None else whole + tail)
+        assert run(files, stub.url) == 0 and len(stub.requests) == 6
+    assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
+    assert (files / "out.jsonl").read_bytes().startswith(whole)
+    assert ("torn by a crash was cut off" in capsys.readouterr().err) == bool(tail)
+
+
+@settings(max_examples=20)
+@given(share=st.floats(0, 1), cut_errors=st.booleans())
+def test_wherever_a_crash_cuts_the_files_the_next_start_completes_them(tmp_path_factory, share, cut_errors):
+    folder = make_files(tmp_path_factory.mktemp("cut"))
+    with Stub(always("no marker", lambda q: int(re.search(r"\d+", q)[0]) < 2)) as stub:
+        assert run(folder, stub.url) == 1
+        before = rows(folder), errors(folder)
+        path = folder / ("out.jsonl.errors.jsonl" if cut_errors else "out.jsonl")
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        assert run(folder, stub.url) == 1
+    for was, now in zip(before, (rows(folder), errors(folder))):
+        assert [lasting(row) for row in was] == [lasting(row) for row in now]
+
+
+@given(names=st.lists(st.integers(0, 9)), order=st.permutations(range(10)), out=st.sets(st.integers(0, 9), max_size=4))
+def test_lines_are_put_in_order_the_last_of_an_id_stays(tmp_path_factory, names, order, out):
+    path = tmp_path_factory.mktemp("order") / "x.jsonl"
+    path.write_text("".join(json.dumps({"id": str(name), "line": i}) + "\n" for i, name in enumerate(names)))
+    known = [str(name) for name in order[:7]]  # the other three lie behind
+    put_in_order(path, known, leave_out={str(name) for name in out})
+    last = {str(name): i for i, name in enumerate(names) if name not in out}
+    left = rows(path.parent, "x.jsonl")
+    assert {row["id"]: row["line"] for row in left} == last and len(left) == len(last)
+    assert [row["id"] for row in left][: len(last.keys() & set(known))] == [name for name in known if name in last]
+    assert path.exists() == bool(last) and len(list(path.parent.iterdir())) == bool(last)
+
+
+def test_a_second_process_is_refused(files, capsys):
+    from data.output import locked
+
+    with locked(files / "out.jsonl"):
+        assert run(files, "http://127.0.0.1:9/v1") == 2
+    assert "another process writes it" in capsys.readouterr().err
+    with Stub() as stub:
+        assert run(files, stub.url) == 0
+    assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "out.jsonl", "p.json"], "no lock is left"
+
+
+# ---- Interruption ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_path, number):
+    make_files(tmp_path, 100)
+    with Stub(latency=0.1) as stub:
+        process = start(tmp_path, stub.url)
+        wait_for_rows(tmp_path, 20, process)
+        process.send_signal(number)
+        said = process.communicate(timeout=20)[1]
+        assert process.returncode == 130 and "interrupted; what was finished is kept" in said, said
+        assert 20 <= len(rows(tmp_path)) == len(stub.requests) < 100, "each reply that was paid for is there"
+        assert run(tmp_path, stub.url) == 0 and len(stub.requests) == 100
+    assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(100)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+def test_the_second_ctrl_c_ends_at_once(tmp_path):
+    make_files(tmp_path, 100)
+    with Stub(always("stall", lambda q: int(re.search(r"\d+", q)[0]) > 20)) as stub:
+        command = [sys.executable, ROOT / "extract.py", *arguments(tmp_path, stub.url)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        wait_for_rows(tmp_path, 21, process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        clock = time.monotonic()
+        said = process.communicate(timeout=20)[1]
+        assert process.returncode == 130 and time.monotonic() - clock < 3
+        assert said.endswith("extract.py: interrupted\n") and "Ctrl-C ends at once" in said
+    assert len(rows(tmp_path)) == 21
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+def test_a_full_disk_aborts_and_the_next_start_goes_on(tmp_path):
+    make_files(tmp_path, 60)
+    code = "import resource, sys, extract; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    code += "; sys.exit(extract.main(sys.argv[1:]))"
+    with Stub() as stub:
+        made = subprocess.run(
+            [sys.executable, "-c", code, *arguments(tmp_path, stub.url)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert made.returncode == 3 and "extract.py: aborted: [Errno 27]" in made.stderr, made.stderr
+        assert "Traceback" not in made.stderr
+        assert run(tmp_path, stub.url) == 0
+    assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(60)]
+
+
+def test_a_bug_of_ours_in_a_worker_is_raised_and_does_not_hang(files, monkeypatch):
+    monkeypatch.setattr(extract, "parse", lambda *_: 1 / 0)
+    with Stub() as stub, pytest.raises(ZeroDivisionError):
+        run(files, stub.url)
+
+
+@settings(max_examples=4)
+@given(pauses=st.lists(st.floats(0.1, 0.9), min_size=1, max_size=3))
+def test_after_any_kills_the_file_is_as_an_undisturbed_runs(tmp_path_factory, pauses):
+    folder, calm = make_files(tmp_path_factory.mktemp("killed"), 60), make_files(tmp_path_factory.mktemp("calm"), 60)
+    with Stub(always("no marker", lambda q: "7 + 2" in q), latency=0.03) as stub:
+        for pause in pauses:
+            process = start(folder, stub.url, "--concurrency 4")
+            time.sleep(pause)
+            process.kill()
+            process.communicate()
+        assert run(folder, stub.url, "--concurrency 4") == 1
+        assert max(stub.attempts.values()) <= 1 + len(pauses), "at most what was in flight is asked again"
+        assert run(calm, stub.url, "--concurrency 4") == 1
+    assert [lasting(row) for row in rows(folder)] == [lasting(row) for row in rows(calm)]
+    assert (
+        [row["id"] for row in errors(folder)]
+        == [row["id"] for row in errors(calm)]
+        == ["r7", "r17", "r27", "r37", "r47", "r57"]
+    )
+
+
+BAD = ["429", "500", "503", "reset", "truncated", "not json", "html", "no choices", "429 ms", "disconnect", "stall"]
+DEAD = ["null", "empty", "500", "not json", "no choices", "context", "cut short"]
+
+
+def test_300_rows_a_teacher_that_fails_40_percent_and_three_kills(tmp_path):
+    """Every answerable row once, in order, with its own rationale; the others in the errors file; the key nowhere."""
+    make_files(tmp_path, 300)
+
+    def number(question):
+        return int(re.findall(r"\d+", question)[-2])
+
+    def behave(question, attempt):
+        i = number(question)
+        if i % 25 == 7:
+            return DEAD[i // 25 % len(DEAD)]
+        draw = (i * 2654435761 + attempt * 40503) % 1000
+        return BAD[draw % len(BAD)] if draw < 480 and attempt < 5 else "ok"
+
+    said = []
+    with Stub(behave, latency=0.01) as stub:
+        for target in (60, 130, 210):
+            process = start(tmp_path, stub.url, "--timeout 1")
+            wait_for_rows(tmp_path, target, process)
+            process.kill()
+            said += process.communicate()
+            assert process.returncode == -signal.SIGKILL
+        process = start(tmp_path, stub.url, "--timeout 1")
+        said += process.communicate(timeout=120)
+        assert process.returncode == 1, said[-1]
+        assert stub.most <= 8
+        good = stub.actions["ok"] / stub.actions.total()
+        assert 0.5 < good < 0.65 and set(stub.actions) == {*BAD, *DEAD, "ok"}, stub.actions
+        asked = len(stub.requests)
+        process = start(tmp_path, stub.url)
+        said += process.communicate(timeout=60)
+        assert process.returncode == 1 and len(stub.requests) == asked, "nothing left to ask, 12 rows failed"
+    dead = [i for i in range(300) if i % 25 == 7]
+    assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(300) if i not in dead]
+    for row in rows(tmp_path):
+        assert f"{row['rationale']} The answer is {row['teacher_label']}." == answer(row["input"])
+    assert [e["id"] for e in errors(tmp_path)] == [f"r{i}" for i in dead]
+    kinds = Counter(e["error"]["kind"] for e in errors(tmp_path))
+    assert kinds == {"empty": 4, "http_500": 2, "bad_reply": 4, "context_exceeded": 1, "truncated": 1}
+    assert all(
+        e["error"]["raw"] for e in errors(tmp_path) if e["error"]["kind"] in ("http_500", "bad_reply", "truncated")
+    )
+    for text in [*filter(None, said), *(p.read_text("utf-8") for p in tmp_path.iterdir())]:
+        assert KEY not in text
+
+
+# ---- Speed and memory ----------------------------------------------------------------------------------------------
+
+
+def capacity(url, workers, seconds):
+    """Requests a second that a client which does nothing else gets from a server."""
+    counts, end = [0] * workers, time.monotonic() + seconds
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 200}]})
+
+    def work(number):
+        connection = http.client.HTTPConnection(url.split("/")[2])
+        while time.monotonic() < end:
+            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            connection.getresponse().read()
+            counts[number] += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.monotonic() - start)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_20_000_rows_in_flat_memory_at_the_speed_of_the_teacher(tmp_path):
+    """16 at a time, 80 ms each: 200 rows a second, every one with its fsync. About three minutes."""
+    stub = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "teacher_stub.py", "0.08"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        url, memory, rate = stub.stdout.readline().strip(), {}, 0.0
+        for number in (2000, 20000):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            make_files(folder, number)
+            best = capacity(url, 16, 4)
+            clock = time.monotonic()
+            code = "import sys, extract; extract.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+            command = [sys.executable, "-c", code, *arguments(folder, url, "--concurrency 16")]
+            made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            rate = number / (time.monotonic() - clock)
+            memory[number] = int(re.search(r"VmHWM:\s+(\d+) kB", made.stdout)[1])  # the most it ever had
+            best = (best + capacity(url, 16, 4)) / 2
+            print(f"{number:,} rows: {rate:.1f} rows/s, {rate / best:.1%} of {best:.1f}; {memory[number]:,} kB")
+            assert [r["id"] for r in rows(folder)] == [f"r{i}" for i in range(number)]
+        assert rate > 0.9 * best
+        assert memory[20000] - memory[2000] < 18000, "at most 1 kB a row: its id, and where its line lies"
+    finally:
+        stub.kill()
