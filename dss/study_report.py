@@ -206,27 +206,27 @@ def draw(out, groups, lines):
 
 def curves(axis, groups, x, lines):
     """Accuracy over groups[i][x], one line a method with the deviation between seeds, and levels to compare with."""
-    for method in [m for m in LOOKS if any(g["method"] == m for g in groups)]:
+    methods = [m for m in LOOKS if any(g["method"] == m for g in groups)]
+    for number, method in enumerate(methods):
         colour, marker, name = LOOKS[method]
         mine = sorted((g for g in groups if g["method"] == method), key=lambda g: g[x])
+        aside = 1.015 ** (number - (len(methods) - 1) / 2)  # so that bars of one x do not hide one another
         y, spread = ([100 * (g[k] or 0) for g in mine] for k in ("accuracy", "deviation"))
-        axis.errorbar([g[x] for g in mine], y, spread, color=colour, marker=marker, markersize=5, capsize=3, label=name)
+        looks = dict(color=colour, marker=marker, markersize=5, capsize=3, label=name)
+        axis.errorbar([g[x] * aside for g in mine], y, spread, **looks)
     for (name, level), style in zip(lines.items(), ("--", ":")):
         if level is not None:
             axis.axhline(100 * level, color="black", linestyle=style, linewidth=1, label=f"{name} ({100 * level:.1f})")
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low - 2, -2), min(high + 2, 102))
     axis.grid(alpha=0.3)
 
 
 def finish(figure, axes, path, pyplot):
     axes[0][0].set_ylabel("label accuracy on the test rows, %")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        names,
-        loc="outside lower center" if figure.get_layout_engine() else "lower center",
-        ncols=2,
-        fontsize=9,
-    )
-    figure.tight_layout(rect=(0, 0.06 * ((len(names) + 1) // 2), 1, 1))
+    legend = list(zip(*axes[0][0].get_legend_handles_labels()))
+    legend.sort(key=lambda entry: all(entry[1] != name for *_, name in LOOKS.values()))  # methods, then levels
+    figure.legend(*zip(*legend), loc="lower center", ncols=2, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05 * ((len(legend) + 1) // 2) + 0.01, 1, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
