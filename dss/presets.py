@@ -32,8 +32,8 @@ NLI = dict(data=["esnli_valid.jsonl"], test_data="esnli_test.jsonl")  # 9,842 ro
 PRESETS = {
     "toy": CPU | dict(subsample=[0.125, 0.25, 0.5, 1.0]),
     "esnli-cpu": CPU | NLI | dict(subsample=[0.25, 1.0], steps=3000, eval_every=300),
-    "cqa-cpu": CPU | DATASETS["cqa"] | dict(steps=1500, eval_every=300, max_new_tokens=16),
-    "svamp-cpu": CPU | DATASETS["svamp"] | dict(steps=1500, eval_every=300, max_new_tokens=32),
+    "cqa-cpu": CPU | DATASETS["cqa"] | dict(steps=800, eval_every=200, max_new_tokens=16),
+    "svamp-cpu": CPU | DATASETS["svamp"] | dict(steps=600, eval_every=100, max_new_tokens=32),
 }
 for dataset, files in DATASETS.items():
     for student, shape in STUDENTS.items():
