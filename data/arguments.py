@@ -18,6 +18,7 @@ def parse(argv, config, separator="_", presets=None, prog=None):
     """The command line `argv` as a `config` (a dataclass of commented fields, with a method `check` that raises
     ValueError). Exits 2 with one line if it is wrong. `separator` joins the words of a flag. presets: {name: {field:
     default}}, the defaults that a flag --preset NAME puts in place of the class's own."""
+    print_anything()
     comments, groups = field_comments(config), field_groups(config)
     description = inspect.cleandoc(config.__doc__)
     parser = OneLineParser(
@@ -83,6 +84,20 @@ def field_groups(config):
 def source(config):
     """The source of a dataclass behind that of the one it builds on, if any."""
     return "\n".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
+
+
+def fail(program, status, problem):
+    """Print one line, `PROGRAM: what is wrong`, to stderr; returns the exit status for main() to return."""
+    reason = f"{problem.filename}: {problem.strerror}" if getattr(problem, "filename", None) else str(problem)
+    print(f"{program}: {' '.join(reason.splitlines())}", file=sys.stderr)
+    return status
+
+
+def print_anything():
+    """Let a terminal that cannot show a character show a question mark, not end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 class OneLineParser(argparse.ArgumentParser):

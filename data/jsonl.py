@@ -32,7 +32,7 @@ class Record:
     def to_json(self):
         """The line of this record, without a line end. Absent texts are written as null."""
         row = {"id": self.id, "input": self.input, **{name: getattr(self, name) for name in TEXTS}}
-        return json.dumps(row | {"teacher": self.teacher} | self.other, ensure_ascii=False)
+        return to_line(row | {"teacher": self.teacher} | self.other)
 
 
 def parse_record(line, where, default_id, names=None):
@@ -47,6 +47,9 @@ def parse_record(line, where, default_id, names=None):
         raise RecordError(f"{where}: not JSON ({problem})") from None
     if not isinstance(row, dict):
         raise RecordError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
+    for key, value in row.items() if "\\ud" in line.lower() else ():  # only an escape can be half a character
+        if not is_unicode(key, value):
+            raise RecordError(f"{where}: {json.dumps(key)} holds half a character, a lone \\ud800 to \\udfff")
     row = renamed(row, where, names or {})
     if not isinstance(row.get("input"), str) or not row["input"].strip():
         raise RecordError(f'{where}: "input" must be a text that is not blank, got {row.get("input")!r}')
@@ -63,6 +66,15 @@ def parse_record(line, where, default_id, names=None):
         raise RecordError(f'{where}: "teacher" must be an object, got {teacher!r}')
     identity = default_id if identity is None else identity
     return Record(id=identity, input=row.pop("input"), teacher=teacher or {}, other=row, **texts)
+
+
+def is_unicode(*values):
+    """Whether JSON values can be written in UTF-8: a lone surrogate, half of a pair, cannot."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def renamed(row, where, names):
@@ -99,8 +111,13 @@ def write_jsonl(path, records):
     """Write Records, or dicts as they are, a line each; the file appears complete or not at all."""
     with replacing(path) as file:
         for record in records:
-            line = record.to_json() if isinstance(record, Record) else json.dumps(record, ensure_ascii=False)
+            line = record.to_json() if isinstance(record, Record) else to_line(record)
             file.write(line.encode() + b"\n")
+
+
+def to_line(row):
+    """The JSON of a dict, text that UTF-8 can hold: half a character, as in the name of a file, becomes its escape."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager

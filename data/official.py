@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.answers import choice_answer, class_answer, cut, equation_answer
+from data.arguments import fail
 from data.equation import same_value
 from data.jsonl import Record, RecordError, write_jsonl
 
@@ -83,8 +84,11 @@ def import_split(path, outputs, form, teacher):
     outputs: [(raw output, where it lies)], in the rows' order; rows past their end have none.
     """
     records, counts = [], Counter()
-    with open(path, encoding="utf-8") as file:
-        lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    except UnicodeDecodeError as problem:
+        raise RecordError(f"{path}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
     if len(outputs) > len(lines):
         raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
     for index, (number, line) in enumerate(lines):
@@ -120,6 +124,14 @@ def read_outputs(files):
     return outputs
 
 
+def place(path):
+    """K of SPLIT_CoT_K.json."""
+    number = path.stem.rsplit("_", 1)[1]
+    if not number.isdecimal():
+        raise RecordError(f"{path}: the release names these files SPLIT_CoT_NUMBER.json, which is their order")
+    return int(number)
+
+
 def import_all(root, out):
     """Import every split below `root` into `out`; yield (name of the file written, Counter) for each.
 
@@ -131,7 +143,7 @@ def import_all(root, out):
     out.mkdir(parents=True, exist_ok=True)
     for path, form in splits:
         name, split = path.stem.rsplit("_", 1)
-        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=lambda file: int(file.stem.rsplit("_", 1)[1]))
+        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=place)
         neox = root / "gpt-neox" / name / f"{split}.json"
         for suffix, teacher, files in (("", "PaLM 540B", palm), ("_gpt-neox", "GPT-NeoX 20B", [neox])):
             if suffix and not neox.exists():
@@ -147,14 +159,16 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)
     columns = ("rows", "rationale", "teacher label", "not parsed", "no usable answer", "no output")
-    print(f"{'file':<28}", *(f"{column:>{len(column)}}" for column in columns), "teacher right", sep="  ")
+    heading = "  ".join([f"{'file':<28}", *columns, "teacher right"])
     try:
         for name, counts in import_all(args.datasets, args.out):
+            if heading:
+                print(heading)
+                heading = None
             right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
             print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
     except (OSError, RecordError) as problem:
-        print(f"data.official: {problem}", file=sys.stderr)
-        return 2
+        return fail("data.official", 2, problem)
     return 0
 
 

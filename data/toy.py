@@ -20,6 +20,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from data.arguments import fail
 from data.jsonl import Record, write_jsonl
 
 KINDS = {
@@ -79,8 +80,7 @@ def main(argv=None):
             write_jsonl(args.out / f"toy_{split}.jsonl", rows)
             print(f"{args.out / f'toy_{split}.jsonl'}: {len(rows):,} rows")
     except OSError as problem:
-        print(f"data.toy: {problem}", file=sys.stderr)
-        return 2
+        return fail("data.toy", 2, problem)
     return 0
 
 

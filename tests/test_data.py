@@ -45,6 +45,13 @@ def test_records_are_read_as_written_unknown_keys_included(tmp_path_factory, row
         (b'{"input": "x", "teacher": "PaLM"}', '"teacher" must be an object'),
         (b'{"input": "caf\xe9"}', "not UTF-8"),
         (b'{"input": "\xff\xfe"}', "not UTF-8"),
+        (rb'{"input": "a \ud83d"}', '"input" holds half a character'),
+        (rb'{"input": "x", "id": "\uDE00"}', '"id" holds half a character'),
+        (rb'{"input": "x", "label": "\ude00\ud83d"}', '"label" holds half a character'),
+        (rb'{"input": "x", "rationale": "\ud83d"}', '"rationale" holds half a character'),
+        (rb'{"input": "x", "teacher_label": "\ud83d"}', '"teacher_label" holds half a character'),
+        (rb'{"input": "x", "teacher": {"reply": ["\ud83d"]}}', '"teacher" holds half a character'),
+        (rb'{"input": "x", "\ud83d": 1}', '"\\ud83d" holds half a character'),
     ],
 )
 def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, line, words):
@@ -60,6 +67,21 @@ def test_blank_texts_are_absent_and_rows_without_id_are_numbered(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": " ", "rationale": ""}\r\n{"input": "b", "id": "seven"}')
     one, two = read_jsonl(path)
     assert (one.id, one.label, one.rationale, two.id) == ("rows-1", None, None, "seven")
+
+
+def test_escaped_characters_that_are_whole_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(rb'{"input": "\ud83d\ude00 \\ud83d"}')
+    assert next(read_jsonl(path)).input == "\U0001f600 \\ud83d"
+
+
+def test_half_a_character_does_not_end_the_writing_of_a_file(tmp_path):
+    """A file whose name is not UTF-8 gives its rows such ids; a crash while writing lost the whole file."""
+    write_jsonl(tmp_path / "x", [Record("a\udcff", "x"), {"id": "b\udcff"}])
+    assert [json.loads(line)["id"] for line in (tmp_path / "x").read_text("utf-8").splitlines()] == [
+        "a\udcff",
+        "b\udcff",
+    ]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -174,15 +196,17 @@ def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
         (lambda d: (d / "svamp" / "llm" / "train_CoT_0.json").write_text("["), "not JSON"),
         (lambda d: (d / "svamp" / "svamp_train.json").write_text('{"input": "x"}'), "svamp_train.json:1: not a row"),
         (lambda d: (d / "svamp").rename(d / "other"), "none of cqa/cqa_SPLIT.json"),
+        (lambda d: (d / "svamp" / "svamp_train.json").write_bytes(b'{"input": "\xe9"}'), "svamp_train.json: not UTF-8"),
+        (lambda d: (d / "svamp" / "llm" / "train_CoT_x.json").write_text("[]"), "train_CoT_x.json: the release names"),
     ],
 )
 def test_a_release_that_is_not_as_it_should_be_is_one_line_and_exit_2(tmp_path, capsys, break_it, words):
     release(tmp_path, "svamp", [RELEASED["svamp"]])
     break_it(tmp_path)
     assert official.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
+    shown, error = capsys.readouterr()
     assert words in error and error.count("\n") == 1
-    assert not list(tmp_path.glob("out/*"))
+    assert not shown and not list(tmp_path.glob("out/*")), "no heading without a table"
 
 
 def test_the_real_release_has_its_published_counts(official_counts):

@@ -115,6 +115,6 @@ def test_a_model_with_other_ids_is_refused(tmp_path):
 
 @pytest.mark.parametrize("lines", [[], [""], ["abcdefghijklmnopqrstuvwxyz" * 3]])
 def test_texts_that_cannot_be_trained_on_are_refused(tmp_path, lines):
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match="no tokenizer.*(all blank|characters alone need 30)$"):
         tokenizer.train(lines, tmp_path / "x.model", vocab_size=10)
     assert not list(tmp_path.iterdir())

@@ -114,7 +114,12 @@ def train(texts, path, vocab_size=8000):
             minloglevel=2,
         )
     except RuntimeError as problem:
-        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these texts ({problem})") from None
+        if not any(map(str.strip, texts)):
+            why = "they are all blank"
+        else:  # SentencePiece says "... 5 vs 30", what it was given and what it needs
+            need = re.search(r"(\d+) vs (\d+)", str(problem))
+            why = f"their characters alone need {need[2]}" if need else "too few for pad, </s> and unknown"
+        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these texts: {why}") from None
     write(Path(path), model.getvalue())
     return T5Tokenizer(path)
 
