@@ -110,22 +110,25 @@ def checkpoint_name(name, model):
     return name
 
 
-def locate(path_or_hub_id):
-    """The directory of a checkpoint: the path itself, or the download of a hub id."""
-    path = Path(path_or_hub_id)
+def locate(path_or_hub_id, weights=True):
+    """The directory of a checkpoint: the path itself, or the download of a hub id, `weights` or tokenizer alone.
+
+    Raises FileNotFoundError if it is neither, or has no config.json.
+    """
+    path, name = Path(path_or_hub_id), str(path_or_hub_id)
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"{path / 'config.json'}: missing; a directory of T5 weights has a config.json")
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_hub_id)):
-        raise FileNotFoundError(f"{path_or_hub_id}: no such directory of weights")
-    return fetch(str(path_or_hub_id))
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or {".", ".."} & set(name.split("/")):
+        raise FileNotFoundError(f"{name}: no such directory of weights")
+    return fetch(name, weights)
 
 
 def read_config(path):
-    """config.json -> T5Config. Raises FileNotFoundError or ValueError, naming the file and the key."""
+    """config.json -> T5Config. Raises OSError or ValueError, naming the file and the key."""
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; a directory of T5 weights has a config.json") from None
     except ValueError as problem:
         raise ValueError(f"{path}: not JSON ({problem})") from None
     kind = raw.get("model_type") if isinstance(raw, dict) else None

@@ -91,6 +91,8 @@ def test_extra_ids_come_from_the_configuration(spiece, tmp_path):
     bare = tokenizer.T5Tokenizer(tmp_path)
     assert bare.vocab_size == tokenizer.T5Tokenizer(spiece).vocab_size - 100
     assert "<extra_id_0>" not in bare.special
+    assert tokenizer.T5Tokenizer(tmp_path / "spiece.model").extra_ids == 0, "named as a file or by its directory"
+    (tmp_path / "tokenizer_config.json").unlink()
     assert tokenizer.T5Tokenizer(tmp_path / "spiece.model").extra_ids == 100
 
 

@@ -4,7 +4,12 @@ import http.server
 import json
 import os
 import struct
+import subprocess
+import sys
 import threading
+import time
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +19,9 @@ from hypothesis import strategies as st
 from dss.config import T5Config
 from dss.hub import fetch
 from dss.model import T5
-from dss.weights import load_t5, read_safetensors, save_t5, write_safetensors
+from dss.weights import load_t5, locate, read_safetensors, save_t5, write_safetensors
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
 INPUT, TARGET = [[5, 6, 7, 1]], [[0, 9, 10]]
 
@@ -193,22 +199,30 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves a directory as ORG/NAME of a hub, with ranges; can cut its replies short."""
+    """Serves a directory as ORG/NAME of a hub, with ranges and ETags; can send the weights in part, and refuse."""
 
     def do_GET(self):
         self.server.log.append((self.path, self.headers.get("Range")))
+        if self.path.endswith(self.server.refused):
+            return self.send_error(self.server.status)
         path = self.server.directory / os.path.basename(self.path)
         if not self.path.startswith("/google/t5-test/resolve/main/") or not path.exists():
             return self.send_error(404)
         content, start = path.read_bytes(), 0
-        if self.headers.get("Range"):
+        etag = f'"{zlib.crc32(content)}"'
+        if self.headers.get("Range") and self.headers.get("If-Range") in (None, etag, self.server.pretend):
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             if start >= len(content):
                 return self.send_error(416)
         self.send_response(206 if start else 200)
+        self.send_header("ETag", etag)
         self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        self.wfile.write(content[start : start + self.server.most])
+        time.sleep(self.server.delay)
+        short = self.path.endswith("model.safetensors")
+        self.wfile.write(content[start : start + self.server.most] if short else content[start:])
 
     def log_message(self, *_):
         pass
@@ -220,6 +234,7 @@ def hub(saved, spiece, tmp_path, monkeypatch):
     (directory / "spiece.model").write_bytes((spiece / "spiece.model").read_bytes())
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.directory, server.log, server.most = directory, [], 1 << 30
+    server.refused, server.status, server.pretend, server.delay = "nothing", 0, "none", 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("DSS_CACHE", str(tmp_path / "cache"))
@@ -250,10 +265,71 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub):
 
 
 def test_a_model_that_is_nowhere_is_one_clear_line(hub, tmp_path):
-    with pytest.raises(FileNotFoundError, match="google/nothing: no such directory, and http.* has no config.json"):
+    with pytest.raises(FileNotFoundError, match="google/nothing: no such directory here, and http.* no config.json"):
         load_t5("google/nothing")
-    with pytest.raises(FileNotFoundError, match="no such directory of weights"):
-        load_t5(tmp_path / "missing")
+    assert not list((tmp_path / "cache").iterdir()), "a name mistyped leaves nothing"
+    for name in (tmp_path / "missing", "../no-such-weights", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="no such directory of weights"):
+            load_t5(name)
+
+
+def test_the_rest_of_another_version_is_not_joined_to_a_part(hub):
+    """The hub's file changed between two tries; with the same length the join went unnoticed."""
+    server, model = hub
+    path, server.most = server.directory / "model.safetensors", 20_000
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(ConnectionError):
+        load_t5("google/t5-test")
+    path.write_bytes(whole)
+    server.most = 1 << 30
+    assert same(model, "google/t5-test")
+
+
+def test_a_range_that_is_not_the_one_asked_for_is_not_joined(hub):
+    """A proxy may answer with a range of another version; its ETag tells."""
+    server, model = hub
+    path, server.most = server.directory / "model.safetensors", 20_000
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    with pytest.raises(ConnectionError):
+        load_t5("google/t5-test")
+    server.pretend = f'"{zlib.crc32(bytes(len(whole)))}"'
+    path.write_bytes(whole)
+    server.most = 1 << 30
+    assert same(model, "google/t5-test")
+
+
+def test_two_downloads_of_one_model_do_not_spoil_each_other(hub, tmp_path):
+    """They appended to one .part file. The second waits, says so, and finds the model there."""
+    server, model = hub
+    server.delay = 0.3
+    code = "import sys; from dss.weights import load_t5; load_t5('google/t5-test')"
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert same(model, "google/t5-test")
+    asked = [path for path, _ in server.log]
+    assert len(set(asked)) == len(asked) and "waiting for another download of google/t5-test" in "".join(errors)
+
+
+@pytest.mark.parametrize("status", [401, 403, 500])
+@pytest.mark.parametrize("name", ["config.json", "spiece.model", "model.safetensors"])
+def test_a_refusal_is_not_taken_for_a_file_that_does_not_exist(hub, tmp_path, status, name):
+    server, _ = hub
+    server.refused, server.status = name, status
+    error, words = (ConnectionError, "HTTP 500") if status == 500 else (PermissionError, "download it yourself")
+    with pytest.raises(error, match=f"{name}.*{words}|google/t5-test: no such directory here, and .*{words}"):
+        load_t5("google/t5-test")
+    assert not (tmp_path / "cache" / "google--t5-test" / ".complete").exists()
+
+
+def test_a_model_without_a_tokenizer_shows_before_its_weights_are_downloaded(hub):
+    server, _ = hub
+    (server.directory / "spiece.model").unlink()
+    assert not (locate("google/t5-test", weights=False) / "spiece.model").exists()
+    assert not any("safetensors" in path for path, _ in server.log)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch, tmp_path):
@@ -263,10 +339,11 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch, tmp_path):
         load_t5("google/t5-test")
 
 
-def test_an_index_that_names_a_file_elsewhere_is_refused(hub, tmp_path):
+@pytest.mark.parametrize("shard", ["../../outside.bin", "..", ".", ""])
+def test_an_index_that_names_a_file_elsewhere_is_refused(hub, shard):
     server, _ = hub
     (server.directory / "model.safetensors").unlink()
-    index = {"weight_map": {"shared.weight": "../../outside.bin"}}
+    index = {"weight_map": {"shared.weight": shard}}
     (server.directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="another directory"):
         load_t5("google/t5-test")

@@ -19,18 +19,17 @@ SPIECE, CONFIG = "spiece.model", "tokenizer_config.json"
 
 
 class T5Tokenizer:
-    """path: a spiece.model, or a directory that holds one (its tokenizer_config.json may set `extra_ids`).
+    """path: a spiece.model, or a directory that holds one. A tokenizer_config.json beside it may set `extra_ids`.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is no SentencePiece model with T5's ids.
     """
 
     def __init__(self, path, extra_ids=100):
         path = Path(path)
-        if path.is_dir():
-            extra_ids = configured_extra_ids(path / CONFIG, extra_ids)
-            path = path / SPIECE
+        path = path / SPIECE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such SentencePiece model")
+        extra_ids = configured_extra_ids(path.with_name(CONFIG), extra_ids)
         self.model = path.read_bytes()
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
