@@ -88,9 +88,15 @@ def source(config):
 
 def fail(program, status, problem):
     """Print one line, `PROGRAM: what is wrong`, to stderr; returns the exit status for main() to return."""
-    reason = f"{problem.filename}: {problem.strerror}" if getattr(problem, "filename", None) else str(problem)
-    print(f"{program}: {' '.join(reason.splitlines())}", file=sys.stderr)
+    print(f"{program}: {one_line(problem)}", file=sys.stderr)
     return status
+
+
+def one_line(problem):
+    """What an exception says, or a text, on one line; an error of the system as FILE: REASON."""
+    if isinstance(problem, OSError) and problem.filename and problem.strerror:
+        return f"{problem.filename}: {problem.strerror}"
+    return " ".join(str(problem).splitlines())
 
 
 def print_anything():

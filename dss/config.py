@@ -1,5 +1,7 @@
 """The two configurations: `T5Config`, the shape of a model, and `TrainConfig`, a whole run and its command line."""
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,7 +88,7 @@ class TrainConfig:
     eval_data: str = ""  # validation rows, JSONL; none: cut from the training rows
     test_data: str = ""  # test rows, JSONL, read once, at the end
     eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval_data is not given
-    subsample: float = 1.0  # share of the labelled training rows used, by --seed; smaller shares are subsets of larger
+    subsample: float = 1.0  # share of all labelled rows used, validation cut included; smaller shares lie in larger
     labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or beyond --subsample
     # method
     method: list[Literal[METHODS]] = ("standard", "dss")  # arms, in order; -shuffled and -matched are controls
@@ -142,6 +144,10 @@ class TrainConfig:
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)
         require(self.learning_rate > 0, "lr", "more than 0", self)
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "at least 0 and less than 1", self)
+        for name in ("lr", "lam", "weight_decay", "clip"):
+            require(math.isfinite(getattr(self, name) or 0), name, "a finite number", self)
+        require(self.seed < 2**63, "seed", "below 2**63", self)
+        require(self.threads <= (os.cpu_count() or 1), "threads", f"at most {os.cpu_count()}, the CPUs here", self)
         require(not (self.resume and self.overwrite), "resume", "given without --overwrite", self)
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)
 

@@ -24,9 +24,10 @@ def load_rows(config):
     """The `Rows` of a TrainConfig. Raises OSError or ValueError, naming the file, for rows that cannot be used.
 
     The validation rows are those of --eval_data or a share cut from the training rows, and then have the labels of
-    training: who has only a teacher's labels selects on a teacher's labels. Test labels are always gold. With
-    --labels gold-or-teacher, --subsample is the share of gold labels that are used (and cut for validation); every
-    other row with a teacher's label trains on that, as the paper does with unlabelled questions (section 4.2).
+    training: who has only a teacher's labels selects on a teacher's labels. Test labels are always gold.
+    --subsample is the share of all labelled rows of --data, and the validation cut comes out of that share. With
+    --labels gold-or-teacher it is the share of gold labels; every other row with a teacher's label trains on that, as
+    the paper does with unlabelled questions (section 4.2).
     """
     if config.data:
         name = Path(config.data[0]).stem
@@ -37,7 +38,7 @@ def load_rows(config):
         raise ValueError("--eval_data and --test_data go with --data")
     else:
         name, (rows, validation, test) = "toy", toy.make_rows(config.seed)
-    files, everything = ", ".join(config.data), rows
+    files, everything = ", ".join(config.data) or name, rows
     if config.labels == "teacher":
         rows = [by_teacher(record) for record in rows]
     kind = "teacher" if config.labels == "teacher" else "gold"
@@ -59,9 +60,28 @@ def load_rows(config):
         added = [by_teacher(record) for record in left if record.teacher_label is not None]
         rows, unlabelled = rows + added, len(left) - len(added)
     if not rows:
-        raise ValueError(f"{files}: one usable row cannot both train and validate")
+        raise ValueError(
+            f"{files}: one usable row cannot both train and validate; see --eval_fraction, --eval_data, --subsample"
+        )
+    require_rationales(files, rows, config)
     metric = config.metric if config.metric != "auto" else choose_label_type(rows + validation + test)
     return Rows(name, rows, validation, test, metric, unlabelled)
+
+
+def require_rationales(files, rows, config):
+    """Raise ValueError for a method that could only train as another one: without rationales, or with one to swap."""
+    having = sum(record.rationale is not None for record in rows)
+    for method in config.method:
+        least = {"dss": 1, "dss-shuffled": 2, "single_task": 1}.get(method, 0)
+        if having < least and (config.lam or method == "single_task"):
+            few = "no training row has" if not having else "one training row alone has"
+            raise ValueError(f"{files}: {few} a rationale, too few for --method {method}; --method standard needs none")
+
+
+def count_shared(rows):
+    """(n, m): how many validation inputs, and how many test inputs, are inputs of training rows too."""
+    known = {record.input for record in rows.train}
+    return tuple(sum(record.input in known for record in part) for part in (rows.validation, rows.test))
 
 
 def by_teacher(record):

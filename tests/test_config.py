@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from data.arguments import field_comments
+from data.arguments import fail, field_comments
 from dss.config import TrainConfig, parse_args
 
 
@@ -57,6 +57,13 @@ def test_the_learning_rate_left_out_depends_on_the_start():
         ("--method dss dss", "--method must be named once each"),
         ("--size huge", "--size: invalid choice: 'huge'"),
         ("--resume --overwrite", "--resume must be given without --overwrite"),
+        ("--lr inf", "--lr must be a finite number, got inf"),
+        ("--lam inf", "--lam must be a finite number, got inf"),
+        ("--weight_decay inf", "--weight_decay must be a finite number, got inf"),
+        ("--clip inf", "--clip must be a finite number, got inf"),
+        ("--clip nan", "--clip must be 0 or more, got nan"),
+        ("--seed 9223372036854775808", "--seed must be below 2**63"),
+        ("--threads 100000", "--threads must be at most"),
         ("--dropout 1", "--dropout must be at least 0 and less than 1"),
     ],
 )
@@ -65,3 +72,13 @@ def test_a_wrong_argument_is_one_line_and_exit_2(capsys, arguments, words):
         parse_args(arguments.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_an_error_of_the_system_is_told_as_file_and_reason(tmp_path, capsys):
+    """It used to be Python's "[Errno 2] No such file or directory: 'x.jsonl'"."""
+    with pytest.raises(OSError) as error:
+        open(tmp_path / "x.jsonl")
+    assert fail("program", 2, error.value) == 2
+    assert capsys.readouterr().err == f"program: {tmp_path / 'x.jsonl'}: No such file or directory\n"
+    assert fail("program", 1, ValueError("two\nlines")) == 1
+    assert capsys.readouterr().err == "program: two lines\n"
