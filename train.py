@@ -10,7 +10,8 @@ question, told apart by a prefix: `predict: x -> label` and `explain: x -> ratio
 
 and is tested on `predict:` alone, so rationales cost nothing then. Where each part is: dss/config.py has the flags,
 dss/rows.py reads and divides the rows, dss/batch.py makes a row into two sequences and a step into one packed stream,
-dss/model.py is T5, dss/loss.py the equation, dss/generate.py decoding, dss/run.py the output directory and the report.
+dss/model.py is T5, dss/loss.py the equation, dss/generate.py decoding, dss/run.py the output directory, dss/report.py
+the log and the report, dss/ending.py what is kept when a run ends early.
 """
 
 import copy
@@ -18,8 +19,9 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +30,21 @@ from tqdm import tqdm
 
 import kernels
 import tokenizer
+from data import arguments
 from data.interrupt import Interrupted, Stop
 from data.jsonl import write_jsonl
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR, count_targets, encode, pack, sequences, split_answer
 from dss.checkpoint import StateError, load_state, save_state
 from dss.config import SIZES, TrainConfig, parse_args
+from dss.ending import describe, end_early, save_student
 from dss.generate import generate
 from dss.loss import distillation_loss
 from dss.metrics import accuracy
 from dss.model import T5
+from dss.report import Log, introduce, report, say_what_was_cut
 from dss.rows import Rows, load_rows, swap_rationales
-from dss.run import Log, choose_device, claim_output, find_output, identify, report, write_json
-from dss.weights import load_t5, locate, save_t5
+from dss.run import check_tokenizer, choose_device, claim_output, find_output, identify, write_json
+from dss.weights import load_t5, locate
 
 
 def main(argv=None):
@@ -49,16 +54,18 @@ def main(argv=None):
         run = prepare(config)
     except (OSError, ValueError) as problem:
         return fail(2, problem)
-    with Stop() as stop:
+    with Stop("stopping after this step; Ctrl-C again ends at once") as stop:
         try:
             results = [train_arm(run, method, stop) for method in config.method]
         except Interrupted as interruption:
             return fail(130, interruption)
         except StateError as problem:
             return fail(2, problem)
-        except FloatingPointError as problem:
-            return fail(1, problem)
-    report(run.out, run.rows, results)
+        except Exception as problem:
+            if not (line := describe(problem)):
+                raise
+            return fail(1, line)
+    report(run, results)
     return 0
 
 
@@ -78,20 +85,19 @@ class Run:
 
 def prepare(config):
     """Raises OSError or ValueError, in one line, for whatever the user can put right."""
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.dtype)
     kernels.choice(device)
     rows = load_rows(config)
     out = find_output(config, rows.name)
     tok = make_tokenizer(config, rows, out)
+    check_tokenizer(config, tok)
     student = make_student(config, tok)
     identity = identify(config, rows, tok)
     claim_output(config, out, identity)
     if config.threads or count(student) < 5e6:  # threads that wait for one another on a busy machine cost far more
         torch.set_num_threads(config.threads or 1)
     tok.save(out)
-    say = f"{len(rows.train):,} training rows, {sum(r.rationale is not None for r in rows.train):,} with a rationale"
-    say += f" ({rows.unlabelled:,} more without a label)" if rows.unlabelled else ""
-    print(f"{rows.name}: {say}; {len(rows.validation):,} validation, {len(rows.test):,} test; metric: {rows.metric}")
+    introduce(rows)
     name = config.weights or config.size
     print(f"student: {name}, {count(student):,} parameters, {tok.vocab_size:,} token ids; {device}, {config.dtype}")
     return Run(config, rows, tok, student, device, out, identity)
@@ -100,7 +106,7 @@ def prepare(config):
 def make_tokenizer(config, rows, out):
     """--spiece, or the weights' own, or one trained on the texts of the training rows."""
     if config.spiece or config.weights:
-        return tokenizer.T5Tokenizer(config.spiece or locate(config.weights))
+        return tokenizer.T5Tokenizer(config.spiece or locate(config.weights, weights=False))
     if config.resume and (out / "spiece.model").exists():
         return tokenizer.T5Tokenizer(out)
     texts = [text for r in rows.train for text in (PREDICT + r.input, EXPLAIN + r.input, r.label, r.rationale) if text]
@@ -139,12 +145,14 @@ class Progress:
     best: dict = field(default_factory=dict)  # the weights of best_step
     seconds: float = 0.0  # of training and evaluation
     tokens: int = 0  # trained on, inputs and targets
+    window: dict = field(default_factory=dict)  # what the log has summed since its last line
 
 
 def train_arm(run, method, stop):
     """Train one student, select it on the validation rows, test it once. Returns what OUT/METHOD/result.json holds."""
     out = run.out / method
     if (out / "result.json").exists():  # under --resume: this arm is finished
+        (out / "state.pt").unlink(missing_ok=True)
         return json.loads((out / "result.json").read_text("utf-8"))
     if method == "standard-matched":
         run = replace(run, config=replace(run.config, steps=matched_steps(run)))
@@ -155,20 +163,23 @@ def train_arm(run, method, stop):
     torch.manual_seed(config.seed)
     model = copy.deepcopy(run.student).to(run.device)
     optimizer = make_optimizer(model, config)
-    examples = make_examples(run, method)
+    examples, cut = make_examples(run, method)
+    say_what_was_cut(method, cut, config)
     now = Progress()
     if (out / "state.pt").exists():
         now = Progress(**load_state(out / "state.pt", model, optimizer))
 
-    with Log(out / "metrics.jsonl", now.step) as log, progress_bar(config, method, now.step) as bar:
+    with Log(out / "metrics.jsonl", now) as log, progress_bar(config, method, now.step) as bar:
         try:
             while now.evaluated < config.steps:
                 clock = time.monotonic()
                 if now.step > now.evaluated and (now.step % config.eval_every == 0 or now.step == config.steps):
-                    share = select(run, method, model, now, stop)
-                    log.write(now.step, validation_accuracy=share)
-                    bar.write(f"{method}: step {now.step:,}, validation accuracy {share:.1%}", file=sys.stderr)
-                    save_state(out / "state.pt", model, optimizer, vars(now))
+                    log.require_finite(model, now.step)  # a diverged student is never the best, and never saved
+                    with log.paused():
+                        share = select(run, method, model, now, stop)
+                        log.write(now.step, validation_accuracy=share)
+                        bar.write(f"{method}: step {now.step:,}, validation accuracy {share:.1%}", file=sys.stderr)
+                        save_state(out / "state.pt", model, optimizer, vars(now))
                 else:
                     rows = rows_of_step(now.step, len(examples), config.batch_size, config.seed)
                     rate = learning_rate(now.step, config)
@@ -182,14 +193,9 @@ def train_arm(run, method, stop):
                 stop.check()
             bar.close()
             model.load_state_dict(now.best)
-            return finish_arm(run, method, model, now, stop)
-        except Interrupted:
-            save_state(out / "state.pt", model, optimizer, vars(now))
-            model.load_state_dict(now.best or model.state_dict())
-            save_student(run, model, out)
-            raise Interrupted(
-                f"interrupted at step {now.step:,} of {method}; {out}/student is the best so far, --resume goes on"
-            ) from None
+            return finish_arm(run, method, model, now, cut, stop)
+        except Exception as problem:  # Ctrl-C, a loss that is not a number, no memory, no disk
+            raise end_early(problem, run, out, model, optimizer, now) from None
 
 
 def train_step(run, model, optimizer, examples, rate):
@@ -203,7 +209,8 @@ def train_step(run, model, optimizer, examples, rate):
     total, tokens = torch.zeros(3, device=run.device), 0
     model.train()
     for start in range(0, len(examples), size):
-        batch = pack([s for row in examples[start : start + size] for s in row], run.device)
+        rows = examples[start : start + size]
+        batch = pack([s for row in rows for s in row], run.device, model.config.decoder_start_token_id)
         with autocast(run):
             L, L_label, L_rationale = distillation_loss(model, batch, n_label, n_rationale, config.lam)
         L.backward()
@@ -253,7 +260,7 @@ def write(run, model, prefix, rows, longest):
         return generate(model.eval(), inputs, longest)
 
 
-def finish_arm(run, method, model, now, stop):
+def finish_arm(run, method, model, now, cut, stop):
     """Test the selected student, this once, and write predictions, student and result. Returns the result."""
     config, out = run.config, run.out / method
     which, rows = ("test", run.rows.test) if run.rows.test else ("validation", run.rows.validation)
@@ -267,7 +274,7 @@ def finish_arm(run, method, model, now, stop):
     if method.startswith("dss"):  # for the reader's eyes: the second task, which no test needs
         for sample, ids in zip(samples, write(run, model, EXPLAIN, rows[:3], config.max_target_length)):
             sample["rationale"] = run.tokenizer.decode(ids)
-    save_student(run, model, out)
+    save_student(model, run.tokenizer, out)
     result = {
         "method": method,
         "test_accuracy": share if which == "test" else None,
@@ -277,6 +284,8 @@ def finish_arm(run, method, model, now, stop):
         "steps": now.step,
         "rows": len(run.rows.train),
         "tokens": now.tokens,
+        "inputs_cut": cut["inputs"],
+        "targets_cut": cut["targets"],
         "seconds": now.seconds,
         "parameters": count(model),
         "device": str(run.device),
@@ -292,19 +301,20 @@ def finish_arm(run, method, model, now, stop):
 
 
 def make_examples(run, method):
-    """A list for each training row: the one or two sequences that the method trains on."""
+    """A list for each training row, the one or two sequences that the method trains on, and what was cut of them."""
     config = run.config
     rows = swap_rationales(run.rows.train, config.seed) if method == "dss-shuffled" else run.rows.train
     if config.lam == 0 and method.startswith("dss"):
         method = "standard"  # L = L_label: no need to compute what has no weight
-    rows = tqdm(rows, desc=f"{method}: tokenizing", unit="row", leave=False, delay=3)
-    return [sequences(row, method, run.tokenizer, config.max_input_length, config.max_target_length) for row in rows]
+    rows, cut = tqdm(rows, desc=f"{method}: tokenizing", unit="row", leave=False, delay=3), Counter()
+    lengths = config.max_input_length, config.max_target_length
+    return [sequences(row, method, run.tokenizer, *lengths, cut) for row in rows], cut
 
 
 def matched_steps(run):
     """Steps in which standard finetuning trains on as many tokens as step-by-step does in --steps."""
     tokens = {
-        method: sum(len(s.input_ids) + len(s.target_ids) for row in make_examples(run, method) for s in row)
+        method: sum(len(s.input_ids) + len(s.target_ids) for row in make_examples(run, method)[0] for s in row)
         for method in ("standard", "dss")
     }
     return round(run.config.steps * tokens["dss"] / tokens["standard"])
@@ -353,14 +363,7 @@ def count(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def save_student(run, model, out):
-    save_t5(model, out / "student")
-    run.tokenizer.save(out / "student")
-
-
-def fail(status, problem):
-    print(f"train.py: {problem}", file=sys.stderr)
-    return status
+fail = partial(arguments.fail, "train.py")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM as a request to end at a clean point, for train.py and extract.py alike."""
 
+import contextlib
 import signal
+import sys
 
 
 class Interrupted(Exception):
@@ -9,7 +11,10 @@ class Interrupted(Exception):
 
 class Stop:
     """In a `with` block: the first SIGINT or SIGTERM sets `requested`, for the run to end at a clean point; a second
-    one ends it where it is."""
+    one ends it where it is. `notice`, if any, is a line that the first one prints."""
+
+    def __init__(self, notice=""):
+        self.notice = notice
 
     def __enter__(self):
         self.requested = False
@@ -24,6 +29,9 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
+            if self.notice:
+                print(f"\n{self.notice}", file=sys.stderr, flush=True)
 
     def check(self):
         if self.requested:

@@ -9,6 +9,7 @@ another, and `Segments` says where each sequence begins. Both tasks lie in the s
 forward and one backward pass.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -43,23 +44,27 @@ class Batch:
     targets: Segments
 
 
-def sequences(row, method, tokenizer, max_input_length=1024, max_target_length=256):
+def sequences(row, method, tokenizer, max_input_length=1024, max_target_length=256, cut=None):
     """The sequences that `method` trains on for one row, any object with .input, .label and .rationale.
 
     standard, standard-matched: predict -> label. dss, dss-shuffled: that, and explain -> rationale where the row has
     one. single_task: predict -> rationale and label in one target. A row whose label is None trains nothing.
+    cut: a Counter that is told of every input and target too long for its limit.
     """
+    cut = Counter() if cut is None else cut
     if row.label is None:
         return []
-    question = encode(tokenizer, PREDICT + row.input, max_input_length)
+    question = encode(tokenizer, PREDICT + row.input, max_input_length, cut, "inputs")
     if method == "single_task":
         label = encode(tokenizer, f"{SEPARATOR} {row.label}", max_target_length)
-        rationale = tokenizer.encode(row.rationale or "")[:-1]
-        return [Sequence(question, rationale[: max_target_length - len(label)] + label, LABEL)]
-    result = [Sequence(question, encode(tokenizer, row.label, max_target_length), LABEL)]
+        rationale, room = tokenizer.encode(row.rationale or "")[:-1], max_target_length - len(label)
+        cut["targets"] += len(rationale) > room
+        return [Sequence(question, rationale[:room] + label, LABEL)]
+    result = [Sequence(question, encode(tokenizer, row.label, max_target_length, cut, "targets"), LABEL)]
     if method.startswith("dss") and row.rationale is not None:
-        question = encode(tokenizer, EXPLAIN + row.input, max_input_length)
-        result.append(Sequence(question, encode(tokenizer, row.rationale, max_target_length), RATIONALE))
+        question = encode(tokenizer, EXPLAIN + row.input, max_input_length, cut, "inputs")
+        target = encode(tokenizer, row.rationale, max_target_length, cut, "targets")
+        result.append(Sequence(question, target, RATIONALE))
     return result
 
 
@@ -69,10 +74,14 @@ def split_answer(ids, separator):
     return ids[:cut], ids[cut:]
 
 
-def encode(tokenizer, text, longest):
-    """The ids of a text, at most `longest`: cut at the end, but </s> stays."""
+def encode(tokenizer, text, longest, cut=None, kind=""):
+    """The ids of a text, at most `longest`: cut at the end, but </s> stays, and counted in the Counter `cut`."""
     ids = tokenizer.encode(text)
-    return ids if len(ids) <= longest else ids[: longest - 1] + ids[-1:]
+    if len(ids) <= longest:
+        return ids
+    if cut is not None:
+        cut[kind] += 1
+    return ids[: longest - 1] + ids[-1:]
 
 
 def count_targets(sequences):
@@ -85,7 +94,8 @@ def count_targets(sequences):
 
 def segments(lengths, device="cpu"):
     """`Segments` for sequences of these lengths (integers >= 1)."""
-    return Segments(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths))
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return Segments(starts.to(device, non_blocking=True), max(lengths))  # the host does not wait for the device
 
 
 def pack(sequences, device="cpu", start_token=0):

@@ -11,13 +11,22 @@ class StateError(ValueError):
 
 def save_state(path, model, optimizer, progress):
     """Write weights, optimizer, random generators and `progress`, a dict of tensors, numbers and the like,
-    complete or not at all."""
+    complete or not at all. Raises OSError if it cannot be written."""
     generators = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if next(model.parameters()).is_cuda:
         generators["cuda"] = torch.cuda.get_rng_state()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators}
-    with replacing(path) as file:
-        torch.save(state | {"progress": progress}, file)
+    try:
+        with replacing(path) as file:
+            torch.save(state | {"progress": progress}, file)
+    except RuntimeError as problem:  # what torch makes of a full disk
+        raise OSError(f"{path}: cannot be written ({reason(problem)})") from None
+
+
+def reason(problem):
+    """The system's reason where an error followed from one, else the error's first line."""
+    system = problem.__context__
+    return (system.strerror if isinstance(system, OSError) else None) or str(problem).splitlines()[0]
 
 
 def load_state(path, model, optimizer):

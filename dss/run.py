@@ -1,26 +1,41 @@
-"""What surrounds training: the output directory, the log, interruption, and the report at the end."""
+"""What stands before training and around it: the device and the output directory."""
 
 import hashlib
 import json
-import math
 import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from data.jsonl import replacing
+from dss.batch import SEPARATOR
+from dss.config import METHODS
+from dss.weights import locate
 
 # What a resumed run may change: where it runs and lies, and where rows come from, as long as they are the same rows.
 FREE = {"data", "eval_data", "test_data", "spiece", "method", "device", "threads", "out", "resume", "overwrite"}
+FREE |= {"lr"}  # learning_rate says what it came to
 
 
-def choose_device(name):
-    """torch.device for "auto", "cpu" or "cuda". Raises ValueError for cuda where there is none."""
+def choose_device(name, dtype="float32"):
+    """torch.device for "auto", "cpu" or "cuda". Raises ValueError for cuda where there is none, or none for dtype."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"--dtype bfloat16: {torch.cuda.get_device_name()} does not compute it; --dtype float32 does")
+    return device
+
+
+def check_tokenizer(config, tokenizer):
+    """Raise ValueError if single_task lacks its separator; warn of a --spiece that is not the weights' own."""
+    if "single_task" in config.method and SEPARATOR not in tokenizer.special:
+        raise ValueError(f"--method single_task needs the token {SEPARATOR}, and this tokenizer has no sentinels")
+    own = locate(config.weights, weights=False) / "spiece.model" if config.spiece and config.weights else None
+    if own and own.exists() and own.read_bytes() != tokenizer.model:
+        text = f"warning: --spiece {config.spiece} is not the tokenizer that {config.weights} was trained with"
+        print(f"train.py: {text}", file=sys.stderr)
 
 
 def find_output(config, name):
@@ -30,9 +45,14 @@ def find_output(config, name):
         raise ValueError(f"{out}: not a directory")
     if out.exists() and any(out.iterdir()) and not (config.resume or config.overwrite):
         raise ValueError(f"{out} exists: --resume goes on with it, --overwrite replaces it, --out names another")
-    for method in config.method:
-        if config.overwrite and (out / method).exists() and not (out / method / "config.json").exists():
-            raise ValueError(f"{out / method} is not the output of a run; --overwrite will not delete it")
+    for arm in (out / method for method in config.method):
+        if arm.exists() and not arm.is_dir():
+            raise ValueError(f"{arm}: not a directory")
+        if config.overwrite and arm.exists() and not (arm / "config.json").exists():
+            raise ValueError(f"{arm} is not the output of a run; --overwrite will not delete it")
+        for path in (config.weights, config.spiece, *config.data, config.eval_data, config.test_data):
+            if config.overwrite and path and Path(path).resolve().is_relative_to(arm.resolve()):
+                raise ValueError(f"--overwrite would delete {arm}, and with it {path}, which this run reads")
     return out
 
 
@@ -50,10 +70,13 @@ def identify(config, rows, tokenizer=None):
 def claim_output(config, out, identity):
     """Make the output directory ready: empty of what --overwrite replaces, or the same run's under --resume.
 
-    Raises ValueError, naming the setting, if an arm there was started with another.
+    Raises ValueError, naming the setting, if any arm there, asked for or not, was started with another.
     """
-    for method in config.method if config.resume else []:
-        require_same(out / method, identity)
+    if config.resume:
+        for method in METHODS:
+            require_same(out / method, identity)
+        if not any((out / method / "config.json").exists() for method in config.method):
+            print(f"--resume: nothing to resume in {out}; starting", file=sys.stderr)
     for method in config.method:
         if config.overwrite and (out / method).exists():
             shutil.rmtree(out / method)
@@ -65,103 +88,23 @@ def require_same(arm, identity):
     if (arm / "config.json").exists():
         before = json.loads((arm / "config.json").read_text("utf-8"))
         for key, now in json.loads(json.dumps(identity)).items():
-            if key not in FREE and before.get(key) != now:
-                other = (
-                    "other rows or tokenizer " if key.endswith("sha256") else f"--{key} {before.get(key)}, not {now} "
-                )
-                raise ValueError(f"--resume: {arm} was started with {other.strip()}")
+            if key not in FREE and not same_setting(key, before.get(key), now):
+                other = {"rows_sha256": "other rows", "tokenizer_sha256": "another tokenizer"}.get(key)
+                other = other or f"{setting(key, before.get(key))}, not {setting(key, now)}"
+                raise ValueError(f"--resume: {arm} was started with {other}")
 
 
-class Log:
-    """metrics.jsonl: a line for every `log_every` steps, with means over them, and one for each evaluation."""
-
-    def __init__(self, path, step):
-        """Go on behind `step`: lines of later steps, written before an interruption, are cut off."""
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-        with replacing(path) as file:
-            file.writelines(line.encode() for line in lines if is_before(line, step))
-        self.file = open(path, "a", encoding="utf-8")
-        self.restart()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def restart(self):
-        self.losses, self.tokens, self.clock = [], 0, time.monotonic()
-
-    def add(self, losses, tokens):
-        """losses: (3,) tensor of one step, left on its device until they are asked for."""
-        self.losses.append(losses)
-        self.tokens += tokens
-
-    def write_means(self, step, rate, norm):
-        """Write the means of the steps since the last time. Returns what the progress bar shows of them.
-
-        Raises FloatingPointError if the loss is not finite.
-        """
-        loss, label, rationale = torch.stack(self.losses).mean(0).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} by step {step}; a smaller --lr may help")
-        speed = round(self.tokens / (time.monotonic() - self.clock))
-        losses = dict(loss=loss, label_loss=label, rationale_loss=rationale)
-        self.write(step, **losses, learning_rate=rate, gradient_norm=norm.item(), tokens_per_second=speed)
-        self.restart()
-        return f"loss {loss:.3f}, {speed:,} tokens/s"
-
-    def write(self, step, **figures):
-        self.file.write(json.dumps({"step": step} | figures) + "\n")
-        self.file.flush()
+def same_setting(key, before, now):
+    if key != "weights" or not before or not now:
+        return before == now
+    return Path(before) == Path(now) or (Path(now).is_dir() and Path(before).resolve() == Path(now).resolve())
 
 
-def is_before(line, step):
-    try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # the torn last line of a killed run
-        return False
+def setting(key, value):
+    flag = f"--{'lr' if key == 'learning_rate' else key}"
+    return f"no {flag}" if value in (None, "") else f"{flag} {value}"
 
 
 def write_json(path, content):
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def report(out, rows, results):
-    """Print what came of the arms: a table, the difference that rationales made, three predictions, where files are."""
-    print(f"\n{'method':<14}{'rows':>8}{'steps':>8}{'best at':>9}{'validation':>12}{'test':>8}{'tokens':>9}{'time':>9}")
-    for r in results:
-        test = "-" if r["test_accuracy"] is None else f"{r['test_accuracy']:.1%}"
-        print(
-            f"{r['method']:<14}{r['rows']:>8,}{r['steps']:>8,}{r['best_step']:>9,}{r['validation_accuracy']:>12.1%}"
-            f"{test:>8}{r['tokens'] / 1e6:>8.1f}M{r['seconds'] // 60:>6.0f}m{r['seconds'] % 60:02.0f}s"
-        )
-    which = "test" if rows.test else "validation"
-    by_method = {r["method"]: r[f"{which}_accuracy"] for r in results}
-    for method in [m for m in by_method if m != "standard" and "standard" in by_method]:
-        points = 100 * (by_method[method] - by_method["standard"])
-        print(
-            f"{method} - standard: {points:+.1f} points of label accuracy on {len(getattr(rows, which)):,} {which} rows"
-        )
-    shown = next((r for r in results if r["method"] == "dss"), results[-1])
-    print(f"\nThe first {len(shown['samples'])} {which} rows, as the {shown['method']} student answers them:")
-    for sample in shown["samples"]:
-        print(f"\n  question   {indent(sample['input'])}")
-        print(f"  predicted  {indent(sample['prediction'])}   (gold: {sample['label']})")
-        if sample["rationale"]:
-            print(f"  because    {indent(sample['rationale'])}")
-    print(
-        f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl, and student/ for transformers to load."
-    )
-    print(
-        "Next: the same command with --resume --method dss-shuffled trains the control, rationales of other rows, and"
-    )
-    print("      with --resume --method single_task the paper's other baseline.")
-    if rows.name == "toy":
-        print("      python -m data.toy --out D writes these rows as JSONL, the form in which to bring your own:")
-        print("      python train.py --data F.jsonl --test_data G.jsonl --weights google/t5-v1_1-base")
-
-
-def indent(text):
-    return text.replace("\n", "\n" + " " * 13)

@@ -126,7 +126,7 @@ def main(argv=None):
         + (f", {len(done)} of them done before" if done else "")
         + f"; {config.parallel} at a time"
     )
-    with Stop() as stop:
+    with Stop("stopping; the runs under way save their state") as stop:
         try:
             failed = run_all(config, {name: cell for name, cell in cells.items() if name not in done}, stop)
         except Interrupted:

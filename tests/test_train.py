@@ -245,7 +245,7 @@ BAD = {
         lambda d: ["--data", d / "rows.jsonl", "--weights", d / "none"],
         "none: no such directory of weights",
     ),
-    "no config": (lambda d: ["--data", d / "rows.jsonl", "--weights", d / "empty"], "spiece.model"),
+    "no config": (lambda d: ["--data", d / "rows.jsonl", "--weights", d / "empty"], "config.json: missing"),
     "no spiece": (lambda d: ["--data", d / "rows.jsonl", "--spiece", d / "none.model"], "none.model: no such"),
     "vocabulary": (lambda d: ["--data", d / "rows.jsonl", "--vocab_size", "5"], "no tokenizer of 5 pieces"),
     "out is a file": (lambda d: ["--data", d / "rows.jsonl", "--out", write(d / "f", "x")], "f: not a directory"),
@@ -318,7 +318,7 @@ def test_resume_refuses_changed_rows(files, tmp_path, capsys):
     path = Path(files[1])
     write_jsonl(path, [Record(r.id, r.input + "!", r.label, r.rationale) for r in read_jsonl(path)])
     assert run(*arguments, "--resume") == 2
-    assert "rows_sha256" in capsys.readouterr().err
+    assert "was started with other rows" in capsys.readouterr().err
 
 
 # ---- Interruption ---------------------------------------------------------------------------------------------------
