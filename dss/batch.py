@@ -56,10 +56,10 @@ def sequences(row, method, tokenizer, max_input_length=1024, max_target_length=2
         return []
     question = encode(tokenizer, PREDICT + row.input, max_input_length, cut, "inputs")
     if method == "single_task":
-        label = encode(tokenizer, f"{SEPARATOR} {row.label}", max_target_length)
-        rationale, room = tokenizer.encode(row.rationale or "")[:-1], max_target_length - len(label)
-        cut["targets"] += len(rationale) > room
-        return [Sequence(question, rationale[:room] + label, LABEL)]
+        rationale, label = tokenizer.encode(row.rationale or "")[:-1], tokenizer.encode(f"{SEPARATOR} {row.label}")
+        cut["targets"] += len(rationale) + len(label) > max_target_length
+        label = shorten(label, max_target_length)
+        return [Sequence(question, rationale[: max_target_length - len(label)] + label, LABEL)]
     result = [Sequence(question, encode(tokenizer, row.label, max_target_length, cut, "targets"), LABEL)]
     if method.startswith("dss") and row.rationale is not None:
         question = encode(tokenizer, EXPLAIN + row.input, max_input_length, cut, "inputs")
@@ -77,11 +77,13 @@ def split_answer(ids, separator):
 def encode(tokenizer, text, longest, cut=None, kind=""):
     """The ids of a text, at most `longest`: cut at the end, but </s> stays, and counted in the Counter `cut`."""
     ids = tokenizer.encode(text)
-    if len(ids) <= longest:
-        return ids
     if cut is not None:
-        cut[kind] += 1
-    return ids[: longest - 1] + ids[-1:]
+        cut[kind] += len(ids) > longest
+    return shorten(ids, longest)
+
+
+def shorten(ids, longest):
+    return ids if len(ids) <= longest else ids[: longest - 1] + ids[-1:]
 
 
 def count_targets(sequences):

@@ -20,11 +20,10 @@ def introduce(rows):
     say = f"{len(rows.train):,} training row{'s' * (len(rows.train) != 1)}, {with_rationale:,} with a rationale"
     say += f" ({rows.unlabelled:,} more without a label)" if rows.unlabelled else ""
     print(f"{rows.name}: {say}; {len(rows.validation):,} validation, {len(rows.test):,} test; metric: {rows.metric}")
-    in_validation, in_test = count_shared(rows)
-    if in_validation or in_test:
-        validation = f"{in_validation:,} of {len(rows.validation):,} validation inputs"
-        test = f"{in_test:,} of {len(rows.test):,} test inputs"
-        print(f"{rows.name}: {validation} and {test} are training inputs too", file=sys.stderr)
+    places = zip(("validation", "test"), count_shared(rows), (rows.validation, rows.test))
+    shared = [f"{n:,} of {len(part):,} {name} inputs" for name, n, part in places if n]
+    if shared:
+        print(f"{rows.name}: {' and '.join(shared)} are training inputs too", file=sys.stderr)
 
 
 def say_what_was_cut(method, cut, config):
@@ -157,9 +156,10 @@ def report(run, results):
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl, and student/ for transformers to load."
     )
     arms = [m for m in METHODS if (out / m / "result.json").exists()]
-    advice = [f"--resume --method {' '.join([*arms, m])}   adds {NEXT[m]}" for m in NEXT if m not in arms][:2]
-    if advice and any(r.rationale for r in rows.train):
-        print("Next: the same command with", *advice, sep="\n      ")
+    missing = [m for m in NEXT if m not in arms]
+    advice = [f"--resume --method {' '.join([*arms, *missing[:n]])}   adds {NEXT[missing[:n][-1]]}" for n in (1, 2)]
+    if missing and any(r.rationale for r in rows.train):
+        print("Next: the same command with", *advice[: len(missing)], sep="\n      ")
     if not config.data:
         seed = f" --seed {config.seed}" if config.seed else ""
         print(f"      python -m data.toy --out D{seed} writes these rows as JSONL, the form to bring your own in:")

@@ -1,5 +1,7 @@
 """Rows become the sequences of their method, and sequences one packed stream that loses and mixes nothing."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,6 +32,19 @@ def test_packing_keeps_every_token_in_its_place(batch_of):
         assert set(batch.task[i:j].tolist()) == {sequence.task}
     assert len(batch.labels) == batch.targets.cu_seqlens[-1]
     assert count_targets(batch_of) == tuple((batch.task == task).sum() for task in (LABEL, RATIONALE))
+
+
+def test_what_is_cut_is_counted(tok):
+    row, cut = Record("r", "How many apples?", "one two", "There are one and two and three."), Counter()
+    for method, targets in (("standard", 1), ("dss", 2), ("single_task", 1)):
+        cut.clear()
+        sequences(row, method, tok, 5, 2, cut)
+        assert cut == {"inputs": 2 if method == "dss" else 1, "targets": targets}
+        cut.clear()
+        sequences(row, method, tok, 99, 99, cut)
+        assert not +cut
+    sequences(Record("r", "x", "one two three"), "single_task", tok, 99, 3, cut)
+    assert +cut == {"targets": 1}
 
 
 def test_segments_of_lengths():

@@ -15,4 +15,3 @@ def test_step_by_step_beats_standard_and_other_rows_rationales_do_not(tmp_path, 
     results = [json.loads((tmp_path / "out" / method / "result.json").read_text()) for method in methods]
     standard, dss, shuffled = (result["test_accuracy"] for result in results)
     assert dss >= standard + 0.05 > shuffled
-    assert results[0]["seconds"] + results[1]["seconds"] < 300, "both arms of the default run within 5 minutes"

@@ -1,0 +1,461 @@
+"""What train.py promises beyond a clean run: how it ends early, what it refuses to join, and what it says."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data.arguments import print_anything
+from data.jsonl import Record, write_jsonl
+from dss.checkpoint import save_state
+from dss.config import T5Config, parse_args
+from dss.model import T5
+from dss.report import Log, in_short
+from dss.rows import load_rows
+from dss.run import Stop, choose_device
+from dss.weights import load_t5
+
+QUICK = "--batch_size 4 --warmup 2 --max_target_length 12 --max_new_tokens 4".split()
+SIX = [*QUICK, "--steps", "6", "--eval_every", "2", "--log_every", "100", "--method", "dss"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [Record(f"r{i}", f"Tom gave {i} apples.", f"{i} + 1", f"Add 1 to {i}.", f"{i}") for i in range(20)]
+    write_jsonl(tmp_path / "rows.jsonl", rows[:16])
+    write_jsonl(tmp_path / "test.jsonl", rows[16:])
+    return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl")]
+
+
+@pytest.fixture
+def pretrained(files, tmp_path):
+    """A directory of weights with a tokenizer: a student of one step."""
+    assert run(*files, *QUICK, "--steps", "1", "--method", "standard", "--out", tmp_path / "first") == 0
+    return tmp_path / "first" / "standard" / "student"
+
+
+def run(*arguments):
+    return train.main([str(a) for a in arguments])
+
+
+def prepare(*arguments):
+    return train.prepare(parse_args([str(a) for a in arguments]))
+
+
+def last_line(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def weights(arm):
+    return load_t5(arm / "student").state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def at_step(step, act):
+    """train.train_step, but before its call number `step` (from 0) `act(model)` happens."""
+    calls, original = iter(range(1000)), train.train_step
+
+    def step_or_act(run, model, *rest):
+        if next(calls) == step:
+            act(model)
+        return original(run, model, *rest)
+
+    return step_or_act
+
+
+# ---- The end of a run before its time -------------------------------------------------------------------------------
+
+
+def spoil(model):
+    with torch.no_grad():
+        model.embedding.weight.fill_(float("nan"))
+
+
+def test_a_diverged_student_is_never_the_best_nor_saved_and_the_best_is_kept(files, tmp_path, monkeypatch, capsys):
+    """The loss was looked at every --log_every steps alone: NaN weights were selected in between, and saved."""
+    monkeypatch.setattr(train, "train_step", at_step(5, spoil))
+    monkeypatch.setattr(train, "evaluate", scripted([0.5, 0.2]))
+    assert run(*files, *SIX, "--out", tmp_path / "out") == 1
+    line = last_line(capsys)
+    assert line.startswith("train.py: the loss is nan by step 6") and "--lr, with --overwrite" in line
+    assert "dss/student is the best so far" in line
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out" / "dss").values())
+    state = torch.load(tmp_path / "out" / "dss" / "state.pt", weights_only=True)
+    assert same(state["progress"]["best"], weights(tmp_path / "out" / "dss"))
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_weights_that_a_last_step_made_infinite_are_not_kept(files, tmp_path, monkeypatch, capsys):
+    """The loss of the step was finite, its update was not."""
+    assert run(*files, *SIX, "--lr", "1e38", "--clip", "0", "--eval_every", "1", "--out", tmp_path / "out") == 1
+    assert "has no student, for none was evaluated" in last_line(capsys)
+    assert not (tmp_path / "out" / "dss" / "state.pt").exists()
+
+
+def test_ctrl_c_on_a_diverged_run_saves_no_state(files, tmp_path, monkeypatch, capsys):
+    def spoil_and_stop(model):
+        spoil(model)
+        monkeypatch.setattr(Stop, "check", lambda self: (_ for _ in ()).throw(train.Interrupted))
+
+    monkeypatch.setattr(train, "train_step", at_step(1, spoil_and_stop))
+    assert run(*files, *SIX, "--out", tmp_path / "out") == 1
+    assert "no longer a finite number" in last_line(capsys) and not (tmp_path / "out" / "dss" / "state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory; --micro_batch N"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; --micro_batch N"),
+        (OSError(28, "No space left on device", "x/state.pt"), "x/state.pt: No space left on device"),
+        (RuntimeError("shapes do not match"), None),
+    ],
+)
+def test_an_error_in_training_keeps_the_best_student(files, tmp_path, monkeypatch, capsys, error, words):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(train, "train_step", at_step(3, fail))
+    if words:
+        assert run(*files, *SIX, "--out", tmp_path / "out") == 1
+        line = last_line(capsys)
+        assert line.startswith(f"train.py: {words}") and "dss/student is the best so far" in line
+    else:
+        with pytest.raises(RuntimeError, match="shapes"):  # a mistake of the program's keeps its traceback
+            run(*files, *SIX, "--out", tmp_path / "out")
+    load_t5(tmp_path / "out" / "dss" / "student")
+
+
+def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
+    """torch.save raises RuntimeError("unexpected pos 1280 vs 1174") for it."""
+
+    def full(_, file):
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 1280 vs 1174")
+
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"state.pt: cannot be written \(No space left on device\)"):
+        save_state(tmp_path / "state.pt", model, torch.optim.SGD(model.parameters()), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_state_of_a_run_on_the_cpu_leaves_a_gpu_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: 1 / 0)
+    model = torch.nn.Linear(2, 2)
+    save_state(tmp_path / "state.pt", model, torch.optim.SGD(model.parameters()), {})
+
+
+def test_the_first_ctrl_c_is_answered_once_and_the_second_ends(capsys):
+    stop = Stop()
+    stop.requested = False
+    stop.handle()
+    assert capsys.readouterr().err == "\nstopping after this step; Ctrl-C again ends at once\n" and stop.requested
+    with pytest.raises(KeyboardInterrupt):
+        stop.handle()
+    assert not capsys.readouterr().err
+
+
+# ---- Resumption -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [1, 3, 5, 7])
+def test_means_after_an_interruption_are_those_of_an_undisturbed_run(files, tmp_path, monkeypatch, asked):
+    """The losses since the last line were lost, and the next line was a mean over the rest."""
+    arguments = [*files, *SIX, "--steps", "7", "--eval_every", "3", "--log_every", "5"]
+    assert run(*arguments, "--out", tmp_path / "whole") == 0
+
+    def check(_):
+        nonlocal asked
+        asked -= 1
+        if asked == 0:
+            raise train.Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "check", check)
+        assert run(*arguments, "--out", tmp_path / "cut") == 130
+    assert run(*arguments, "--out", tmp_path / "cut", "--resume") == 0
+    whole, cut = (figures(tmp_path / name / "dss" / "metrics.jsonl") for name in ("whole", "cut"))
+    assert whole == cut and "loss" in cut[-2]
+
+
+def figures(metrics):
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def test_a_finished_arm_loses_the_state_it_was_killed_with(files, tmp_path):
+    arguments = [*files, *SIX, "--out", tmp_path / "out"]
+    assert run(*arguments) == 0
+    (tmp_path / "out" / "dss" / "state.pt").write_bytes(b"left over")
+    assert run(*arguments, "--resume") == 0
+    assert not (tmp_path / "out" / "dss" / "state.pt").exists()
+
+
+def test_resume_compares_with_every_arm_in_the_directory(files, tmp_path, capsys):
+    """`--resume --method dss --lr 0.5` put a run of another learning rate beside standard's, into one table."""
+    arguments = [*files, *QUICK, "--steps", "2", "--out", tmp_path / "out"]
+    assert run(*arguments, "--method", "standard", "--resume") == 0
+    assert f"nothing to resume in {tmp_path / 'out'}; starting" in capsys.readouterr().err
+    assert run(*arguments, "--method", "dss", "--lr", "0.5", "--resume") == 2
+    assert last_line(capsys).endswith("standard was started with --lr 0.001, not --lr 0.5")
+    assert run(*arguments, "--method", "dss", "--dropout", "0.5", "--resume") == 2
+    assert last_line(capsys).endswith("was started with no --dropout, not --dropout 0.5")
+    assert run(*arguments, "--method", "standard", "--lr", "0.001", "--resume") == 0, "the same rate, said aloud"
+    assert "nothing to resume" not in capsys.readouterr().err
+
+
+def test_the_same_weights_named_otherwise_are_the_same(files, pretrained, tmp_path, capsys):
+    arguments = [*files, *QUICK, "--steps", "1", "--method", "standard", "--out", tmp_path / "out"]
+    assert run(*arguments, "--weights", pretrained) == 0
+    assert run(*arguments, "--weights", f"{pretrained}/", "--resume") == 0
+    shutil.copytree(pretrained, tmp_path / "other")
+    assert run(*arguments, "--weights", tmp_path / "other", "--resume") == 2
+    assert "--weights" in last_line(capsys)
+
+
+# ---- Refusals and warnings before training --------------------------------------------------------------------------
+
+
+def rationales(path, number):
+    write_jsonl(path, [Record(f"r{i}", f"q {i}", "x", "why" if i < number else None) for i in range(9)])
+    return ["--data", str(path), "--eval_data", str(path)]
+
+
+@pytest.mark.parametrize("method, least", [("standard", 0), ("dss", 1), ("dss-shuffled", 2), ("single_task", 1)])
+def test_a_method_without_the_rationales_it_needs_is_refused(tmp_path, method, least):
+    """It trained as another method, under its own name in the table."""
+    for number in range(3):
+        config = parse_args([*rationales(tmp_path / "rows.jsonl", number), "--method", method])
+        if number < least:
+            with pytest.raises(ValueError, match=f"rows.jsonl: .* a rationale, too few for --method {method};"):
+                load_rows(config)
+        else:
+            load_rows(config)
+
+
+def test_single_task_is_refused_where_there_is_no_separator(files, pretrained, tmp_path, capsys):
+    (pretrained / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+    for spiece in (pretrained, pretrained / "spiece.model"):
+        assert run(*files, "--spiece", spiece, "--method", "single_task", "--out", tmp_path / "out") == 2
+        assert "--method single_task needs the token <extra_id_0>" in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(files, pretrained, spiece, tmp_path, capsys):
+    (tmp_path / "small").mkdir()
+    train.tokenizer.train(["a b c"], tmp_path / "small" / "spiece.model", 12)
+    prepare(*files, "--weights", pretrained, "--spiece", pretrained / "spiece.model", "--out", tmp_path / "a")
+    assert "warning" not in capsys.readouterr().err
+    prepare(*files, "--weights", pretrained, "--spiece", tmp_path / "small", "--out", tmp_path / "b")
+    assert "warning: --spiece" in last_line(capsys)
+
+
+def test_overwrite_does_not_delete_what_the_run_reads(files, pretrained, capsys):
+    """`--overwrite --weights OUT/standard/student` deleted its own first weights, before reading them."""
+    out = pretrained.parents[1]
+    for flag in ("--weights", "--spiece", "--data"):
+        path = pretrained if flag == "--weights" else pretrained / "spiece.model"
+        if flag == "--data":
+            path = shutil.copy(files[1], pretrained / "rows.jsonl")
+        arguments = [*files, *QUICK, flag, path, "--method", "standard", "--out", out, "--overwrite"]
+        assert run(*arguments) == 2
+        assert f"--overwrite would delete {pretrained.parent}" in last_line(capsys) and pretrained.exists()
+
+
+def test_an_arm_that_is_a_file_is_refused_at_once(files, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "standard").write_text("x")
+    assert run(*files, *QUICK, "--out", tmp_path / "out", "--resume") == 2
+    assert last_line(capsys) == f"train.py: {tmp_path / 'out' / 'standard'}: not a directory"
+
+
+def test_bfloat16_is_refused_on_a_gpu_that_does_not_compute_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with pytest.raises(ValueError, match="--dtype bfloat16: Tesla V100"):
+        choose_device("auto", "bfloat16")
+    assert choose_device("auto").type == "cuda" and choose_device("cpu", "bfloat16").type == "cpu"
+
+
+def test_inputs_in_two_places_and_texts_that_were_cut_are_counted(files, tmp_path, capsys):
+    Path(files[3]).write_text(Path(files[1]).read_text().split("\n")[0] + "\n" + Path(files[3]).read_text())
+    limits = ["--max_input_length", "6", "--max_target_length", "5", "--vocab_size", "100", "--eval_data", files[1]]
+    assert run(*files, *QUICK, "--steps", "1", "--method", "dss", *limits, "--out", tmp_path / "out") == 0
+    error = capsys.readouterr().err
+    assert "16 of 16 validation inputs and 1 of 5 test inputs are training inputs too" in error
+    result = json.loads((tmp_path / "out" / "dss" / "result.json").read_text())
+    assert result["inputs_cut"] and 16 <= result["targets_cut"] <= 32
+    cut = f"dss: {result['inputs_cut']} inputs cut at 6 tokens, {result['targets_cut']} targets cut at 5 tokens; see"
+    assert cut in error
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def scripted(shares, seen=None):
+    """train.evaluate, but the validation accuracies are `shares`; `seen` collects the weights that were looked at."""
+    left, original = iter(shares), train.evaluate
+
+    def evaluate(run, method, model, rows, stop):
+        share, right, answers = original(run, method, model, rows, stop)
+        if rows is run.rows.validation:
+            share = next(left)
+        if seen is not None:
+            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return share, right, answers
+
+    return evaluate
+
+
+@pytest.mark.parametrize("shares, best", [([0.2, 0.5, 0.1], 1), ([0.5, 0.5, 0.1], 1), ([0.5, 0.4, 0.4], 0)])
+def test_the_weights_that_were_best_on_validation_are_tested_and_saved(files, tmp_path, monkeypatch, shares, best):
+    """A tie goes to the weights that have learned longer."""
+    seen = []
+    monkeypatch.setattr(train, "evaluate", scripted(shares, seen))
+    assert run(*files, *SIX, "--out", tmp_path / "out") == 0
+    result = json.loads((tmp_path / "out" / "dss" / "result.json").read_text())
+    assert result["best_step"] == 2 * (best + 1) and result["validation_accuracy"] == shares[best]
+    assert len(seen) == 4 and same(seen[3], seen[best]) and same(weights(tmp_path / "out" / "dss"), seen[best])
+    assert not same(seen[0], seen[1]) and not same(seen[1], seen[2])
+
+
+def test_schedule_decay_rates_and_weight_decay_reach_the_optimiser(files, tmp_path, monkeypatch):
+    used, original = [], train.train_step
+
+    def spy(run, model, optimizer, *rest):
+        result = original(run, model, optimizer, *rest)
+        used.append(dict(optimizer.param_groups[0]))
+        return result
+
+    monkeypatch.setattr(train, "train_step", spy)
+    settings = ["--beta2", "0.9", "--weight_decay", "0.3", "--lr", "0.01"]
+    assert run(*files, *SIX, *settings, "--out", tmp_path / "out") == 0
+    config = parse_args([*SIX, *settings])
+    assert [group["lr"] for group in used] == [train.learning_rate(step, config) for step in range(6)]
+    assert {group["betas"] for group in used} == {(0.9, 0.9)} and {group["weight_decay"] for group in used} == {0.3}
+
+
+def one_step(run, learner):
+    """(norm before clipping, how far the weights moved) of one step of plain gradient descent with rate 1."""
+    examples, _ = train.make_examples(run, "dss")
+    before = [p.detach().clone() for p in learner.parameters()]
+    _, norm, _ = train.train_step(run, learner, torch.optim.SGD(learner.parameters(), lr=1.0), examples[:4], 1.0)
+    return norm.item(), torch.stack([(p - b).norm() for p, b in zip(learner.parameters(), before)]).norm().item()
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(files, tmp_path):
+    for clip in (0.01, 0.0):
+        ready = prepare(*files, *SIX, "--clip", clip, "--dropout", 0, "--out", tmp_path / str(clip))
+        norm, moved = one_step(ready, ready.student)
+        assert norm > 0.1 and moved == pytest.approx(clip or norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, dtype):
+    ready, found = prepare(*files, *SIX, "--dtype", dtype, "--out", tmp_path / "out"), []
+    ready.student.decoder.layers[0].self_attention.q.register_forward_hook(lambda _, __, y: found.append(y.dtype))
+    one_step(ready, ready.student)
+    train.write(ready, ready.student, "predict: ", ready.rows.test, 1)
+    assert found == [getattr(torch, dtype)] * 2
+    assert all(p.dtype == torch.float32 for p in ready.student.parameters())
+
+
+def test_training_begins_targets_with_the_checkpoints_start_token(files, pretrained, tmp_path, monkeypatch):
+    config = json.loads((pretrained / "config.json").read_text()) | {"decoder_start_token_id": 7}
+    (pretrained / "config.json").write_text(json.dumps(config))
+    first, original = [], train.distillation_loss
+
+    def spy(model, batch, *rest):
+        first.extend(batch.decoder_input_ids[batch.targets.cu_seqlens[:-1].long()].tolist())
+        return original(model, batch, *rest)
+
+    monkeypatch.setattr(train, "distillation_loss", spy)
+    ready = prepare(*files, *SIX, "--weights", pretrained, "--out", tmp_path / "out")
+    one_step(ready, ready.student)
+    assert first == [7] * 8
+
+
+@pytest.mark.parametrize("place", ["attention", "feed-forward"])
+def test_each_dropout_acts_in_training_alone(place):
+    torch.manual_seed(0)
+    model = T5(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        layer.self_attention.dropout_p = 0.5 if place == "attention" else 0.0
+        layer.feed_forward.dropout.p = 0.0 if place == "attention" else 0.5
+    for layer in model.decoder.layers:
+        layer.cross_attention.dropout_p = 0.0
+    one, two = (model.train().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
+    assert not torch.allclose(one, two)
+    one, two = (model.eval().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+# ---- What a run says ------------------------------------------------------------------------------------------------
+
+
+def test_speed_is_of_training_steps_alone(tmp_path, monkeypatch):
+    """The time of an evaluation inside the window used to count, and halved the figure."""
+    clock = [0.0]
+    monkeypatch.setattr("dss.report.time.monotonic", lambda: clock[0])
+    with Log(tmp_path / "metrics.jsonl", train.Progress()) as log:
+        for _ in range(2):
+            clock[0] += 1.0
+            log.add(torch.ones(3), 100)
+            with log.paused():
+                clock[0] += 50.0
+        log.write_means(2, 0.1, torch.tensor(1.0))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] == 100
+
+
+def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, capsys):
+    arguments = [*files, *QUICK, "--steps", "1", "--out", tmp_path / "out"]
+    assert run(*arguments, "--method", "standard") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("  question   ") == 3 and "(nothing)   (gold: 16 + 1)" in shown
+    assert len(json.loads((tmp_path / "out" / "standard" / "result.json").read_text())["samples"]) == 3
+    assert "--resume --method standard dss   adds step-by-step" in shown
+    assert "--resume --method standard dss dss-shuffled   adds the control" in shown
+    assert run(*arguments, "--method", "standard", "dss", "dss-shuffled", "--resume") == 0
+    shown = capsys.readouterr().out
+    assert "dss-shuffled - standard:" in shown and shown.count("--resume") == 1
+    assert "--resume --method standard dss dss-shuffled single_task   adds the paper's" in shown
+    assert "data.toy" not in shown
+
+
+def test_labels_of_the_teacher_are_not_called_gold(files, tmp_path, capsys):
+    arguments = [*files[:2], *QUICK, "--steps", "1", "--method", "standard", "--labels", "teacher"]
+    assert run(*arguments, "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "(teacher's: " in shown and "gold" not in shown
+
+
+def test_figures_are_short_and_nothing_is_zero_that_is_not():
+    assert [in_short(n) for n in (0, 950, 3210, 999_949, 999_950, 4_200_000)] == [
+        "0", "950", "3.2K", "999.9K", "1.0M", "4.2M",
+    ]  # fmt: skip
+
+
+def test_a_terminal_without_unicode_does_not_end_the_report(monkeypatch):
+    """PYTHONIOENCODING=ascii: the first é of a question was a traceback, after hours of training."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_anything()
+    print("café")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"caf?\n"
