@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,12 +60,12 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def at_step(step, act):
-    """train.train_step, but before its call number `step` (from 0) `act(model)` happens."""
+def at_step(steps, act):
+    """train.train_step, but before its calls of the numbers `steps` (from 0) `act(model)` happens."""
     calls, original = iter(range(1000)), train.train_step
 
     def step_or_act(run, model, *rest):
-        if next(calls) == step:
+        if next(calls) in steps:
             act(model)
         return original(run, model, *rest)
 
@@ -81,7 +82,7 @@ def spoil(model):
 
 def test_a_diverged_student_is_never_the_best_nor_saved_and_the_best_is_kept(files, tmp_path, monkeypatch, capsys):
     """The loss was looked at every --log_every steps alone: NaN weights were selected in between, and saved."""
-    monkeypatch.setattr(train, "train_step", at_step(5, spoil))
+    monkeypatch.setattr(train, "train_step", at_step([5], spoil))
     monkeypatch.setattr(train, "evaluate", scripted([0.5, 0.2]))
     assert run(*files, *SIX, "--out", tmp_path / "out") == 1
     line = last_line(capsys)
@@ -105,7 +106,7 @@ def test_ctrl_c_on_a_diverged_run_saves_no_state(files, tmp_path, monkeypatch, c
         spoil(model)
         monkeypatch.setattr(Stop, "check", lambda self: (_ for _ in ()).throw(train.Interrupted))
 
-    monkeypatch.setattr(train, "train_step", at_step(1, spoil_and_stop))
+    monkeypatch.setattr(train, "train_step", at_step([1], spoil_and_stop))
     assert run(*files, *SIX, "--out", tmp_path / "out") == 1
     assert "no longer a finite number" in last_line(capsys) and not (tmp_path / "out" / "dss" / "state.pt").exists()
 
@@ -123,7 +124,7 @@ def test_an_error_in_training_keeps_the_best_student(files, tmp_path, monkeypatc
     def fail(_):
         raise error
 
-    monkeypatch.setattr(train, "train_step", at_step(3, fail))
+    monkeypatch.setattr(train, "train_step", at_step([3], fail))
     if words:
         assert run(*files, *SIX, "--out", tmp_path / "out") == 1
         line = last_line(capsys)
@@ -421,6 +422,25 @@ def test_speed_is_of_training_steps_alone(tmp_path, monkeypatch):
                 clock[0] += 50.0
         log.write_means(2, 0.1, torch.tensor(1.0))
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] == 100
+
+
+def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
+    clock, original = [0.0], train.evaluate
+    monkeypatch.setattr("dss.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def slow(*arguments):
+        clock[0] += 1000.0
+        return original(*arguments)
+
+    def second(_):
+        clock[0] += 1.0
+
+    monkeypatch.setattr(train, "evaluate", slow)
+    monkeypatch.setattr(train, "train_step", at_step(range(6), second))
+    assert run(*files, *SIX, "--out", tmp_path / "out") == 0
+    *_, line, _ = (tmp_path / "out" / "dss" / "metrics.jsonl").read_text().splitlines()
+    tokens = json.loads((tmp_path / "out" / "dss" / "result.json").read_text())["tokens"]
+    assert json.loads(line)["tokens_per_second"] == round(tokens / 6)
 
 
 def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, capsys):

@@ -284,6 +284,7 @@ def test_the_rest_of_another_version_is_not_joined_to_a_part(hub):
     path.write_bytes(whole)
     server.most = 1 << 30
     assert same(model, "google/t5-test")
+    assert sum("safetensors" in asked for asked, _ in server.log) == 2, "the hub was told which version the part is of"
 
 
 def test_a_range_that_is_not_the_one_asked_for_is_not_joined(hub):
