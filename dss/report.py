@@ -156,10 +156,12 @@ def report(run, results):
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl, and student/ for transformers to load."
     )
     arms = [m for m in METHODS if (out / m / "result.json").exists()]
-    missing = [m for m in NEXT if m not in arms]
-    advice = [f"--resume --method {' '.join([*arms, *missing[:n]])}   adds {NEXT[missing[:n][-1]]}" for n in (1, 2)]
-    if missing and any(r.rationale for r in rows.train):
-        print("Next: the same command with", *advice[: len(missing)], sep="\n      ")
+    advice = []
+    for method in [m for m in NEXT if m not in arms][:2]:
+        arms.append(method)
+        advice.append(f"--resume --method {' '.join(arms)}   adds {NEXT[method]}")
+    if advice and any(r.rationale for r in rows.train):
+        print("Next: the same command with", *advice, sep="\n      ")
     if not config.data:
         seed = f" --seed {config.seed}" if config.seed else ""
         print(f"      python -m data.toy --out D{seed} writes these rows as JSONL, the form to bring your own in:")

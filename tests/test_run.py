@@ -456,6 +456,8 @@ def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, ca
     assert "dss-shuffled - standard:" in shown and shown.count("--resume") == 1
     assert "--resume --method standard dss dss-shuffled single_task   adds the paper's" in shown
     assert "data.toy" not in shown
+    assert run(*arguments, "--method", "standard", "dss", "dss-shuffled", "single_task", "--resume") == 0
+    assert "--resume" not in capsys.readouterr().out, "nothing is left to advise"
 
 
 def test_labels_of_the_teacher_are_not_called_gold(files, tmp_path, capsys):
