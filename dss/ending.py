@@ -3,8 +3,8 @@
 import torch
 
 from data.arguments import one_line
+from data.interrupt import Interrupted
 from dss.checkpoint import save_state
-from dss.run import Interrupted
 from dss.weights import save_t5
 
 

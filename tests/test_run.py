@@ -12,13 +12,14 @@ import torch
 
 import train
 from data.arguments import print_anything
+from data.interrupt import Stop
 from data.jsonl import Record, write_jsonl
 from dss.checkpoint import save_state
 from dss.config import T5Config, parse_args
 from dss.model import T5
 from dss.report import Log, in_short
 from dss.rows import load_rows
-from dss.run import Stop, choose_device
+from dss.run import choose_device
 from dss.weights import load_t5
 
 QUICK = "--batch_size 4 --warmup 2 --max_target_length 12 --max_new_tokens 4".split()
@@ -159,10 +160,10 @@ def test_the_state_of_a_run_on_the_cpu_leaves_a_gpu_alone(tmp_path, monkeypatch)
 
 
 def test_the_first_ctrl_c_is_answered_once_and_the_second_ends(capsys):
-    stop = Stop()
+    stop = Stop("stopping; Ctrl-C again ends at once")
     stop.requested = False
     stop.handle()
-    assert capsys.readouterr().err == "\nstopping after this step; Ctrl-C again ends at once\n" and stop.requested
+    assert capsys.readouterr().err == "\nstopping; Ctrl-C again ends at once\n" and stop.requested
     with pytest.raises(KeyboardInterrupt):
         stop.handle()
     assert not capsys.readouterr().err
@@ -389,18 +390,15 @@ def test_training_begins_targets_with_the_checkpoints_start_token(files, pretrai
     assert first == [7] * 8
 
 
-@pytest.mark.parametrize("place", ["attention", "feed-forward"])
+@pytest.mark.parametrize("place", ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"])
 def test_each_dropout_acts_in_training_alone(place):
     torch.manual_seed(0)
     model = T5(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2))
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for layer in (*model.encoder.layers, *model.decoder.layers):
-        layer.self_attention.dropout_p = 0.5 if place == "attention" else 0.0
-        layer.feed_forward.dropout.p = 0.0 if place == "attention" else 0.5
-    for layer in model.decoder.layers:
-        layer.cross_attention.dropout_p = 0.0
+        elif hasattr(module, "dropout_p"):
+            module.dropout_p = 0.5 if name.endswith(place) else 0.0
     one, two = (model.train().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
     assert not torch.allclose(one, two)
     one, two = (model.eval().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))

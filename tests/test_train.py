@@ -342,7 +342,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(files, tmp_path, capsys,
     arguments = [*files, *QUICK, "--method", "dss", "--dropout", "0.1"]
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Stop", lambda: StopAt(asked))
+        patch.setattr(train, "Stop", lambda _: StopAt(asked))
         assert run(*arguments, "--out", tmp_path / "cut") == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert {"state.pt", "student", "metrics.jsonl"} <= {p.name for p in (tmp_path / "cut" / "dss").iterdir()}
@@ -398,7 +398,7 @@ def die_after(calls, function):
 
 def test_a_damaged_state_is_one_line(files, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Stop", lambda: StopAt(2))
+        patch.setattr(train, "Stop", lambda _: StopAt(2))
         assert run(*files, *QUICK, "--out", tmp_path / "out") == 130
     (tmp_path / "out" / "standard" / "state.pt").write_bytes(b"junk")
     assert run(*files, *QUICK, "--out", tmp_path / "out", "--resume") == 2
