@@ -144,6 +144,8 @@ def compile_launch(kernel, arguments, options, architecture):
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif kernel.params[i].do_not_specialize:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         elif value == 1:
             signature[name], constants[name] = "constexpr", 1
         else:

@@ -49,6 +49,7 @@ from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_mask, kept, threshold_of
 from .launch import INTERPRETED, architecture, launch, next_power_of_2, tl, triton
 
+CHANGING = ["tiles", "Tq", "reach", "seed", "threshold"]  # from call to call: no reason to compile anew for a 1 or a 16
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware has a power of two only
 
 # {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`: large
@@ -283,7 +284,7 @@ def softmax_step(s, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: tl.cons
     return acc, l, higher
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -409,7 +410,7 @@ def add_diagonals(sums, ds, lut_ptr, corner, reach):
     return sums + tl.sum(here, 0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -579,7 +580,7 @@ def dkdv_step(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def dkdv_kernel(
     q_ptr,
     k_ptr,

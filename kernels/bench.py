@@ -1,14 +1,15 @@
 """Check the kernels, then time them, beside the peers that are installed.
 
-    python -m kernels.bench                                    every kernel and size (an H100 takes some minutes)
+    python -m kernels.bench                                    every kernel and size
     python -m kernels.bench --quick --kernel attention
     python -m kernels.bench --json results.json --plot plots
 
 On a GPU each case first runs forward and backward on the very inputs that will be timed. The error of the output and of
 every gradient against fp32 may be at most twice that of eager PyTorch in the case's own dtype; a case that fails is
 reported and not timed. Times are medians of CUDA events with a cold L2 cache; "spread" is the distance between the
-quartiles. TF/s and GB/s count what the mathematics needs, not what is recomputed; "roofline" is the share of a matrix
-product or of a copy timed in the same run. Without a GPU: the table of `kernels.aot`, and the references on the CPU.
+quartiles. Forward is timed as training runs it: that of the cross-entropies makes their gradient too. TF/s and GB/s
+count what the mathematics needs, not what is recomputed; "roofline" is the share of a matrix product or of a copy timed
+in the same run. Without a GPU: the table of `kernels.aot`, and the references on the CPU.
 """
 
 import argparse
@@ -347,6 +348,7 @@ def show(row):
 
 def measure(case, repeats, best):
     """Yields a row for each implementation; one that fails its check, or fails, is reported and not timed."""
+    torch.compiler.reset()  # FlexAttention is compiled for each case; past a number of shapes it would not be any more
     checked = {"ours": case.ours, "eager": case.eager} | case.peers
     for name, function in (checked | case.variants).items():
         row = dict(kernel=case.kernel, size=case.size, x=case.x, implementation=name, unit=case.unit)

@@ -156,7 +156,7 @@ def row_kernel(
                 tl.store(gradient_ptr + start + columns, zero, mask=start + columns < V)
     else:
         known = (label >= 0) & (label < V)
-        y = label.to(tl.int32)  # in 64 bits each comparison would take two registers a column
+        y = label.to(tl.int32)  # comparing in 64 bits takes more registers
         # 1. lse = log sum exp z, the sum of z, and z[label], which is read before the first reduction: no warp writes
         #    its gradient before all have met there.
         z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
@@ -307,7 +307,7 @@ def product_in_fp32(a, b):
     """a @ b as fp32, never rounded to the dtype of a and b on the way."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda:
+    if a.is_cuda and not torch.version.hip:  # ROCm's mm has no out_dtype
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 

@@ -56,7 +56,7 @@ def gelu(x):
     return x * t, t + x * t * (1 - t) * (1 + x * x * (3 * CUBIC)) * TWO_ROOT_2_BY_PI
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "seed", "threshold"])  # these change: compile once for all
 def activation_kernel(
     gate_ptr,
     up_ptr,  # x of relu

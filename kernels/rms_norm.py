@@ -57,7 +57,7 @@ def check_arguments(x, weight, residual, dropout_p):
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "seed", "threshold"])  # these change: compile once for all
 def forward_kernel(
     x_ptr,
     residual_ptr,
@@ -100,7 +100,7 @@ def forward_kernel(
 #     dx = ds, dropped as x was, and d residual = ds.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "rows_each", "seed", "threshold"])
 def backward_kernel(
     dy_ptr,
     ds_ptr,  # gradient of the output s

@@ -69,12 +69,14 @@ def test_every_gradient_under_bfloat16_autocast(monkeypatch, measured):
 def test_dropout_trains_and_follows_torch_s_seed(monkeypatch):
     model = student(V1_1, dropout_rate=0.2).train()
     results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
+    for _ in range(2):
+        torch.manual_seed(1)
         losses, gradients = train_step(model, monkeypatch, "triton")
         results.append(torch.cat([losses, *(g.flatten() for g in gradients.values())]))
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
-    assert results[0].isfinite().all()
+    assert torch.equal(*results) and results[0].isfinite().all()
+    with torch.no_grad():
+        again = distillation_loss(model, pack(SEQUENCES, DEVICE), *count_targets(SEQUENCES), lam=0.5)[0]
+    assert again != results[0][0], "the generator has moved on"
 
 
 def test_generation_is_equal(monkeypatch):
