@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 
 from tqdm import tqdm
@@ -388,9 +389,7 @@ def dry_run(config):
     return 0
 
 
-def fail(status, problem):
-    print(f"extract.py: {problem}", file=sys.stderr)
-    return status
+fail = partial(arguments.fail, "extract.py")
 
 
 if __name__ == "__main__":

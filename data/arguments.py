@@ -86,6 +86,12 @@ def source(config):
     return "\n".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
 
 
+def require(condition, name, what, config, separator="_"):
+    """Raise ValueError, naming the flag of a config's field, what it must be and what it is, unless `condition`."""
+    if not condition:
+        raise ValueError(f"--{name.replace('_', separator)} must be {what}, got {getattr(config, name)!r}")
+
+
 def fail(program, status, problem):
     """Print one line, `PROGRAM: what is wrong`, to stderr; returns the exit status for main() to return."""
     print(f"{program}: {one_line(problem)}", file=sys.stderr)

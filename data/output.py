@@ -136,11 +136,7 @@ class Appender:
     def write(self, line):
         if self.file is None:  # no file for no rows
             self.file = open(self.path, "ab", buffering=0)  # a full disk must not leave a rest to be flushed later
-        try:
-            content = line.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
-            content = json.dumps(json.loads(line)).encode()
-        rest = memoryview(content + b"\n")
+        rest = memoryview(line.encode() + b"\n")
         while rest:
             rest = rest[self.file.write(rest) :]
         os.fsync(self.file.fileno())

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from data import arguments
 from data.answers import choose_label_type, same_label
-from data.arguments import OneLineParser
 from data.jsonl import RecordError, read_jsonl
 
 AS = {"text": "texts", "choice": "choices, in any case of letters", "equation": "values of equations"}
@@ -24,7 +24,7 @@ PAPER = {"input": 1024, "label": 256, "rationale": 256}  # what train.py cuts at
 
 def main(argv=None):
     """Exit status: 0 done, 2 the arguments or files are wrong."""
-    parser = OneLineParser(
+    parser = arguments.OneLineParser(
         prog="python -m data.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows as JSONL")
@@ -33,6 +33,7 @@ def main(argv=None):
     )
     parser.add_argument("--classes", type=int, default=10, help="most classes shown, commonest first [10]")
     args = parser.parse_args(argv)
+    arguments.print_anything()
     try:
         count, unit = counter(args.spiece)
         rows = {path: list(read_jsonl(path)) for path in args.files}
@@ -43,8 +44,7 @@ def main(argv=None):
         if len(rows) > 1:
             print("\n".join(overlaps(rows)) + "\n")
     except (OSError, ValueError, RuntimeError) as problem:
-        print(f"data.report: {problem}", file=sys.stderr)
-        return 2
+        return arguments.fail("data.report", 2, problem)
     return 0
 
 

@@ -3,7 +3,12 @@
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
+
+from data import arguments
+
+require = partial(arguments.require, separator="-")
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,3 @@ class ExtractConfig:
             extra = None
         require(isinstance(extra, dict), "extra_body", "a JSON object", self)
         return extra
-
-
-def require(condition, name, what, config):
-    if not condition:
-        raise ValueError(f"--{name.replace('_', '-')} must be {what}, got {getattr(config, name)!r}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data import arguments
+from data.arguments import require
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,6 @@ class TrainConfig:
         require(self.threads <= (os.cpu_count() or 1), "threads", f"at most {os.cpu_count()}, the CPUs here", self)
         require(not (self.resume and self.overwrite), "resume", "given without --overwrite", self)
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)
-
-
-def require(condition, name, what, config):
-    if not condition:
-        raise ValueError(f"--{name} must be {what}, got {getattr(config, name)}")
 
 
 def parse_args(argv=None):

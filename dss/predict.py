@@ -17,14 +17,15 @@ import json
 import math
 import os
 import sys
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 import tokenizer
+from data import arguments
 from data.answers import CHOICES
-from data.arguments import OneLineParser
-from data.jsonl import Record, RecordError, parse_record, replacing
+from data.jsonl import Record, RecordError, parse_record, replacing, to_line
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR, encode, split_answer
 from dss.config import TrainConfig
 from dss.generate import generate, score
@@ -35,6 +36,7 @@ from dss.weights import load_t5, locate
 def main(argv=None):
     """Exit status: 0 done, 2 the arguments or files are wrong, 130 interrupted."""
     args = parse(argv)
+    arguments.print_anything()
     try:
         device = choose_device(args.device)
         student = Student(args, device)
@@ -79,9 +81,9 @@ class Student:
         for record, line in rows:
             found = next(answers) if record.input.strip() else dict(prediction="")
             if line is not None:
-                yield json.dumps(json.loads(line) | found, ensure_ascii=False)
+                yield to_line(json.loads(line) | found)
             elif self.args.explain or self.args.scores:
-                yield json.dumps(dict(input=record.input) | found, ensure_ascii=False)
+                yield to_line(dict(input=record.input) | found)
             else:
                 yield " ".join(found["prediction"].split())
 
@@ -159,7 +161,7 @@ def check_file(args):
 
 
 def parse(argv):
-    parser = OneLineParser(
+    parser = arguments.OneLineParser(
         prog="python -m dss.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -215,9 +217,7 @@ def parse(argv):
     return args
 
 
-def fail(status, problem):
-    print(f"dss.predict: {problem}", file=sys.stderr)
-    return status
+fail = partial(arguments.fail, "dss.predict")
 
 
 if __name__ == "__main__":

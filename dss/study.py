@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -79,7 +80,7 @@ class StudyConfig(TrainConfig):
         for labels, student, share, seed in grid:
             name = f"{labels}-{Path(*student.values()).name}-{share:g}-seed{seed}"
             own = dict(weights="", size=TrainConfig.size) | student | dict(labels=labels, subsample=share, seed=seed)
-            place = dict(out=str(self.directory / name), resume=True, overwrite=False, threads=self.threads_a_run)
+            place = dict(out=str(self.directory / name), resume=True, overwrite=False)
             cells[name] = TrainConfig(**shared | files | own | place)
         return cells
 
@@ -100,10 +101,6 @@ class StudyConfig(TrainConfig):
     def parallel(self):
         gpus = torch.cuda.device_count() if self.device != "cpu" else 0
         return self.jobs or gpus or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
-
-    @property
-    def threads_a_run(self):
-        return self.threads or max(1, (os.cpu_count() or 1) // self.parallel)
 
 
 def main(argv=None):
@@ -169,10 +166,9 @@ def run_all(config, cells, stop):
                 while waiting and len(running) < config.parallel:
                     name = waiting.pop(0)
                     slot = min(set(range(config.parallel)) - {slot for _, slot in running.values()})
-                    arguments = command_line(cells[name])
-                    process = context.Process(
-                        target=train, args=(arguments, str(config.directory / name) + ".log", slot, gpus)
-                    )
+                    log = f"{config.directory / name}.log"
+                    rest = (command_line(cells[name]), log, slot, config.parallel, gpus)
+                    process = context.Process(target=train, args=rest)
                     process.start()
                     running[name] = process, slot
                 for name, (process, _) in list(running.items()):
@@ -207,7 +203,7 @@ def process_context():
     return context
 
 
-def train(arguments, log, slot, gpus):
+def train(flags, log, slot, parallel, gpus):
     """What the process of one run does: train.py, its output in a file, on a GPU of its own where there are any.
 
     It ends as on Ctrl-C when the study is gone, so that a study that was killed leaves no run behind to meet its own
@@ -216,26 +212,27 @@ def train(arguments, log, slot, gpus):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the study ends its runs itself
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel))  # what train.py takes unless it knows better
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
     sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)
-    sys.argv = [str(TRAIN), *arguments]
+    sys.argv = [str(TRAIN), *flags]
     sys.path.insert(0, str(TRAIN.parent))
     runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 def command_line(cell):
     """The arguments that give train.py this TrainConfig."""
-    arguments = []
+    flags = []
     for field in fields(TrainConfig):
         value = getattr(cell, field.name)
         if value is True:
-            arguments.append(f"--{field.name}")
+            flags.append(f"--{field.name}")
         elif isinstance(value, list | tuple):
-            arguments += [f"--{field.name}", *map(str, value)] if value else []
+            flags += [f"--{field.name}", *map(str, value)] if value else []
         elif value is not None and value is not False and value != "":  # 0 is a value
-            arguments += [f"--{field.name}", str(value)]
-    return arguments
+            flags += [f"--{field.name}", str(value)]
+    return flags
 
 
 def progress(cell):
@@ -267,9 +264,7 @@ def last_line(log):
     return lines[-1] if lines else "no output"
 
 
-def fail(status, problem):
-    print(f"dss.study: {problem}", file=sys.stderr)
-    return status
+fail = partial(arguments.fail, "dss.study")
 
 
 if __name__ == "__main__":

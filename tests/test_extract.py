@@ -288,11 +288,14 @@ def test_no_base_url(files, capsys, monkeypatch):
         assert extract.main(line) == 0
 
 
-def test_half_a_surrogate_pair_is_written_and_read(files):
-    (files / "in.jsonl").write_text('{"input": "\\ud800 What is 3 + 2?"}\n')
+def test_half_a_character_from_the_teacher_is_replaced_and_in_the_input_refused(files, capsys):
+    (files / "in.jsonl").write_text('{"input": "What is 3 + 2?"}\n')
     with Stub(always(completed("\ud800 Three. The answer is (3 + 2)."))) as stub:
         assert run(files, stub.url) == 0
-    assert [r.rationale for r in read_jsonl(files / "out.jsonl")] == ["? Three."]
+        assert [r.rationale for r in read_jsonl(files / "out.jsonl")] == ["? Three."]
+        (files / "in.jsonl").write_text('{"input": "\\ud800 What is 3 + 2?"}\n')
+        assert run(files, stub.url) == 2
+    assert "in.jsonl:1:" in capsys.readouterr().err
 
 
 # ---- The key --------------------------------------------------------------------------------------------------------
