@@ -124,17 +124,18 @@ NEXT = {  # what each arm adds to the table
     "dss": "step-by-step",
     "dss-shuffled": "the control: step-by-step with rationales of other rows",
     "single_task": "the paper's other baseline: rationale and label in one target",
+    "standard-matched": "standard finetuning for as many tokens as step-by-step",
 }
 
 
 def report(run, results):
     """Print what came of the arms: a table, the difference that rationales made, three predictions, where files are."""
     out, rows, config = run.out, run.rows, run.config
-    print(f"\n{'method':<14}{'rows':>8}{'steps':>8}{'best at':>9}{'validation':>12}{'test':>8}{'tokens':>9}{'time':>9}")
+    print(f"\n{'method':<18}{'rows':>7}{'steps':>8}{'best at':>9}{'validation':>12}{'test':>8}{'tokens':>9}{'time':>9}")
     for r in results:
         test = "-" if r["test_accuracy"] is None else f"{r['test_accuracy']:.1%}"
         print(
-            f"{r['method']:<14}{r['rows']:>8,}{r['steps']:>8,}{r['best_step']:>9,}{r['validation_accuracy']:>12.1%}"
+            f"{r['method']:<18}{r['rows']:>7,}{r['steps']:>8,}{r['best_step']:>9,}{r['validation_accuracy']:>12.1%}"
             f"{test:>8}{in_short(r['tokens']):>9}{r['seconds'] // 60:>6.0f}m{r['seconds'] % 60:02.0f}s"
         )
     which = "test" if rows.test else "validation"
