@@ -183,3 +183,15 @@ def test_no_tokens():
 def test_arguments_that_do_not_fit_are_named(call, word):
     with pytest.raises(ValueError, match=word):
         call(torch.zeros(4, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_full_size(dtype):
+    """The properties above at the sizes of a training step of T5-base and of T5-xxl."""
+    for T, C, F in ((8192, 768, 2048), (4099, 4096, 10240)):
+        test_rms_norm.hypothesis.inner_test(T, C, 0, dtype)
+        test_rms_norm_of_residual_plus_dropout.hypothesis.inner_test(T, C, 0, dtype, 0.1)
+        test_geglu.hypothesis.inner_test(T, F, 0, dtype, 0.1)
+        test_relu.hypothesis.inner_test(T, F, 0, dtype, 0.1)

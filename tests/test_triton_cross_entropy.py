@@ -258,6 +258,15 @@ def test_no_tokens_are_no_loss():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_rows_at_full_size(dtype):
+    """The property above for a step's tokens, with T5's vocabulary and with mT5's."""
+    for T, V in ((8192, 32128), (512, 250112)):
+        test_loss_and_gradient_of_given_logits.hypothesis.inner_test(T, V, 0, dtype, {})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 def test_full_size_without_a_look_from_the_host_and_in_a_quarter_of_the_memory():
     """T5-base: 4096 tokens, C = 768, V = 32128, bf16."""
     T, C, V = 4096, 768, 32128
