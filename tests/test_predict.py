@@ -115,7 +115,7 @@ def test_scores_are_those_of_transformers(student, transformers):
     theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(student).eval()
     ids, label = tok.encode(QUESTIONS[0]), tok.encode("two pears")
     loss = theirs(input_ids=torch.tensor([ids]), labels=torch.tensor([label])).loss
-    assert math.isclose(score(model, [ids], [[label]])[0][0], -float(loss) * len(label), rel_tol=1e-5)
+    assert math.isclose(score(model, [ids], [[label]])[0][0], -float(loss.detach()) * len(label), rel_tol=1e-5)
 
 
 def test_choices_are_those_of_each_question(student, tmp_path, capsysbinary):
