@@ -142,11 +142,11 @@ def attention_reference(
     if table is not None:
         bucket = relative_position_bucket(j - i, table.shape[0], max_distance, bidirectional=not causal)
         bias = F.embedding(bucket, table.float())  # (M, N, H), or (B, M, N, H) where the offset differs by sequence
-        scores = scores + bias.movedim(-1, -3)
+        scores += bias.movedim(-1, -3)  # in place, here and below: scores are the largest tensor by far
     visible = j < len_k[:, None, None]  # (B, 1, N): padding is no key
     if causal:
         visible = visible & (j <= i)
-    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    scores.masked_fill_(~visible[:, None], float("-inf"))
 
     weights = scores.softmax(-1)
     if dropout_p > 0:
