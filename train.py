@@ -43,7 +43,7 @@ from dss.metrics import accuracy
 from dss.model import T5
 from dss.report import Log, introduce, report, say_what_was_cut
 from dss.rows import Rows, load_rows, swap_rationales
-from dss.run import check_tokenizer, choose_device, claim_output, find_output, identify, write_json
+from dss.run import check_tokenizer, choose_device, choose_threads, claim_output, find_output, identify, write_json
 from dss.weights import load_t5, locate
 
 
@@ -94,12 +94,11 @@ def prepare(config):
     student = make_student(config, tok)
     identity = identify(config, rows, tok)
     claim_output(config, out, identity)
-    if config.threads or count(student) < 5e6:  # threads that wait for one another on a busy machine cost far more
-        torch.set_num_threads(config.threads or 1)
+    choose_threads(config.threads, student)
     tok.save(out)
     introduce(rows)
-    name = config.weights or config.size
-    print(f"student: {name}, {count(student):,} parameters, {tok.vocab_size:,} token ids; {device}, {config.dtype}")
+    size = f"{student.num_parameters():,} parameters, {tok.vocab_size:,} token ids"
+    print(f"student: {config.weights or config.size}, {size}; {device}, {config.dtype}")
     return Run(config, rows, tok, student, device, out, identity)
 
 
@@ -287,7 +286,7 @@ def finish_arm(run, method, model, now, cut, stop):
         "inputs_cut": cut["inputs"],
         "targets_cut": cut["targets"],
         "seconds": now.seconds,
-        "parameters": count(model),
+        "parameters": model.num_parameters(),
         "device": str(run.device),
         "torch": torch.__version__,
         "samples": samples,
@@ -357,10 +356,6 @@ def autocast(run):
 def progress_bar(config, method, step):
     patience = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
     return tqdm(total=config.steps, initial=step, desc=method, unit="step", mininterval=patience)
-
-
-def count(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 fail = partial(arguments.fail, "train.py")

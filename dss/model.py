@@ -31,6 +31,9 @@ class T5(nn.Module):
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.initialise()
 
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
     @property
     def output_matrix(self):
         """(V, C): the matrix that turns a decoder state into logits, times `output_scale`."""

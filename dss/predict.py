@@ -29,7 +29,7 @@ from data.jsonl import Record, RecordError, parse_record, replacing, to_line
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR, encode, split_answer
 from dss.config import TrainConfig
 from dss.generate import generate, score
-from dss.run import choose_device
+from dss.run import choose_device, choose_threads
 from dss.weights import load_t5, locate
 
 
@@ -72,6 +72,7 @@ class Student:
         self.model = load_t5(directory).to(device)
         if self.tokenizer.vocab_size > self.model.config.vocab_size:
             raise ValueError(f"{directory}: the tokenizer has more ids than the student embeds")
+        choose_threads(0, self.model)
         self.args, self.device = args, device
 
     def answer(self, rows):

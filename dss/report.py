@@ -124,7 +124,6 @@ NEXT = {  # what each arm adds to the table
     "dss": "step-by-step",
     "dss-shuffled": "the control: step-by-step with rationales of other rows",
     "single_task": "the paper's other baseline: rationale and label in one target",
-    "standard-matched": "standard finetuning for as many tokens as step-by-step",
 }
 
 

@@ -39,6 +39,15 @@ def check_tokenizer(config, tokenizer):
         print(f"train.py: {text}", file=sys.stderr)
 
 
+def choose_threads(asked, model):
+    """Set the CPU threads: as many as asked, or, if 0, one for a small student, else what torch took at its start.
+
+    Below 5 M parameters threads gain little, and on a busy machine, where they wait for one another, cost far more.
+    """
+    if asked or model.num_parameters() < 5e6:
+        torch.set_num_threads(asked or 1)
+
+
 def find_output(config, name):
     """The output directory: --out or runs/NAME. Raises ValueError if it holds something and no flag says what to do."""
     out = Path(config.out or Path("runs") / name)
