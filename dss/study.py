@@ -59,7 +59,7 @@ class StudyConfig(TrainConfig):
     labels: list[Literal[LABELS]] = ("gold",)  # label sources
     weights: list[str] = ()  # public T5 weights, directories or hub ids; none: random weights of --size
     size: list[Literal[tuple(SIZES)]] = ("tiny",)  # students with random weights
-    subsample: list[float] = (1.0,)  # shares of the labelled training rows
+    subsample: list[float] = (1.0,)  # shares of all labelled rows, the validation cut included
     seed: list[int] = (0, 1, 2)  # each draws weights, order of rows and subsample anew
     jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core
     out: str = ""  # output directory; none: runs/study-NAME
