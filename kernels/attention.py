@@ -42,6 +42,8 @@ Limits: D of 16, 32, 64 or 128; fp32, fp16, bf16. Refused: all else, and empty s
 CPU tensors). On a GPU cu_seqlens are not looked at: an empty key side gives NaN, as does M > N with causal.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -138,15 +140,16 @@ def attention_reference(
     i = torch.arange(M, device=q.device)[:, None]
     j = torch.arange(N, device=q.device)[None, :]
     if causal and cu_seqlens_k is not cu_seqlens_q:
-        i = i + (len_k - len_q)[:, None, None]  # (B, M, 1): the queries are the last of the positions
+        alike = slot_q is None and slot_k is None  # then one offset serves all sequences
+        i = i + (N - M if alike else (len_k - len_q)[:, None, None])  # (B, M, 1): queries are the last positions
     if table is not None:
         bucket = relative_position_bucket(j - i, table.shape[0], max_distance, bidirectional=not causal)
         bias = F.embedding(bucket, table.float())  # (M, N, H), or (B, M, N, H) where the offset differs by sequence
         scores += bias.movedim(-1, -3)  # in place, here and below: scores are the largest tensor by far
-    visible = j < len_k[:, None, None]  # (B, 1, N): padding is no key
-    if causal:
-        visible = visible & (j <= i)
-    scores.masked_fill_(~visible[:, None], float("-inf"))
+    if slot_k is not None:
+        scores.masked_fill_((j >= len_k[:, None, None])[:, None], float("-inf"))  # padding is no key
+    if causal and M > 1:
+        scores.masked_fill_((j > i)[..., None, :, :], float("-inf"))
 
     weights = scores.softmax(-1)
     if dropout_p > 0:
@@ -175,17 +178,22 @@ def check_arguments(
         if cu.dim() != 1 or cu.dtype != torch.int32 or len(cu) != len(cu_seqlens_q) or len(cu) < 2:
             raise ValueError(f"attention: {name} must be (B + 1,) int32, got {list(cu.shape)} {cu.dtype}")
         if cu.device.type == "cpu":  # on a GPU reading the values would stall the queue
-            if cu[0] != 0 or cu[-1] != total:
-                raise ValueError(f"attention: {name} must run from 0 to {total}, got {int(cu[0])} to {int(cu[-1])}")
-            if int(cu.diff().min()) < 1:
+            starts = cu.tolist()
+            if starts[0] != 0 or starts[-1] != total:
+                raise ValueError(f"attention: {name} must run from 0 to {total}, got {starts[0]} to {starts[-1]}")
+            lengths = [end - start for start, end in pairwise(starts)]
+            if min(lengths) < 1:
                 raise ValueError(f"attention: {name} holds an empty sequence; each needs at least one token")
-            given, longest = max_seqlen_q if cu is cu_seqlens_q else max_seqlen_k, int(cu.diff().max())
-            if given is not None and given < longest:
-                raise ValueError(f"attention: max_seqlen_{name[-1]} must be at least {longest}, got {given}")
-    if causal and cu_seqlens_q.device.type == "cpu" and bool((cu_seqlens_q.diff() > cu_seqlens_k.diff()).any()):
-        raise ValueError(
-            "attention: causal queries are the last of the positions, so no sequence may have more than keys"
-        )
+            given = max_seqlen_q if cu is cu_seqlens_q else max_seqlen_k
+            if given is not None and given < max(lengths):
+                raise ValueError(f"attention: max_seqlen_{name[-1]} must be at least {max(lengths)}, got {given}")
+    if causal and cu_seqlens_k is not cu_seqlens_q and cu_seqlens_q.device.type == "cpu":
+        more = (cu_seqlens_q.diff() > cu_seqlens_k.diff()).nonzero()
+        if len(more):
+            raise ValueError(
+                "attention: causal queries are the last of the positions, so no sequence may have more than keys, "
+                f"but sequence {int(more[0])} has"
+            )
 
 
 def padded_slots(cu_seqlens, lengths, longest, total):
