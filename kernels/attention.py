@@ -116,7 +116,7 @@ def attention_reference(
 ):
     """Attention within each packed sequence, with T5's relative position bias, in plain PyTorch.
 
-    q: (Tq, H, D); k, v: (Tk, H, D); any float dtype. Scores and softmax are computed in fp32.
+    q: (Tq, H, D); k, v: (Tk, H, D); any float dtype. The products have that dtype, bias and softmax are fp32.
     table: (num_buckets, H), the bias of each bucket, or None for no bias (cross-attention).
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where sequences begin; every sequence needs a query and a key.
     causal: the table is one-directional, and queries are the *last* M of the N positions (FlashAttention's
