@@ -18,7 +18,6 @@ def parse(argv, config, separator="_", presets=None, prog=None):
     """The command line `argv` as a `config` (a dataclass of commented fields, with a method `check` that raises
     ValueError). Exits 2 with one line if it is wrong. `separator` joins the words of a flag. presets: {name: {field:
     default}}, the defaults that a flag --preset NAME puts in place of the class's own."""
-    print_anything()
     comments, groups = field_comments(config), field_groups(config)
     description = inspect.cleandoc(config.__doc__)
     parser = OneLineParser(
@@ -113,7 +112,12 @@ def print_anything():
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with errors on one line and the nearest flag named for an unknown one."""
+    """argparse, with errors on one line and the nearest flag named for an unknown one. Every program of ours begins
+    with it, so it also makes the terminal one that can print anything."""
+
+    def parse_args(self, *args, **kwargs):
+        print_anything()
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)

@@ -16,7 +16,6 @@ No marker: the output ended in mid-thought, so the row keeps neither rationale n
 usable answer behind it (two choices, an unknown x): the rationale stays, the teacher label is null. Both are counted.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.answers import choice_answer, class_answer, cut, equation_answer
-from data.arguments import fail
+from data.arguments import OneLineParser, fail
 from data.equation import same_value
 from data.jsonl import Record, RecordError, write_jsonl
 
@@ -154,7 +153,7 @@ def import_all(root, out):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
+    parser = OneLineParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
     parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)

@@ -33,7 +33,6 @@ def main(argv=None):
     )
     parser.add_argument("--classes", type=int, default=10, help="most classes shown, commonest first [10]")
     args = parser.parse_args(argv)
-    arguments.print_anything()
     try:
         count, unit = counter(args.spiece)
         rows = {path: list(read_jsonl(path)) for path in args.files}

@@ -14,13 +14,12 @@ L_rationale is a mean over tokens (with a longer question and "they are fruit, t
 7 points, not 13).
 """
 
-import argparse
 import random
 import sys
 from collections import Counter
 from pathlib import Path
 
-from data.arguments import fail
+from data.arguments import OneLineParser, fail
 from data.jsonl import Record, write_jsonl
 
 KINDS = {
@@ -70,7 +69,7 @@ def draw(rng):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
+    parser = OneLineParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
     parser.add_argument("--out", type=Path, required=True, help="where toy_train.jsonl and the others are written")
     parser.add_argument("--seed", type=int, default=0, help="of the rows [0]")
     args = parser.parse_args(argv)

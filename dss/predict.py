@@ -36,7 +36,6 @@ from dss.weights import load_t5, locate
 def main(argv=None):
     """Exit status: 0 done, 2 the arguments or files are wrong, 130 interrupted."""
     args = parse(argv)
-    arguments.print_anything()
     try:
         device = choose_device(args.device)
         student = Student(args, device)

@@ -51,10 +51,7 @@ def choose_threads(asked, model):
 def find_output(config, name):
     """The output directory: --out or runs/NAME. Raises ValueError if it holds something and no flag says what to do."""
     out = Path(config.out or Path("runs") / name)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: not a directory")
-    if out.exists() and any(out.iterdir()) and not (config.resume or config.overwrite):
-        raise ValueError(f"{out} exists: --resume goes on with it, --overwrite replaces it, --out names another")
+    require_free(out, config)
     for arm in (out / method for method in config.method):
         if arm.exists() and not arm.is_dir():
             raise ValueError(f"{arm}: not a directory")
@@ -64,6 +61,14 @@ def find_output(config, name):
             if config.overwrite and path and Path(path).resolve().is_relative_to(arm.resolve()):
                 raise ValueError(f"--overwrite would delete {arm}, and with it {path}, which this run reads")
     return out
+
+
+def require_free(out, config):
+    """Raise ValueError unless `out` is not there, is empty, or --resume or --overwrite says what to do with it."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: not a directory")
+    if out.exists() and any(out.iterdir()) and not (config.resume or config.overwrite):
+        raise ValueError(f"{out} exists: --resume goes on with it, --overwrite replaces it, --out names another")
 
 
 def identify(config, rows, tokenizer=None):

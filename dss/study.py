@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from data.interrupt import Interrupted, Stop
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
 from dss.presets import PRESETS
 from dss.rows import load_rows
-from dss.run import identify, require_same
+from dss.run import find_output, identify, require_free, require_same
 from dss.study_report import write_report
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -78,7 +78,8 @@ class StudyConfig(TrainConfig):
         files = {name: self.located(shared[name]) for name in ("data", "eval_data", "test_data")}
         cells = {}
         for labels, student, share, seed in grid:
-            name = f"{labels}-{Path(*student.values()).name}-{share:g}-seed{seed}"
+            (which,) = student.values()  # two students may be called .../student, so the whole path names a run
+            name = f"{labels}-{which.strip('./').replace('/', '--')}-{share:g}-seed{seed}"
             own = dict(weights="", size=TrainConfig.size) | student | dict(labels=labels, subsample=share, seed=seed)
             place = dict(out=str(self.directory / name), resume=True, overwrite=False)
             cells[name] = TrainConfig(**shared | files | own | place)
@@ -108,13 +109,14 @@ def main(argv=None):
     config = arguments.parse(argv, StudyConfig, presets=PRESETS, prog="python -m dss.study")
     out, cells = config.directory, config.cells()
     try:
-        if out.exists() and any(out.iterdir()) and not (config.resume or config.overwrite):
-            raise ValueError(f"{out} exists: --resume goes on with it, --overwrite replaces it, --out names another")
+        require_free(out, config)
         rows = {name: load_rows(cell) for name, cell in cells.items()}  # whatever is wrong with a file is found here
         done = {name for name, cell in cells.items() if is_done(cell, rows[name])} if config.resume else set()
         if config.overwrite:
-            for name in cells:
-                shutil.rmtree(out / name, ignore_errors=True)
+            for cell in cells.values():  # refuses to delete what is no run, or holds what a run reads
+                find_output(replace(cell, resume=False, overwrite=True), "")
+            for name in filter(os.path.isdir, (out / name for name in cells)):
+                shutil.rmtree(name)
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as problem:
         return fail(2, problem)
@@ -140,12 +142,10 @@ def main(argv=None):
 
 def is_done(cell, rows):
     """Whether every arm of a run is finished. Raises ValueError if one was started with other settings or rows."""
-    finished = True
-    for method in cell.method:
-        path = Path(cell.out) / method
-        require_same(path, identify(cell, rows))
-        finished = finished and (path / "result.json").exists()
-    return finished
+    identity, arms = identify(cell, rows), [Path(cell.out) / method for method in cell.method]
+    for arm in arms:
+        require_same(arm, identity)
+    return all((arm / "result.json").exists() for arm in arms)
 
 
 def run_all(config, cells, stop):

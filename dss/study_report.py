@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.jsonl import replacing
 from dss.metrics import accuracy
 from dss.run import write_json
 
@@ -47,7 +48,8 @@ def write_report(out, cells, rows):
         + f"\nWritten to {out}: study.md, study.json{''.join(f', {p}' for p in pictures)}.\n"
     )
     text += f"{why_not}\n" if why_not else ""
-    (out / "study.md").write_text(text, "utf-8")
+    with replacing(out / "study.md") as file:
+        file.write(text.encode())
     return text
 
 
@@ -228,5 +230,6 @@ def finish(figure, axes, path, pyplot):
     legend.sort(key=lambda entry: all(entry[1] != name for *_, name in LOOKS.values()))  # methods, then levels
     figure.legend(*zip(*legend), loc="lower center", ncols=2, fontsize=9)
     figure.tight_layout(rect=(0, 0.05 * ((len(legend) + 1) // 2) + 0.01, 1, 1))
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")
     pyplot.close(figure)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data.arguments import print_anything
+from data.arguments import OneLineParser
 from data.interrupt import Stop
 from data.jsonl import Record, write_jsonl
 from dss.checkpoint import save_state
@@ -475,7 +475,7 @@ def test_a_terminal_without_unicode_does_not_end_the_report(monkeypatch):
     """PYTHONIOENCODING=ascii: the first é of a question was a traceback, after hours of training."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    print_anything()
+    OneLineParser().parse_args([])  # with which every program begins
     print("café")
     stream.flush()
     assert stream.buffer.getvalue() == b"caf?\n"

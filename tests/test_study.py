@@ -138,12 +138,35 @@ def test_a_cell_has_the_command_line_of_its_settings():
 
 
 def test_presets_have_the_papers_settings():
-    cell = StudyConfig(**PRESETS["cqa-base"], preset="cqa-base", data_dir="D").cells()["gold-t5-v1_1-base-1-seed3"]
+    cell = StudyConfig(**PRESETS["cqa-base"], preset="cqa-base", data_dir="D").cells()[
+        "gold-google--t5-v1_1-base-1-seed3"
+    ]
     assert (cell.steps, cell.batch_size, cell.learning_rate, cell.schedule) == (10_000, 64, 5e-5, "constant")
     assert (cell.data, cell.test_data) == (["D/cqa_train.jsonl"], "D/cqa_test.jsonl")
     assert round(cell.eval_fraction * 9741) == 975 and cell.weights == "google/t5-v1_1-base"
-    xxl = StudyConfig(**PRESETS["anli-xxl"], preset="anli-xxl").cells()["gold-t5-v1_1-xxl-1-seed0"]
+    xxl = StudyConfig(**PRESETS["anli-xxl"], preset="anli-xxl").cells()["gold-google--t5-v1_1-xxl-1-seed0"]
     assert (xxl.steps, xxl.batch_size) == (4_000, 32)
+
+
+def test_students_of_one_name_are_two_runs():
+    """The last part of the path alone named a run, and of two students called `student` one was left out."""
+    cells = StudyConfig(weights=["a/dss/student", "./b/dss/student"], seed=[0]).cells()
+    assert sorted(cells) == ["gold-a--dss--student-1-seed0", "gold-b--dss--student-1-seed0"]
+
+
+def test_overwrite_deletes_runs_and_nothing_else(files, tmp_path, capsys):
+    """It deleted a directory of a run's name whatever was in it."""
+    out = tmp_path / "study"
+    grid = [*files, *QUICK, "--method", "standard", "--seed", "0", "--out", out]
+    (out / "gold-tiny-1-seed0" / "standard").mkdir(parents=True)
+    (out / "gold-tiny-1-seed0" / "standard" / "mine.txt").touch()
+    assert run(*grid, "--overwrite") == 2 and "is not the output of a run" in capsys.readouterr().err
+    assert (out / "gold-tiny-1-seed0" / "standard" / "mine.txt").exists()
+    (out / "gold-tiny-1-seed0" / "standard" / "mine.txt").rename(tmp_path / "mine.txt")
+    (out / "gold-tiny-1-seed0" / "standard").rmdir()
+    assert run(*grid, "--overwrite") == 0
+    before = times(out)
+    assert run(*grid, "--overwrite") == 0 and times(out) != before
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_seeds_and_questions():
