@@ -42,11 +42,12 @@ def gradient(loss, x):
     return torch.autograd.grad(loss, x)[0]
 
 
-def check(got, want, inputs, doubles, dtype):
-    """Loss within fp32's bound, each gradient within dtype's."""
+def check(got, want, inputs, doubles, dtype, cancelled=0.0):
+    """Loss within fp32's bound, each gradient within dtype's; `cancelled`: size of the terms that a gradient is left
+    of, a tenth of whose rounding it may have (a confident row's is w p - w, with p near 1)."""
     assert got.dtype == torch.float32 and relative_error(got, want) <= max(2e-6, 1e-6 / max(want.abs().item(), 1e-9))
     for a, b in zip(torch.autograd.grad(got * 3, inputs), torch.autograd.grad(want * 3, doubles)):
-        assert relative_error(a, b) <= BOUNDS[dtype]
+        assert (a - b).norm().item() <= BOUNDS[dtype] * (b.norm().item() + 0.3 * cancelled)
 
 
 @settings(max_examples=15)
@@ -56,12 +57,14 @@ def check(got, want, inputs, doubles, dtype):
 @example(2, 32768, 0, torch.float32, {"label_smoothing": 0.1})
 @example(2, 250112, 0, torch.bfloat16, {"label_smoothing": 0.1, "z_loss": 1e-4})  # mT5: read twice
 @example(2, 250112, 1, torch.float32, {})
+@example(6, 2, 0, torch.float32, {})  # once failed
 def test_loss_and_gradient_of_given_logits(T, V, seed, dtype, extra):
     logits, labels, weights = rows(T, V, seed, dtype)
     logits.requires_grad_()
     double = logits.detach().double().requires_grad_()
     got = cross_entropy_triton(logits, labels, weights, **extra)
-    check(got, fp64_loss(double, labels, weights, **extra), [logits], [double], dtype)
+    cancelled = weights[labels != IGNORE].norm().item()
+    check(got, fp64_loss(double, labels, weights, **extra), [logits], [double], dtype, cancelled)
 
 
 @settings(max_examples=15)
@@ -69,6 +72,8 @@ def test_loss_and_gradient_of_given_logits(T, V, seed, dtype, extra):
     st.integers(1, 40), st.integers(2, 90), st.integers(1, 33), st.integers(0, 999), dtypes, st.integers(1, 9), options
 )
 @example(37, 61, 8, 0, torch.bfloat16, 1, {})
+@example(40, 2, 1, 40, torch.float16, 1, {"z_loss": 0.01})  # once failed
+@example(3, 2, 15, 360, torch.bfloat16, 5, {"label_smoothing": 0.3, "z_loss": 1e-3})  # so did this
 def test_linear_cross_entropy_and_both_gradients(T, V, C, seed, dtype, chunks, extra):
     """However many chunks the tokens are cut into, and with the scale of tied embeddings."""
     _, labels, weights = rows(T, V, seed)
@@ -78,12 +83,18 @@ def test_linear_cross_entropy_and_both_gradients(T, V, C, seed, dtype, chunks, e
     doubles = [x.detach().double().requires_grad_() for x in (hidden, matrix)]
     budget = -(-T * V * hidden.element_size() // chunks)
     got = linear_cross_entropy_triton(hidden, matrix, labels, weights, scale, logits_bytes=budget, **extra)
-    want = fp64_loss(scale * doubles[0] @ doubles[1].T, labels, weights, **extra)
+    z = scale * doubles[0] @ doubles[1].T
+    want = fp64_loss(z, labels, weights, **extra)
     # the logits of a half-precision model are rounded before the loss is taken
     loss_bound = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
     assert relative_error(got, want) <= loss_bound
-    for a, b in zip(torch.autograd.grad(got, [hidden, matrix]), torch.autograd.grad(want, doubles)):
-        assert relative_error(a, b) <= 1.5 * BOUNDS[dtype], "rounded logits and a rounded gradient"
+    # d hidden = G W: where its terms cancel (V = 2, two close weights) their rounding errors do not, so the error is
+    # relative to the root of their summed squares, which is as large as G W itself where they do not cancel.
+    g, *d_want = torch.autograd.grad(want, [z, *doubles])
+    terms = [(scale * (a.square() @ b.square()).sqrt()).norm() for a, b in ((g, doubles[1]), (g.T, doubles[0]))]
+    for a, b, size in zip(torch.autograd.grad(got, [hidden, matrix]), d_want, terms):
+        error = (a - b).norm().item() / max(b.norm().item(), size.item(), 1e-300)
+        assert error <= 1.5 * BOUNDS[dtype], "rounded logits and a rounded gradient"
 
 
 def test_weight_gradient_is_summed_in_fp32_however_many_chunks():
