@@ -91,6 +91,7 @@ def test_linear_cross_entropy_and_both_gradients(T, V, C, seed, dtype, chunks, e
     # d hidden = G W: where its terms cancel (V = 2, two close weights) their rounding errors do not, so the error is
     # relative to the root of their summed squares, which is as large as G W itself where they do not cancel.
     g, *d_want = torch.autograd.grad(want, [z, *doubles])
+    g = torch.maximum(g.abs(), (weights * (labels != IGNORE))[:, None] * z.detach().softmax(-1))  # w p, of w (p - y)
     terms = [(scale * (a.square() @ b.square()).sqrt()).norm() for a, b in ((g, doubles[1]), (g.T, doubles[0]))]
     for a, b, size in zip(torch.autograd.grad(got, [hidden, matrix]), d_want, terms):
         error = (a - b).norm().item() / max(b.norm().item(), size.item(), 1e-300)
