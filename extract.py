@@ -7,8 +7,9 @@
 Every input row is asked about once. A usable answer is a row of --output, anything else a row of the errors file, with
 the raw text. The output is the state: the same command goes on where an earlier one ended, however it ended.
 
-One thread reads, counts and writes; --concurrency workers ask. Where each part is: data/prompt.py renders questions and
-parses answers, data/endpoint.py asks and says what a failure means, data/output.py is the file that survives a crash.
+One thread reads, counts and writes; --concurrency workers ask. Where each part is, in data/teacher/: prompt.py renders
+questions and parses answers, endpoint.py asks and says what a failure means, output.py is the file that survives a
+crash.
 """
 
 import hashlib
@@ -28,13 +29,14 @@ from tqdm import tqdm
 import data
 from data import arguments
 from data.answers import split_thinking
-from data.endpoint import Address, Pace, Problem, Stopped, Teacher, make_address
+from data.files import locked
 from data.interrupt import Stop
 from data.jsonl import Record, read_jsonl
-from data.output import Appender, State, locked, put_in_order, read_state, what_changed
-from data.prompt import Prompt, load_prompt
-from data.settings import ExtractConfig
-from data.tally import Tally, say, say_estimate, say_header, say_summary
+from data.teacher.endpoint import Address, Pace, Problem, Stopped, Teacher, make_address
+from data.teacher.output import Appender, State, put_in_order, read_state, what_changed
+from data.teacher.prompt import Prompt, load_prompt
+from data.teacher.settings import ExtractConfig
+from data.teacher.tally import Tally, say, say_estimate, say_header, say_summary
 
 
 def main(argv=None, scale=1.0):
@@ -42,7 +44,7 @@ def main(argv=None, scale=1.0):
 
     `scale` shortens every pause, for tests.
     """
-    config = arguments.parse(argv, ExtractConfig, separator="-")
+    config = arguments.parse(argv, ExtractConfig)
     try:
         if config.dry_run:
             return dry_run(config)
@@ -393,7 +395,4 @@ fail = partial(arguments.fail, "extract.py")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(fail(130, "interrupted"))
+    arguments.run("extract.py", main)

@@ -1,7 +1,7 @@
 """Distilling Step-by-Step, the whole run on one page.
 
     python train.py                                   the embedded task: standard finetuning, then step-by-step
-    python train.py --data train.jsonl --test_data test.jsonl --weights google/t5-v1_1-base
+    python train.py --data train.jsonl --test-data test.jsonl --weights google/t5-v1_1-base
 
 A teacher has written a rationale for each training question. The student, a small T5, learns two tasks from the same
 question, told apart by a prefix: `predict: x -> label` and `explain: x -> rationale`, with
@@ -10,8 +10,7 @@ question, told apart by a prefix: `predict: x -> label` and `explain: x -> ratio
 
 and is tested on `predict:` alone, so rationales cost nothing then. Where each part is: dss/config.py has the flags,
 dss/rows.py reads and divides the rows, dss/batch.py makes a row into two sequences and a step into one packed stream,
-dss/model.py is T5, dss/loss.py the equation, dss/generate.py decoding, dss/run.py the output directory, dss/report.py
-the log and the report, dss/ending.py what is kept when a run ends early.
+dss/model.py is T5, dss/loss.py the equation, dss/generate.py decoding, dss/run/ what happens around a run.
 """
 
 import copy
@@ -34,16 +33,24 @@ from data import arguments
 from data.interrupt import Interrupted, Stop
 from data.jsonl import write_jsonl
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR, count_targets, encode, pack, sequences, split_answer
-from dss.checkpoint import StateError, load_state, save_state
 from dss.config import SIZES, TrainConfig, parse_args
-from dss.ending import describe, end_early, save_student
 from dss.generate import generate
 from dss.loss import distillation_loss
 from dss.metrics import accuracy
 from dss.model import T5
-from dss.report import Log, introduce, report, say_what_was_cut
 from dss.rows import Rows, load_rows, swap_rationales
-from dss.run import check_tokenizer, choose_device, choose_threads, claim_output, find_output, identify, write_json
+from dss.run.ending import describe, end_early, save_student
+from dss.run.output import (
+    check_tokenizer,
+    choose_device,
+    choose_threads,
+    claim_output,
+    find_output,
+    identify,
+    write_json,
+)
+from dss.run.report import Log, introduce, report, say_what_was_cut
+from dss.run.state import StateError, load_state, save_state
 from dss.weights import load_t5, locate
 
 
@@ -362,7 +369,4 @@ fail = partial(arguments.fail, "train.py")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(fail(130, "interrupted"))
+    arguments.run("train.py", main)

@@ -8,29 +8,29 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
+import signal
 import sys
 import types
 from typing import Literal, get_args, get_origin
 
 
-def parse(argv, config, separator="_", presets=None, prog=None):
+def parse(argv, config, presets=None, prog=None):
     """The command line `argv` as a `config` (a dataclass of commented fields, with a method `check` that raises
-    ValueError). Exits 2 with one line if it is wrong. `separator` joins the words of a flag. presets: {name: {field:
-    default}}, the defaults that a flag --preset NAME puts in place of the class's own."""
+    ValueError). Exits 2 with one line if it is wrong. presets: {name: {field: default}}, the defaults that a flag
+    --preset NAME puts in place of the class's own."""
     comments, groups = field_comments(config), field_groups(config)
     description = inspect.cleandoc(config.__doc__)
     parser = OneLineParser(
         prog=prog,
         description=description,
         usage="%(prog)s [--FLAG VALUE ...]",
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter if "\n" in description else argparse.HelpFormatter,
     )
     sections = {name: parser.add_argument_group(name) for name in dict.fromkeys(groups.values())}
     for field in dataclasses.fields(config):
-        flag = "--" + field.name.replace("_", separator)
-        sections[groups[field.name]].add_argument(flag, **argument(field, comments[field.name]))
+        sections[groups[field.name]].add_argument(flag(field.name), **argument(field, comments[field.name]))
     values = parser.parse_args(argv)
     if presets and values.preset:
         parser.set_defaults(**presets[values.preset])
@@ -85,10 +85,30 @@ def source(config):
     return "\n".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
 
 
-def require(condition, name, what, config, separator="_"):
+def flag(name):
+    """`batch_size` -> `--batch-size`: how the flag of a field is written. With `_` it is understood, too."""
+    return "--" + name.replace("_", "-")
+
+
+def require(condition, name, what, config):
     """Raise ValueError, naming the flag of a config's field, what it must be and what it is, unless `condition`."""
     if not condition:
-        raise ValueError(f"--{name.replace('_', separator)} must be {what}, got {getattr(config, name)!r}")
+        raise ValueError(f"{flag(name)} must be {what}, got {getattr(config, name)!r}")
+
+
+def run(program, main):
+    """Run a program's main() and exit with its status: 130 after Ctrl-C, 0 where the reader (`head`, say) has left."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as programs with slow imports set it until those are done
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = fail(program, 130, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
 
 
 def fail(program, status, problem):
@@ -112,18 +132,21 @@ def print_anything():
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, with errors on one line and the nearest flag named for an unknown one. Every program of ours begins
-    with it, so it also makes the terminal one that can print anything."""
+    """argparse for every program: errors on one line, the nearest flag named for an unknown one, no abbreviations,
+    `--batch-size` understood as `--batch-size`. It also makes the terminal one that can print anything."""
 
-    def parse_args(self, *args, **kwargs):
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, argv=None):
         print_anything()
-        return super().parse_args(*args, **kwargs)
+        words = sys.argv[1:] if argv is None else argv
+        return super().parse_args([re.sub("^--[^=]+", lambda name: flag(name[0][2:]), word) for word in words])
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            flag = unknown[1]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            message = f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message = f"unknown flag {unknown[1]}" + (f"; did you mean {near[0]}?" if near else "")
         print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)

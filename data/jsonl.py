@@ -7,10 +7,10 @@ came from. Null, absent and blank mean the same: there is none. Keys not listed 
 """
 
 import json
-import os
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from data.files import replacing
 
 TEXTS = ("label", "rationale", "teacher_label")
 
@@ -118,20 +118,3 @@ def write_jsonl(path, records):
 def to_line(row):
     """The JSON of a dict, text that UTF-8 can hold: half a character, as in the name of a file, becomes its escape."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
-
-
-@contextmanager
-def replacing(path):
-    """A binary file to write beside `path`; moved onto `path` when the block ends, removed if it raises."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as problem:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(problem, OSError) and problem.errno and problem.filename is None:
-            problem.filename = str(path)  # write() names none
-        raise

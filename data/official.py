@@ -17,14 +17,13 @@ usable answer behind it (two choices, an unknown x): the rationale stays, the te
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data import arguments
 from data.answers import choice_answer, class_answer, cut, equation_answer
-from data.arguments import OneLineParser, fail
 from data.equation import same_value
 from data.jsonl import Record, RecordError, write_jsonl
 
@@ -153,7 +152,7 @@ def import_all(root, out):
 
 
 def main(argv=None):
-    parser = OneLineParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
+    parser = arguments.OneLineParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
     parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)
@@ -167,9 +166,9 @@ def main(argv=None):
             right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
             print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
     except (OSError, RecordError) as problem:
-        return fail("data.official", 2, problem)
+        return arguments.fail("data.official", 2, problem)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run("data.official", main)

@@ -7,7 +7,6 @@ about 3 for every 4 tokens.
 
 import argparse
 import re
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -149,4 +148,4 @@ def short(text, longest=22):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run("data.report", main)

@@ -15,11 +15,10 @@ L_rationale is a mean over tokens (with a longer question and "they are fruit, t
 """
 
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
-from data.arguments import OneLineParser, fail
+from data import arguments
 from data.jsonl import Record, write_jsonl
 
 KINDS = {
@@ -69,7 +68,7 @@ def draw(rng):
 
 
 def main(argv=None):
-    parser = OneLineParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
+    parser = arguments.OneLineParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
     parser.add_argument("--out", type=Path, required=True, help="where toy_train.jsonl and the others are written")
     parser.add_argument("--seed", type=int, default=0, help="of the rows [0]")
     args = parser.parse_args(argv)
@@ -79,9 +78,9 @@ def main(argv=None):
             write_jsonl(args.out / f"toy_{split}.jsonl", rows)
             print(f"{args.out / f'toy_{split}.jsonl'}: {len(rows):,} rows")
     except OSError as problem:
-        return fail("data.toy", 2, problem)
+        return arguments.fail("data.toy", 2, problem)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run("data.toy", main)

@@ -88,7 +88,7 @@ class TrainConfig:
     data: list[str] = ()  # training rows, JSONL files; none: the embedded task
     eval_data: str = ""  # validation rows, JSONL; none: cut from the training rows
     test_data: str = ""  # test rows, JSONL, read once, at the end
-    eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval_data is not given
+    eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval-data is not given
     subsample: float = 1.0  # share of all labelled rows used, validation cut included; smaller shares lie in larger
     labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or beyond --subsample
     # method

@@ -25,11 +25,12 @@ from tqdm import tqdm
 import tokenizer
 from data import arguments
 from data.answers import CHOICES
-from data.jsonl import Record, RecordError, parse_record, replacing, to_line
+from data.files import replacing
+from data.jsonl import Record, RecordError, parse_record, to_line
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR, encode, split_answer
 from dss.config import TrainConfig
 from dss.generate import generate, score
-from dss.run import choose_device, choose_threads
+from dss.run.output import choose_device, choose_threads
 from dss.weights import load_t5, locate
 
 
@@ -183,21 +184,21 @@ def parse(argv):
     )
     add("--scores", action="store_true", help="the probability of each label of the set, for a threshold of your own")
     add("--explain", action="store_true", help='add the student\'s own rationale as "explanation"')
-    add("--batch_size", type=int, default=64, help="rows at a time [64]")
+    add("--batch-size", type=int, default=64, help="rows at a time [64]")
     add(
-        "--max_input_length",
+        "--max-input-length",
         type=int,
         default=TrainConfig.max_input_length,
         help="tokens; longer inputs are cut [%(default)s]",
     )
     add(
-        "--max_new_tokens",
+        "--max-new-tokens",
         type=int,
         default=TrainConfig.max_new_tokens,
         help="tokens of a label; a single_task student needs room for its rationale too [%(default)s]",
     )
     add(
-        "--max_explanation",
+        "--max-explanation",
         type=int,
         default=TrainConfig.max_target_length,
         help="tokens of an explanation [%(default)s]",
@@ -207,9 +208,9 @@ def parse(argv):
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "max_explanation"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+            parser.error(f"{arguments.flag(name)} must be at least 1, got {getattr(args, name)}")
     if args.max_input_length < 2:
-        parser.error(f"--max_input_length must be at least 2, got {args.max_input_length}")
+        parser.error(f"--max-input-length must be at least 2, got {args.max_input_length}")
     if args.scores and not (args.labels or args.choices):
         parser.error("--scores needs a closed set: --labels A B C, or --choices for those that each input lists")
     if args.labels and (len(set(args.labels)) < len(args.labels) or not all(label.strip() for label in args.labels)):
@@ -221,7 +222,4 @@ fail = partial(arguments.fail, "dss.predict")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(fail(130, "interrupted"))
+    arguments.run("dss.predict", main)

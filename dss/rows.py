@@ -23,7 +23,7 @@ class Rows:
 def load_rows(config):
     """The `Rows` of a TrainConfig. Raises OSError or ValueError, naming the file, for rows that cannot be used.
 
-    The validation rows are those of --eval_data or a share cut from the training rows, and then have the labels of
+    The validation rows are those of --eval-data or a share cut from the training rows, and then have the labels of
     training: who has only a teacher's labels selects on a teacher's labels. Test labels are always gold.
     --subsample is the share of all labelled rows of --data, and the validation cut comes out of that share. With
     --labels gold-or-teacher it is the share of gold labels; every other row with a teacher's label trains on that, as
@@ -35,7 +35,7 @@ def load_rows(config):
         validation = list(read_jsonl(config.eval_data)) if config.eval_data else []
         test = list(read_jsonl(config.test_data)) if config.test_data else []
     elif config.eval_data or config.test_data:
-        raise ValueError("--eval_data and --test_data go with --data")
+        raise ValueError("--eval-data and --test-data go with --data")
     else:
         name, (rows, validation, test) = "toy", toy.make_rows(config.seed)
     files, everything = ", ".join(config.data) or name, rows
@@ -61,7 +61,7 @@ def load_rows(config):
         rows, unlabelled = rows + added, len(left) - len(added)
     if not rows:
         raise ValueError(
-            f"{files}: one usable row cannot both train and validate; see --eval_fraction, --eval_data, --subsample"
+            f"{files}: one usable row cannot both train and validate; see --eval-fraction, --eval-data, --subsample"
         )
     require_rationales(files, rows, config)
     metric = config.metric if config.metric != "auto" else choose_label_type(rows + validation + test)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from data.jsonl import replacing
+from data.files import replacing
 from dss.config import T5Config
 from dss.hub import fetch, shards
 from dss.model import T5

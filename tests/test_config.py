@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from data.arguments import fail, field_comments
+from data.arguments import fail, field_comments, flag
 from dss.config import TrainConfig, parse_args
 
 
@@ -24,7 +24,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name}" in text
+        assert flag(field.name) in text
     assert "lambda in L = L_label + lambda * L_rationale [1.0]" in text and "[standard dss]" in text
 
 
@@ -59,7 +59,7 @@ def test_the_learning_rate_left_out_depends_on_the_start():
         ("--resume --overwrite", "--resume must be given without --overwrite"),
         ("--lr inf", "--lr must be a finite number, got inf"),
         ("--lam inf", "--lam must be a finite number, got inf"),
-        ("--weight_decay inf", "--weight_decay must be a finite number, got inf"),
+        ("--weight_decay inf", "--weight-decay must be a finite number, got inf"),
         ("--clip inf", "--clip must be a finite number, got inf"),
         ("--clip nan", "--clip must be 0 or more, got nan"),
         ("--seed 9223372036854775808", "--seed must be below 2**63"),

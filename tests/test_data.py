@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import official, toy
-from data.jsonl import Record, RecordError, read_jsonl, replacing, write_jsonl
+from data.files import replacing
+from data.jsonl import Record, RecordError, read_jsonl, write_jsonl
 
 maybe = st.none() | st.text().filter(str.strip)
 json_values = st.recursive(

@@ -18,8 +18,9 @@ from extracting import (
 from teacher_stub import Stub, answer, completed
 
 import extract
+from data.arguments import flag
 from data.jsonl import read_jsonl
-from data.settings import ExtractConfig
+from data.teacher.settings import ExtractConfig
 
 # ---- A run that goes well -------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ def test_help_groups_the_flags_and_gives_each_default(capsys):
     words = " ".join(text.split())
     for field in dataclasses.fields(ExtractConfig):
         shown = "" if field.default in ("", None, False) else f"[{field.default}]"
-        assert f"--{field.name.replace('_', '-')} " in words and shown in words
+        assert f"{flag(field.name)} " in words and shown in words
     assert "3 aborted, the teacher cannot go on; 130 interrupted" in words
 
 
@@ -225,7 +226,7 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
         ("--temperature nan", "--temperature must be from 0 to 2"),
         ("--extra-body [1]", "--extra-body must be a JSON object"),
         ('--extra-body {"stream":true}', '--extra-body must be without "stream"'),
-        ("--max_tokens 3", "unknown flag --max_tokens; did you mean --max-tokens?"),
+        ("--max_token 3", "unknown flag --max-token; did you mean --max-tokens?"),
         ("--api-key sk", "unknown flag --api-key; did you mean --api-key-env?"),
         ("--endpoint both", "invalid choice: 'both'"),
         ("--overwrite --retry-failed", "--retry-failed must be given without --overwrite"),

@@ -154,7 +154,7 @@ def test_a_pause_does_not_save_up_requests_for_a_burst(tmp_path):
 
 
 def test_back_off_doubles_up_to_a_minute_with_jitter(monkeypatch):
-    from data.endpoint import Pace
+    from data.teacher.endpoint import Pace
 
     pace, pauses = Pace(), []
     monkeypatch.setattr(pace, "sleep", pauses.append)

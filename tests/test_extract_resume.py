@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from teacher_stub import Stub, answer
 
 import extract
-from data.output import put_in_order
+from data.teacher.output import put_in_order
 
 # ---- Resume ---------------------------------------------------------------------------------------------------------
 
@@ -146,11 +146,11 @@ def test_lines_are_put_in_order_the_last_of_an_id_stays(tmp_path_factory, names,
 
 
 def test_a_second_process_is_refused(files, capsys):
-    from data.output import locked
+    from data.files import locked
 
     with locked(files / "out.jsonl"):
         assert run(files, "http://127.0.0.1:9/v1") == 2
-    assert "another process writes it" in capsys.readouterr().err
+    assert "another process (which holds" in capsys.readouterr().err
     with Stub() as stub:
         assert run(files, stub.url) == 0
     assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "out.jsonl", "p.json"], "no lock is left"

@@ -162,7 +162,7 @@ def test_bad_input_ends_in_one_line_and_nothing_is_written(student, rows, tmp_pa
 def test_wrong_flags_are_named(student, wrong, capsys):
     with pytest.raises(SystemExit) as end:
         predict.parse([str(student), "-", *wrong.split()])
-    assert end.value.code == 2 and wrong.split()[0] in capsys.readouterr().err
+    assert end.value.code == 2 and wrong.split()[0].replace("_", "-") in capsys.readouterr().err
 
 
 def test_standard_input_is_read_and_a_reader_that_leaves_is_no_error(student, capsysbinary, monkeypatch):

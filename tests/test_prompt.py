@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data import toy
 from data.answers import CHOICES, read_label, same_label
 from data.equation import value
-from data.prompt import PromptError, load_prompt
+from data.teacher.prompt import PromptError, load_prompt
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "prompts"
 NAMES = ["anli", "cqa", "esnli", "svamp", "toy"]

@@ -14,12 +14,12 @@ import train
 from data.arguments import OneLineParser
 from data.interrupt import Stop
 from data.jsonl import Record, write_jsonl
-from dss.checkpoint import save_state
 from dss.config import T5Config, parse_args
 from dss.model import T5
-from dss.report import Log, in_short
 from dss.rows import load_rows
-from dss.run import choose_device
+from dss.run.output import choose_device
+from dss.run.report import Log, in_short
+from dss.run.state import save_state
 from dss.weights import load_t5
 
 QUICK = "--batch_size 4 --warmup 2 --max_target_length 12 --max_new_tokens 4".split()
@@ -115,8 +115,8 @@ def test_ctrl_c_on_a_diverged_run_saves_no_state(files, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     "error, words",
     [
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory; --micro_batch N"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; --micro_batch N"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory; --micro-batch N"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory; --micro-batch N"),
         (OSError(28, "No space left on device", "x/state.pt"), "x/state.pt: No space left on device"),
         (RuntimeError("shapes do not match"), None),
     ],
@@ -411,7 +411,7 @@ def test_each_dropout_acts_in_training_alone(place):
 def test_speed_is_of_training_steps_alone(tmp_path, monkeypatch):
     """The time of an evaluation inside the window used to count, and halved the figure."""
     clock = [0.0]
-    monkeypatch.setattr("dss.report.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dss.run.report.time.monotonic", lambda: clock[0])
     with Log(tmp_path / "metrics.jsonl", train.Progress()) as log:
         for _ in range(2):
             clock[0] += 1.0
@@ -424,7 +424,7 @@ def test_speed_is_of_training_steps_alone(tmp_path, monkeypatch):
 
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
     clock, original = [0.0], train.evaluate
-    monkeypatch.setattr("dss.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("dss.run.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def slow(*arguments):
         clock[0] += 1000.0

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from data.jsonl import Record, write_jsonl
-from dss import study
 from dss.config import parse_args
-from dss.presets import PRESETS
-from dss.study import StudyConfig, command_line
-from dss.study_report import interval, summarise
+from dss.study import __main__ as study
+from dss.study.__main__ import StudyConfig, command_line
+from dss.study.presets import PRESETS
+from dss.study.report import interval, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = (

@@ -7,46 +7,12 @@ off (`mend`), and at the end the lines are put in order (`put_in_order`).
 import json
 import os
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from data.jsonl import RecordError, replacing
+from data.files import replacing
+from data.jsonl import RecordError
 
 BEGIN = b'{"id": '  # of every line
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
-
-
-@contextmanager
-def locked(path):
-    """Hold PATH.lock for the block. Raises BlockingIOError at once if another process does; a killed one does not."""
-    name = f"{path}.lock"
-    while True:
-        file = open(name, "ab")
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as problem:
-            file.close()
-            if fcntl and not isinstance(problem, BlockingIOError):
-                raise  # a file system without locks, for one
-            raise BlockingIOError(f"{path}: another process writes it (and holds {name}); wait for its end") from None
-        if not fcntl or (os.path.exists(name) and os.path.samestat(os.fstat(file.fileno()), os.stat(name))):
-            break
-        file.close()  # its holder deleted it between our open and our lock
-    try:
-        yield
-    finally:
-        if fcntl:  # Windows does not delete an open file; there it stays
-            Path(name).unlink(missing_ok=True)
-        file.close()
 
 
 def mend(path):

@@ -2,7 +2,7 @@
 
 import torch
 
-from data.jsonl import replacing
+from data.files import replacing
 
 
 class StateError(ValueError):

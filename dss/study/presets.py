@@ -1,4 +1,4 @@
-"""Named studies for dss/study.py: the paper's settings (Hsieh et al. 2023, section 4, appendix A), ours for a CPU."""
+"""Named studies for dss/study: the paper's settings (Hsieh et al. 2023, section 4, appendix A), ours for a CPU."""
 
 DATASETS = {  # the files that data.official writes; without a validation file, rows are cut from the training rows
     "esnli": dict(data=["esnli_train.jsonl"], eval_data="esnli_valid.jsonl", test_data="esnli_test.jsonl"),

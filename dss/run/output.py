@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from data.jsonl import replacing
+from data import arguments
+from data.files import replacing
 from dss.batch import SEPARATOR
 from dss.config import METHODS
 from dss.weights import locate
@@ -116,7 +117,7 @@ def same_setting(key, before, now):
 
 
 def setting(key, value):
-    flag = f"--{'lr' if key == 'learning_rate' else key}"
+    flag = arguments.flag("lr" if key == "learning_rate" else key)
     return f"no {flag}" if value in (None, "") else f"{flag} {value}"
 
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.jsonl import replacing
+from data.files import replacing
 from dss.metrics import accuracy
-from dss.run import write_json
+from dss.run.output import write_json
 
 RESAMPLES = 10_000
 LOOKS = {  # colour (Okabe and Ito's, told apart by colour-blind readers too), marker, name in a legend

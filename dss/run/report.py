@@ -8,10 +8,10 @@ import time
 
 import torch
 
-from data.jsonl import replacing
+from data.files import replacing
 from dss.config import METHODS
-from dss.ending import diverged, require_finite
 from dss.rows import count_shared
+from dss.run.ending import diverged, require_finite
 
 
 def introduce(rows):
@@ -31,7 +31,7 @@ def say_what_was_cut(method, cut, config):
     longest = dict(inputs=config.max_input_length, targets=config.max_target_length)
     parts = [f"{cut[kind]:,} {kind} cut at {longest[kind]:,} tokens" for kind in longest if cut[kind]]
     if parts:
-        print(f"{method}: {', '.join(parts)}; see --max_input_length, --max_target_length", file=sys.stderr)
+        print(f"{method}: {', '.join(parts)}; see --max-input-length, --max-target-length", file=sys.stderr)
 
 
 class Log:
@@ -165,7 +165,7 @@ def report(run, results):
     if not config.data:
         seed = f" --seed {config.seed}" if config.seed else ""
         print(f"      python -m data.toy --out D{seed} writes these rows as JSONL, the form to bring your own in:")
-        print("      python train.py --data F.jsonl --test_data G.jsonl --weights google/t5-v1_1-base")
+        print("      python train.py --data F.jsonl --test-data G.jsonl --weights google/t5-v1_1-base")
 
 
 def in_short(n):

@@ -1,14 +1,14 @@
 """The paper's comparisons, one command each:  python -m dss.study [--preset NAME] [--FLAG VALUE ...]
 
     python -m dss.study --preset toy                       the embedded task: accuracy against share of training rows
-    python -m dss.study --preset cqa-base --data_dir D     a row of the paper's table 1; D is data.official's output
+    python -m dss.study --preset cqa-base --data-dir D     a row of the paper's table 1; D is data.official's output
 
 A study is a grid: label sources x students x shares of the training rows x seeds. Each cell of the grid is one run of
 `train.py --resume` in a process and a directory of its own, with all methods as its arms, so a study that was killed
 goes on where it was, and a cell can be looked at, or repeated by hand, as any other run. What makes the comparison
 fair: the arms of a cell have the same rows, labels, tokenizer, first weights, optimiser steps and order of rows;
 `standard-matched` has the tokens of dss instead of its steps; each arm is selected on validation rows, and the test
-rows are read once. dss/study_report.py makes tables and pictures of what the cells wrote.
+rows are read once. dss/study/report.py makes tables and pictures of what the cells wrote.
 """
 
 import itertools
@@ -32,12 +32,12 @@ from tqdm import tqdm
 from data import arguments
 from data.interrupt import Interrupted, Stop
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
-from dss.presets import PRESETS
 from dss.rows import load_rows
-from dss.run import find_output, identify, require_free, require_same
-from dss.study_report import write_report
+from dss.run.output import find_output, identify, require_free, require_same
+from dss.study.presets import PRESETS
+from dss.study.report import write_report
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 COST = {
     "standard": 1.0,
     "single_task": 1.3,
@@ -86,7 +86,7 @@ class StudyConfig(TrainConfig):
         return cells
 
     def located(self, files):
-        """A preset's file names, a list or a single one, below --data_dir."""
+        """A preset's file names, a list or a single one, below --data-dir."""
         if not self.preset or not files:
             return files
         below = [str(Path(self.data_dir) / name) for name in ([files] if isinstance(files, str) else files)]
@@ -227,11 +227,11 @@ def command_line(cell):
     for field in fields(TrainConfig):
         value = getattr(cell, field.name)
         if value is True:
-            flags.append(f"--{field.name}")
+            flags.append(arguments.flag(field.name))
         elif isinstance(value, list | tuple):
-            flags += [f"--{field.name}", *map(str, value)] if value else []
+            flags += [arguments.flag(field.name), *map(str, value)] if value else []
         elif value is not None and value is not False and value != "":  # 0 is a value
-            flags += [f"--{field.name}", str(value)]
+            flags += [arguments.flag(field.name), str(value)]
     return flags
 
 
@@ -268,4 +268,4 @@ fail = partial(arguments.fail, "dss.study")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run("dss.study", main)

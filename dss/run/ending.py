@@ -4,7 +4,7 @@ import torch
 
 from data.arguments import one_line
 from data.interrupt import Interrupted
-from dss.checkpoint import save_state
+from dss.run.state import save_state
 from dss.weights import save_t5
 
 
@@ -43,7 +43,7 @@ def describe(problem):
     """One line for what can end a run under way, None for an exception that only a mistake of the program's raises."""
     line = one_line(problem)
     if isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in line:
-        return "out of memory; --micro_batch N computes the same steps N rows at a time"
+        return "out of memory; --micro-batch N computes the same steps N rows at a time"
     return line if isinstance(problem, (Failed, FloatingPointError, OSError)) else None
 
 

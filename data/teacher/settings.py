@@ -3,12 +3,9 @@
 import json
 import os
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
-from data import arguments
-
-require = partial(arguments.require, separator="-")
+from data.arguments import require
 
 
 @dataclass(frozen=True)

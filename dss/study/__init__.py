@@ -1,0 +1,1 @@
+"""The paper's comparisons as tables and pictures: `python -m dss.study`."""
