@@ -36,7 +36,7 @@ def parse(argv, config, presets=None, prog=None):
         parser.set_defaults(**presets[values.preset])
         values = parser.parse_args(argv)
     try:
-        result = config(**vars(values))
+        result = config(**{name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()})
         result.check()
     except ValueError as problem:
         parser.error(str(problem))
@@ -45,9 +45,9 @@ def parse(argv, config, presets=None, prog=None):
 
 def argument(field, comment):
     """The keyword arguments of argparse for one field: type, choices, default and help from its declaration."""
-    kind, default, many = field.type, field.default, get_origin(field.type) is list
+    kind, default, many = field.type, field.default, get_origin(field.type) is tuple
     if many:
-        (kind,), default = get_args(kind), list(default)
+        kind, _ = get_args(kind)
     if isinstance(kind, types.UnionType):
         kind = get_args(kind)[0]
     comment = comment.replace("%", "%%")

@@ -1,5 +1,6 @@
 """How every program of ours touches files: written whole or not at all, and by one process at a time."""
 
+import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,3 +67,11 @@ def locked(path, waiting=None):
     finally:
         Path(name).unlink(missing_ok=True)
         file.close()
+
+
+def read_json(path):
+    """The content of a JSON file. Raises OSError, or ValueError, naming the file, if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{path}: not JSON ({problem})") from None

@@ -24,7 +24,7 @@ class Record:
     id: str
     input: str
     label: str | None = None
-    rationale: str | None = None
+    rationale: str | list[str] | None = None  # several: each epoch trains on the next
     teacher_label: str | None = None
     teacher: dict = field(default_factory=dict)
     other: dict = field(default_factory=dict)  # keys of the line that are none of the above
@@ -56,6 +56,11 @@ def parse_record(line, where, default_id, names=None):
     texts = {}
     for name in TEXTS:
         value = row.pop(name, None)
+        if name == "rationale" and isinstance(value, list):
+            if not value or not all(isinstance(text, str) and text.strip() for text in value):
+                raise RecordError(f'{where}: "rationale" must be a list of texts that are not blank, got {value!r}')
+            texts[name] = value
+            continue
         if value is not None and not isinstance(value, str):
             raise RecordError(f'{where}: "{name}" must be a text or null, got {value!r}')
         texts[name] = value if value and value.strip() else None

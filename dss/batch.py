@@ -10,15 +10,20 @@ forward and one backward pass.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 
+from data.jsonl import Record
+from tokenizer import T5Tokenizer
+
+Device = str | torch.device
 PREDICT, EXPLAIN = "predict: ", "explain: "  # the task prefixes of the paper's released code
 LABEL, RATIONALE = 0, 1  # the two tasks
-SEPARATOR = "<extra_id_0>"  # single_task: RATIONALE <extra_id_0> LABEL; a sentinel is one token of every T5 vocabulary
+SEPARATOR = "<extra_id_0>"  # between label and rationale in one target; a sentinel is one token of every T5 vocabulary
 
 
 class Sequence(NamedTuple):
@@ -44,49 +49,54 @@ class Batch:
     targets: Segments
 
 
-def sequences(row, method, tokenizer, max_input_length=1024, max_target_length=256, cut=None):
-    """The sequences that `method` trains on for one row, any object with .input, .label and .rationale.
+def sequences(
+    row: Record,
+    method: str,
+    tokenizer: T5Tokenizer,
+    max_input_length: int = 1024,
+    max_target_length: int = 256,
+    cut: Counter | None = None,
+) -> list[Sequence]:
+    """The sequences that `method` trains on for one row, whose rationale is a text or None.
 
-    standard, standard-matched: predict -> label. dss, dss-shuffled: that, and explain -> rationale where the row has
-    one. single_task: predict -> rationale and label in one target. A row whose label is None trains nothing.
-    cut: a Counter that is told of every input and target too long for its limit.
+    standard: predict -> label. dss: that, and explain -> rationale where the row has one. With both in one target:
+    predict -> rationale, separator, label (single_task); predict -> label, separator, rationale (label_first). A
+    control trains on what the method that it is named after does. A row whose label is None trains nothing.
+    cut: counts the inputs and targets that were too long.
     """
     cut = Counter() if cut is None else cut
     if row.label is None:
         return []
-    question = encode(tokenizer, PREDICT + row.input, max_input_length, cut, "inputs")
+    question, label = tokenizer.encode(PREDICT + row.input), label_ids(tokenizer, row.label, method)
+    rationale = tokenizer.encode(row.rationale or "")
     if method == "single_task":
-        rationale, label = tokenizer.encode(row.rationale or "")[:-1], tokenizer.encode(f"{SEPARATOR} {row.label}")
-        cut["targets"] += len(rationale) + len(label) > max_target_length
-        label = shorten(label, max_target_length)
-        return [Sequence(question, rationale[: max_target_length - len(label)] + label, LABEL)]
-    result = [Sequence(question, encode(tokenizer, row.label, max_target_length, cut, "targets"), LABEL)]
-    if method.startswith("dss") and row.rationale is not None:
-        question = encode(tokenizer, EXPLAIN + row.input, max_input_length, cut, "inputs")
-        target = encode(tokenizer, row.rationale, max_target_length, cut, "targets")
-        result.append(Sequence(question, target, RATIONALE))
-    return result
+        label = [tokenizer.special[SEPARATOR], *label]
+        cut["targets"] += len(rationale) - 1 + len(label) > max_target_length
+        label = shorten(label, max_target_length)  # where there is no room for both, the rationale is cut
+        pairs = [(question, rationale[:-1][: max_target_length - len(label)] + label, LABEL)]
+    elif method == "label_first":
+        pairs = [(question, label + rationale, LABEL)]
+    else:
+        pairs = [(question, label, LABEL)]
+        if method.startswith("dss") and row.rationale is not None:
+            pairs.append((tokenizer.encode(EXPLAIN + row.input), rationale, RATIONALE))
+    cut["inputs"] += sum(len(ids) > max_input_length for ids, _, _ in pairs)
+    cut["targets"] += sum(len(ids) > max_target_length for _, ids, _ in pairs)
+    return [Sequence(shorten(x, max_input_length), shorten(y, max_target_length), task) for x, y, task in pairs]
 
 
-def split_answer(ids, separator):
-    """What a single_task student writes -> (rationale ids, label ids). No separator, no label: it ended too early."""
-    cut = ids.index(separator) if separator in ids else len(ids)
-    return ids[:cut], ids[cut:]
+def label_ids(tokenizer: T5Tokenizer, label: str, method: str) -> list[int]:
+    """The ids of a label, ending in what ends it: </s>, or for label_first the separator before the rationale."""
+    ids = tokenizer.encode(label)
+    return [*ids[:-1], tokenizer.special[SEPARATOR]] if method == "label_first" else ids
 
 
-def encode(tokenizer, text, longest, cut=None, kind=""):
-    """The ids of a text, at most `longest`: cut at the end, but </s> stays, and counted in the Counter `cut`."""
-    ids = tokenizer.encode(text)
-    if cut is not None:
-        cut[kind] += len(ids) > longest
-    return shorten(ids, longest)
-
-
-def shorten(ids, longest):
+def shorten(ids: list[int], longest: int) -> list[int]:
+    """At most `longest` ids: cut at the end, but the last one, </s>, stays."""
     return ids if len(ids) <= longest else ids[: longest - 1] + ids[-1:]
 
 
-def count_targets(sequences):
+def count_targets(sequences: list[Sequence]) -> tuple[int, int]:
     """(N_label, N_rationale): target tokens of each task, what the mean in each task's loss is taken over."""
     counts = [0, 0]
     for sequence in sequences:
@@ -94,17 +104,16 @@ def count_targets(sequences):
     return tuple(counts)
 
 
-def segments(lengths, device="cpu"):
+def segments(lengths: list[int], device: Device = "cpu") -> Segments:
     """`Segments` for sequences of these lengths (integers >= 1)."""
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return Segments(starts.to(device, non_blocking=True), max(lengths))  # the host does not wait for the device
+    return Segments(to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device), max(lengths))
 
 
-def pack(sequences, device="cpu", start_token=0):
+def pack(sequences: list[Sequence], device: Device = "cpu", start_token: int = 0) -> Batch:
     """A non-empty list of Sequences, each side of each non-empty, as one Batch on `device`."""
 
-    def stream(lists):
-        return torch.tensor([token for ids in lists for token in ids]).to(device, non_blocking=True)
+    def stream(lists: Iterable[list[int]]) -> torch.Tensor:
+        return to_device(torch.tensor(list(chain.from_iterable(lists))), device)
 
     inputs = [s.input_ids for s in sequences]
     targets = [s.target_ids for s in sequences]
@@ -116,3 +125,10 @@ def pack(sequences, device="cpu", start_token=0):
         task=stream([s.task] * len(s.target_ids) for s in sequences),
         targets=segments(list(map(len, targets)), device),
     )
+
+
+def to_device(tensor: torch.Tensor, device: Device) -> torch.Tensor:
+    """A CPU tensor on `device`. The host does not wait for a GPU: it copies from pinned memory, on its own."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -38,7 +38,7 @@ class T5Config:
     model_type: str = "t5"  # or "mt5"
 
 
-def t5(d_model, d_ff, layers, heads, d_kv=64, **other):
+def t5(d_model: int, d_ff: int, layers: int, heads: int, d_kv: int = 64, **other) -> T5Config:
     return T5Config(
         d_model=d_model, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers, num_heads=heads, d_kv=d_kv, **other
     )
@@ -68,13 +68,16 @@ SIZES = {  # the public family; Flan-T5 and the LM-adapted checkpoints have the 
 }
 
 
-METHODS = (  # what an arm trains on: dss/batch.py
+METHODS = (  # what a student trains on: dss/batch.py
     "standard",  # the label
-    "dss",  # the label and, as a second task, the rationale
-    "single_task",  # rationale and label in one target
+    "dss",  # step-by-step: the label and, as a second task, the rationale
+    "label_first",  # label, then rationale, in one target; an answer ends behind the label
+    "single_task",  # rationale, then label, in one target
     "dss-shuffled",  # control: dss with each rationale from another row
+    "dss-scrambled",  # control: dss with the words of each rationale in random order
     "standard-matched",  # control: standard, for as many tokens as dss trains on
 )
+METRICS = ("text", "choice", "equation")
 LABELS = ("gold", "teacher", "gold-or-teacher")
 
 
@@ -85,14 +88,14 @@ class TrainConfig:
     # Each default stands here and nowhere else; each comment is the help text of its flag.
 
     # data
-    data: list[str] = ()  # training rows, JSONL files; none: the embedded task
+    data: tuple[str, ...] = ()  # training rows, JSONL files; none: the embedded task
     eval_data: str = ""  # validation rows, JSONL; none: cut from the training rows
     test_data: str = ""  # test rows, JSONL, read once, at the end
     eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval-data is not given
     subsample: float = 1.0  # share of all labelled rows used, validation cut included; smaller shares lie in larger
     labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or beyond --subsample
     # method
-    method: list[Literal[METHODS]] = ("standard", "dss")  # arms, in order; -shuffled and -matched are controls
+    method: tuple[Literal[METHODS], ...] = ("standard", "dss")  # a student each, in order; README says what they are
     lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale
     # student
     weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; none: random weights
@@ -117,7 +120,7 @@ class TrainConfig:
     seed: int = 0  # of the weights, the order of rows, dropout and every draw from the data
     # evaluation
     eval_every: int = 200  # steps between looks at the validation rows; the best weights are kept
-    metric: Literal["auto", "text", "choice", "equation"] = "auto"  # how a label counts as right; auto: by the rows
+    metric: Literal[("auto", *METRICS)] = "auto"  # how a label counts as right; auto: by the rows
     log_every: int = 20  # steps between lines of metrics.jsonl
     # machine and files
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -128,10 +131,10 @@ class TrainConfig:
     overwrite: bool = False  # replace the arms that --out holds
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> float:
         return self.lr if self.lr is not None else (5e-5 if self.weights else 1e-3)
 
-    def check(self):
+    def check(self) -> None:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         positive = ("steps", "batch_size", "eval_every", "log_every", "max_new_tokens", "vocab_size")
         for name in positive:
@@ -153,6 +156,6 @@ class TrainConfig:
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)
 
 
-def parse_args(argv=None):
+def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """The command line as a TrainConfig. Exits 2 with one line if it is wrong."""
     return arguments.parse(argv, TrainConfig)

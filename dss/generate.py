@@ -7,7 +7,8 @@ computed once and packed as the encoder left them. A sequence that ends leaves t
 
 import torch
 
-from dss.batch import LABEL, Segments, Sequence, pack, segments
+from dss.batch import LABEL, Batch, Segments, Sequence, pack, segments
+from dss.model import T5
 
 
 class SelfCache:
@@ -55,12 +56,14 @@ class LayerCache:
 
 
 @torch.no_grad()
-def generate(model, inputs, max_new_tokens=64, batch_size=64):
+def generate(
+    model: T5, inputs: list[list[int]], max_new_tokens: int = 64, batch_size: int = 64, stop: int | None = None
+) -> list[list[int]]:
     """Greedy outputs for a list of inputs (each a non-empty list of ids, ending in </s>), in their order.
 
-    An output ends before </s>, or after max_new_tokens; neither the start token nor </s> is in it. Inputs are taken
-    batch_size at a time, longest first, so that a batch holds inputs of like length and a lack of memory shows at once.
-    Dropout follows model.training: call model.eval() first. Raises ValueError for an empty input.
+    An output ends before </s>, before the token `stop`, or after max_new_tokens. Inputs are taken batch_size at a time,
+    longest first, so that a batch holds inputs of like length and a lack of memory shows at once. Dropout follows
+    model.training: call model.eval() first. Raises ValueError for an empty input.
     """
     if not all(map(len, inputs)):
         raise ValueError(f"generate: input {[len(i) for i in inputs].index(0)} is empty")
@@ -68,12 +71,12 @@ def generate(model, inputs, max_new_tokens=64, batch_size=64):
     order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        for i, ids in zip(chosen, generate_batch(model, [inputs[i] for i in chosen], max_new_tokens)):
+        for i, ids in zip(chosen, generate_batch(model, [inputs[i] for i in chosen], max_new_tokens, stop)):
             outputs[i] = ids
     return outputs
 
 
-def generate_batch(model, inputs, max_new_tokens):
+def generate_batch(model: T5, inputs: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
     device, config = model.embedding.weight.device, model.config
     lengths = [len(ids) for ids in inputs]
     where = segments(lengths, device)
@@ -87,7 +90,7 @@ def generate_batch(model, inputs, max_new_tokens):
         hidden = model.decode(token, segments([1] * len(running), device), memory, where, cache)  # (B, C)
         token = model.read_out(hidden).argmax(-1)  # (B,)
         drawn = token.tolist()
-        going = [row for row, t in enumerate(drawn) if t != config.eos_token_id]
+        going = [row for row, t in enumerate(drawn) if t not in (config.eos_token_id, stop)]
         for row in going:
             outputs[running[row]].append(drawn[row])
         if not going:
@@ -104,12 +107,14 @@ def generate_batch(model, inputs, max_new_tokens):
 
 
 @torch.no_grad()
-def score(model, inputs, candidates, batch_size=64):
+def score(
+    model: T5, inputs: list[list[int]], candidates: list[list[list[int]]], batch_size: int = 64
+) -> list[list[float]]:
     """The log-likelihood of every candidate output of every input, natural logarithm, summed over its tokens.
 
-    inputs: lists of ids, ending in </s>; candidates[i]: the outputs to compare for inputs[i], each a list of ids that
-    ends in </s>. At most batch_size candidates are computed at a time (but all of one input's). Returns a list of lists
-    of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list of candidates.
+    inputs: lists of ids, ending in </s>; candidates[i]: the outputs to compare for inputs[i], each a list of ids, with
+    the token that ends it. At most batch_size candidates are computed at a time (but all of one input's). Returns a
+    list of lists of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list of them.
     """
     if not all(map(len, inputs)) or not all(map(len, candidates)) or not all(len(c) for cs in candidates for c in cs):
         raise ValueError("score: every input needs a token and a candidate, every candidate a token")
@@ -125,7 +130,7 @@ def score(model, inputs, candidates, batch_size=64):
     return scores
 
 
-def sequence_likelihoods(model, batch):
+def sequence_likelihoods(model: T5, batch: Batch) -> list[float]:
     """The log-likelihood of each target of a Batch, as a list of floats."""
     token = model.read_out(model(batch)).float().log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]  # (T,)
     lengths = batch.targets.cu_seqlens.diff().tolist()

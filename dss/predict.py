@@ -4,140 +4,141 @@
     python -m dss.predict runs/toy/dss/student rows.jsonl --explain     JSONL in, JSONL with "prediction" out
     python -m dss.predict STUDENT nli.jsonl --labels entailment neutral contradiction --scores
 
-A label is decoded greedily, as when the student was tested. With --labels or --choices it is instead the likeliest of
-a closed set: p(label | input) is the product of its tokens' probabilities, </s> included, and --scores gives these
-products divided by their sum, so they add up to 1. (That is for students that answer at once; one of single_task
-writes its rationale first, and is told from the others by the separator it writes.)
+A label is decoded greedily, as when the student was tested. With --labels or --choices it is the likeliest of a closed
+set instead, and --scores gives the probability of each label of the set; they add up to 1. Rows that have a label are
+also judged: accuracy, a table by class and the confusion matrix go to standard error.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once and without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
-import itertools
+import io
 import json
-import math
 import os
+import queue
 import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 
-import torch
 from tqdm import tqdm
 
-import tokenizer
 from data import arguments
-from data.answers import CHOICES
+from data.answers import CHOICES, same_label
 from data.files import replacing
 from data.jsonl import Record, RecordError, parse_record, to_line
-from dss.batch import EXPLAIN, PREDICT, SEPARATOR, encode, split_answer
-from dss.config import TrainConfig
-from dss.generate import generate, score
-from dss.run.output import choose_device, choose_threads
-from dss.weights import load_t5, locate
+from dss.run.start import choose_device, choose_threads
+from dss.student import Student
+
+Row = tuple[Record, str | None]  # and its line of JSON, if it is one
+MOMENT = 0.05  # seconds that an input of a pipe waits for others to be answered with
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong, 130 interrupted."""
     args = parse(argv)
     try:
-        device = choose_device(args.device)
-        student = Student(args, device)
-        lines = check_file(args) if args.file != "-" else None
-    except (OSError, ValueError) as problem:
-        return fail(2, problem)
-    source = sys.stdin.buffer if args.file == "-" else open(args.file, "rb")
-    window = 1 if args.file == "-" and sys.stdin.isatty() else 8 * args.batch_size  # rows sorted by length together
-    bar = tqdm(total=lines, unit="row", disable=None if args.file != "-" else not sys.stderr.isatty(), delay=1)
-    try:
-        with source, bar, replacing(args.out) if args.out else contextlib.nullcontext(sys.stdout.buffer) as sink:
+        given = ("max_input_length", "max_new_tokens", "max_target_length")
+        settings = {name: value for name in given if (value := getattr(args, name)) is not None}
+        device = choose_device(args.device, args.dtype)
+        student = Student.load(args.student, device, dtype=args.dtype, batch_size=args.batch_size, **settings)
+        choose_threads(0, student.model)
+        if args.labels == []:
+            args.labels = student.labels
+            if not args.labels:
+                raise ValueError(f"{args.student}: no closed set of labels is stored with it; name them after --labels")
+        judge = Judge(student.metric)
+        is_file = os.path.isfile(args.file)
+        with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(sys.stdin.buffer) as source:
+            total = check(source, args) if is_file else None
+            if args.file == "-" and sys.stdin.isatty():
+                print("dss.predict: an input a line; Ctrl-D ends", file=sys.stderr)
             rows = read_rows(source, args)
-            while part := list(itertools.islice(rows, window)):
-                for line in student.answer(part):
-                    sink.write(line.encode() + b"\n")
-                sink.flush()
-                bar.update(len(part))
-    except BrokenPipeError:  # the reader, `head` say, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (OSError, RecordError) as problem:
-        return fail(2, problem)
+            parts = windows(rows, 8 * args.batch_size) if is_file else as_they_come(rows, args.batch_size)
+            with replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer) as sink:
+                for part in tqdm_of(parts, total):
+                    for line in answer(student, part, args, judge):
+                        sink.write(line.encode() + b"\n")
+                    sink.flush()
+        judge.print_report()
+    except BrokenPipeError:
+        raise  # arguments.run ends quietly: the reader, `head` say, has had enough
+    except (OSError, ValueError) as error:
+        return arguments.fail("dss.predict", 2, error)
     return 0
 
 
-class Student:
-    """A trained T5 with its tokenizer, and how it is to answer."""
-
-    def __init__(self, args, device):
-        """Raises OSError or ValueError, naming the file, if args.student is no student."""
-        directory = locate(args.student)
-        self.tokenizer = tokenizer.T5Tokenizer(directory)
-        self.model = load_t5(directory).to(device)
-        if self.tokenizer.vocab_size > self.model.config.vocab_size:
-            raise ValueError(f"{directory}: the tokenizer has more ids than the student embeds")
-        choose_threads(0, self.model)
-        self.args, self.device = args, device
-
-    def answer(self, rows):
-        """A line of output for each (record, its JSON or None) of rows, in order. A blank line has a blank answer."""
-        asked = [record for record, _ in rows if record.input.strip()]
-        answers = iter(self.predict(asked))
-        for record, line in rows:
-            found = next(answers) if record.input.strip() else dict(prediction="")
-            if line is not None:
-                yield to_line(json.loads(line) | found)
-            elif self.args.explain or self.args.scores:
-                yield to_line(dict(input=record.input) | found)
-            else:
-                yield " ".join(found["prediction"].split())
-
-    def predict(self, records):
-        """A dict for each record: prediction, and explanation and scores as asked for."""
-        questions = [self.encode(PREDICT, record) for record in records]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
-            answers = self.choose(records, questions) if self.closed else self.write(questions)
-            if self.args.explain and not all("explanation" in answer for answer in answers):
-                questions = [self.encode(EXPLAIN, record) for record in records]
-                outputs = generate(self.model, questions, self.args.max_explanation, self.args.batch_size)
-                answers = [dict(explanation=self.tokenizer.decode(ids)) | a for a, ids in zip(answers, outputs)]
-        return answers
-
-    @property
-    def closed(self):
-        return self.args.labels or self.args.choices
-
-    def write(self, questions):
-        """Greedy answers. Behind a separator stands the label, before it the rationale (single_task)."""
-        separator, decode = self.tokenizer.special[SEPARATOR], self.tokenizer.decode
-        answers = []
-        for ids in generate(self.model, questions, self.args.max_new_tokens, self.args.batch_size):
-            rationale, label = split_answer(ids, separator) if separator in ids else (None, ids)
-            explanation = dict(explanation=decode(rationale)) if rationale is not None and self.args.explain else {}
-            answers.append(dict(prediction=decode(label)) | explanation)
-        return answers
-
-    def choose(self, records, questions):
-        """The likeliest label of the set of each record, and with --scores the share of each, likeliest first."""
-        sets = [self.args.labels or list_choices(record.input) for record in records]
-        bare = next((record for record, labels in zip(records, sets) if not labels), None)
-        if bare:
-            raise RecordError(f'row {bare.id}: --choices, but the input lists none, a line each: "(a) park"')
-        tokens = [[self.tokenizer.encode(label) for label in labels] for labels in sets]
-        answers = []
-        for labels, logs in zip(sets, score(self.model, questions, tokens, self.args.batch_size)):
-            ranked = sorted(zip(logs, labels), key=lambda pair: -pair[0])  # stable: a tie goes to the first named
-            shares = [math.exp(log - ranked[0][0]) for log, _ in ranked]
-            scores = {label: share / sum(shares) for (_, label), share in zip(ranked, shares)}
-            answers.append(dict(prediction=ranked[0][1]) | (dict(scores=scores) if self.args.scores else {}))
-        return answers
-
-    def encode(self, prefix, record):
-        return encode(self.tokenizer, prefix + record.input, self.args.max_input_length)
+def answer(student: Student, rows: list[Row], args: argparse.Namespace, judge: "Judge") -> Iterator[str]:
+    """A line of output for each (record, its JSON or None), in order. A blank line has a blank answer."""
+    records = [record for record, _ in rows if record.input.strip()]
+    inputs = [record.input for record in records]
+    if args.labels or args.choices:
+        ranked = student.score(inputs, [args.labels or list_choices(record) for record in records])
+        found = [dict(prediction=next(iter(scores))) for scores in ranked]
+        if args.scores:
+            found = [f | dict(scores={k: round(v, 6) for k, v in s.items()}) for f, s in zip(found, ranked)]
+    else:
+        found = [dict(prediction=label) for label in student.answer(inputs)]
+    if args.explain:
+        found = [f | dict(explanation=text) for f, text in zip(found, student.explain(inputs))]
+    left = iter(found)
+    for record, line in rows:
+        result = next(left) if record.input.strip() else dict(prediction="")
+        judge.add(record, result["prediction"])
+        if line is not None:
+            yield to_line(json.loads(line) | result)
+        elif args.explain or args.scores:
+            yield to_line(dict(input=record.input) | result)
+        else:
+            yield " ".join(result["prediction"].split())
 
 
-def list_choices(text):
-    """The choices that a question lists, in order, one given twice once."""
-    return list(dict.fromkeys(choice for _, choice in CHOICES.findall(text)))
+def list_choices(record: Record) -> list[str]:
+    """The choices that a question lists, in order, one given twice once. Raises RecordError if it lists none."""
+    choices = list(dict.fromkeys(choice for _, choice in CHOICES.findall(record.input)))
+    if not choices:
+        raise RecordError(f'row {record.id}: --choices, but the input lists none, a line each: "(a) park"')
+    return choices
 
 
-def read_rows(source, args):
+class Judge:
+    """Predictions beside gold labels, for rows that have one."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric, self.right, self.pairs = metric, Counter(), Counter()  # pairs: (gold, predicted)
+
+    def add(self, record: Record, prediction: str) -> None:
+        if record.label is not None:
+            right = same_label(prediction, record.label, self.metric, record.input)
+            self.right[record.label] += right
+            self.pairs[record.label, record.label if right else prediction] += 1
+
+    def print_report(self, most: int = 12) -> None:
+        """Accuracy and, for at most `most` classes, a row each: how many are right, and what was predicted instead."""
+        n, say = self.pairs.total(), partial(print, file=sys.stderr)
+        if not n:
+            return
+        say(f"right on {self.right.total():,} of {n:,} rows with a label ({self.right.total() / n:.1%})")
+        classes = sorted({gold for gold, _ in self.pairs})
+        if not 1 < len(classes) <= most:
+            return
+        numbers = [f"({i})" for i in range(1, len(classes) + 1)]
+        heads = "".join(f"{head:>7}" for head in [*numbers, "other"])
+        say(f"{'label':<24}{'rows':>7}{'right':>8}  predicted as{heads}")
+        for number, gold in zip(numbers, classes):
+            row = [self.pairs[gold, c] for c in classes]
+            rows = sum(count for (label, _), count in self.pairs.items() if label == gold)
+            cells = "".join(f"{x:>7,}" for x in [*row, rows - sum(row)])
+            say(f"{number:>4} {gold[:18]:<19}{rows:>7,}{self.right[gold] / rows:>8.1%}{'':>14}{cells}")
+
+
+def read_rows(source: io.BufferedIOBase, args: argparse.Namespace) -> Iterator[Row]:
     """Yield (Record, its line of JSON or None) from a binary file. Raises RecordError for a line that is no record."""
     name, is_json = "standard input" if args.file == "-" else args.file, args.format == "jsonl"
     known = args.format != "auto"
@@ -145,8 +146,8 @@ def read_rows(source, args):
         where = f"{name}:{number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as problem:
-            raise RecordError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
         if not known and text.strip():
             is_json, known = text.lstrip().startswith("{"), True
         if not is_json:
@@ -155,70 +156,89 @@ def read_rows(source, args):
             yield parse_record(text, where, where), text
 
 
-def check_file(args):
-    """The number of rows of args.file. A bad line is found here, before the first answer is written."""
-    with open(args.file, "rb") as source:
-        return sum(1 for _ in read_rows(source, args))
+def check(source: io.BufferedIOBase, args: argparse.Namespace) -> int:
+    """The number of rows of a file that can be read twice. A bad line is found here, before the first answer."""
+    if args.format == "auto" and args.file.endswith((".csv", ".tsv")):
+        how = "give JSONL or an input a line; --format lines labels its lines as they are"
+        raise ValueError(f"{args.file}: a table; {how}")
+    rows = sum(1 for _ in read_rows(source, args))
+    source.seek(0)
+    return rows
 
 
-def parse(argv):
+def windows(rows: Iterator, size: int) -> Iterator[list]:
+    """The rows of a file, `size` at a time: enough to sort by length."""
+    while part := list(islice(rows, size)):
+        yield part
+
+
+def as_they_come(rows: Iterator, most: int) -> Iterator[list]:
+    """The rows of a pipe or terminal: those that come within a moment of one another, at most `most` at a time."""
+    waiting = queue.Queue(maxsize=4 * most)
+
+    def read() -> None:
+        try:
+            for row in rows:
+                waiting.put(row)
+            waiting.put(None)
+        except Exception as error:  # raised below, behind the rows before it
+            waiting.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    item = ()
+    while isinstance(item, tuple):
+        part, patience = [], None
+        with contextlib.suppress(queue.Empty):
+            while len(part) < most and isinstance(item := waiting.get(timeout=patience), tuple):
+                part.append(item)
+                patience = MOMENT
+        if part:
+            yield part
+    if item is not None:
+        raise item
+
+
+def tqdm_of(parts: Iterator[list], total: int | None) -> Iterator[list]:
+    """The parts, with a progress bar over their rows where they come from a file."""
+    with tqdm(total=total, unit="row", disable=total is None, delay=1) as bar:
+        for part in parts:
+            yield part
+            bar.update(len(part))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = arguments.OneLineParser(
-        prog="python -m dss.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="dss.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("student", help="directory of a student (OUT/METHOD/student), or any T5 that was trained with these prefixes")
-    add(
-        "file", nargs="?", default="-", metavar="FILE", help="rows as JSONL, or one input a line; -: standard input [-]"
-    )
-    add(
-        "--format",
-        choices=("auto", "jsonl", "lines"),
-        default="auto",
-        help="auto: JSONL if the first line begins with { [auto]",
-    )
-    add("--out", default="", help="file to write, complete or not at all; none: standard output")
+    add("file", nargs="?", default="-", metavar="FILE", help="rows as JSONL, or an input a line; -: standard input [-]")
+    add("--format", choices=("auto", "jsonl", "lines"), default="auto", help="auto: JSONL if a row begins with {")
+    add("--output", default="", metavar="FILE", help="file to write, whole or not at all; none: standard output")
     closed = parser.add_mutually_exclusive_group()
-    closed.add_argument("--labels", nargs="+", metavar="LABEL", help="answer with the likeliest of these labels")
-    closed.add_argument(
-        "--choices", action="store_true", help='answer with the likeliest choice that the input lists: "(a) park"'
-    )
+    which = "answer with the likeliest of these labels; none named: of those that the student was trained on"
+    closed.add_argument("--labels", nargs="*", metavar="LABEL", help=which)
+    which = 'answer with the likeliest choice that the input lists: "(a) park"'
+    closed.add_argument("--choices", action="store_true", help=which)
     add("--scores", action="store_true", help="the probability of each label of the set, for a threshold of your own")
     add("--explain", action="store_true", help='add the student\'s own rationale as "explanation"')
-    add("--batch-size", type=int, default=64, help="rows at a time [64]")
-    add(
-        "--max-input-length",
-        type=int,
-        default=TrainConfig.max_input_length,
-        help="tokens; longer inputs are cut [%(default)s]",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=TrainConfig.max_new_tokens,
-        help="tokens of a label; a single_task student needs room for its rationale too [%(default)s]",
-    )
-    add(
-        "--max-explanation",
-        type=int,
-        default=TrainConfig.max_target_length,
-        help="tokens of an explanation [%(default)s]",
-    )
+    add("--batch-size", type=int, default=64, metavar="N", help="rows at a time [64]")
+    kept = "unset: as in its training"
+    add("--max-input-length", type=int, metavar="N", help=f"tokens; longer inputs are cut; {kept}")
+    add("--max-new-tokens", type=int, metavar="N", help=f"tokens of a label; {kept}")
+    add("--max-target-length", type=int, metavar="N", help=f"tokens of an explanation; {kept}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one [auto]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="[float32]")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "max_new_tokens", "max_explanation"):
-        if getattr(args, name) < 1:
-            parser.error(f"{arguments.flag(name)} must be at least 1, got {getattr(args, name)}")
-    if args.max_input_length < 2:
-        parser.error(f"--max-input-length must be at least 2, got {args.max_input_length}")
-    if args.scores and not (args.labels or args.choices):
+    for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("max_target_length", 1), ("max_input_length", 2)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2**31:
+            parser.error(f"{arguments.flag(name)} must be at least {least}, got {value}")
+    if args.scores and args.labels is None and not args.choices:
         parser.error("--scores needs a closed set: --labels A B C, or --choices for those that each input lists")
     if args.labels and (len(set(args.labels)) < len(args.labels) or not all(label.strip() for label in args.labels)):
         parser.error("--labels must be different and not blank")
     return args
-
-
-fail = partial(arguments.fail, "dss.predict")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ def test_every_field_has_a_comment_and_every_default_is_what_the_command_line_gi
     assert [f.name for f in fields] == list(comments)
     parsed = parse_args([])
     for field in fields:
-        value = getattr(parsed, field.name)
-        assert value == (list(field.default) if isinstance(field.default, tuple) else field.default)
+        assert getattr(parsed, field.name) == field.default
 
 
 def test_help_names_every_flag_with_its_default(capsys):
@@ -31,7 +30,7 @@ def test_help_names_every_flag_with_its_default(capsys):
 def test_values_have_their_types():
     line = "--data a b --method dss single_task --lam 0.5 --steps 7 --lr 3e-4 --dropout 0 --resume --labels teacher"
     config = parse_args(line.split())
-    assert config.data == ["a", "b"] and config.method == ["dss", "single_task"] and config.resume
+    assert config.data == ("a", "b") and config.method == ("dss", "single_task") and config.resume
     assert (config.lam, config.steps, config.lr, config.dropout, config.labels) == (0.5, 7, 3e-4, 0.0, "teacher")
 
 

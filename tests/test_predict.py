@@ -19,6 +19,7 @@ from dss import predict
 from dss.config import SIZES
 from dss.generate import generate, score
 from dss.model import T5
+from dss.student import Student
 from dss.weights import load_t5, save_t5
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,8 +65,8 @@ def test_a_line_in_is_a_label_out_as_the_student_decodes_it(student, lines, caps
 
 
 def test_rows_keep_their_keys_and_gain_a_prediction_and_an_explanation(student, rows, capsysbinary, tmp_path):
-    quick = ["--max_new_tokens", "3", "--max_explanation", "5"]
-    status, out, _ = run(capsysbinary, student, rows, *quick, "--explain", "--out", tmp_path / "out.jsonl")
+    quick = ["--max_new_tokens", "3", "--max_target_length", "5"]
+    status, out, _ = run(capsysbinary, student, rows, *quick, "--explain", "--output", tmp_path / "out.jsonl")
     assert status == 0 and not out
     made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     asked = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -81,21 +82,18 @@ def test_a_closed_set_is_never_left_and_its_scores_are_the_models_probabilities(
         st.lists(st.sampled_from("one two three four apples pears left".split()), min_size=1, unique=True)
     )
     texts = data.draw(st.lists(st.sampled_from(QUESTIONS), min_size=1, max_size=5))
-    args = predict.parse([str(student), "--labels", *labels, "--scores", "--batch_size", "3"])
-    answers = predict.Student(args, torch.device("cpu")).predict([Record(str(i), t) for i, t in enumerate(texts)])
+    answers = Student.load(student, batch_size=3).score(texts, [labels] * len(texts))
     model, tok = load_t5(student), tokenizer.T5Tokenizer(student)
-    for text, answer in zip(texts, answers):
-        assert answer["prediction"] in labels and set(answer["scores"]) == set(labels)
-        assert math.isclose(sum(answer["scores"].values()), 1, rel_tol=1e-9)
-        ranked = list(answer["scores"].items())
-        assert ranked[0][0] == answer["prediction"] and ranked == sorted(ranked, key=lambda pair: -pair[1])
+    for text, scores in zip(texts, answers):
+        assert set(scores) == set(labels) and math.isclose(sum(scores.values()), 1, rel_tol=1e-9)
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
         want = []
         for label in labels:
             ids = tok.encode(label)
             (logits,) = model.logits([tok.encode("predict: " + text)], [[0, *ids[:-1]]])
             want.append(float(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().detach()))
         shares = torch.tensor(want, dtype=torch.float64).softmax(0).tolist()
-        assert all(math.isclose(answer["scores"][x], p, abs_tol=1e-5) for x, p in zip(labels, shares))
+        assert all(math.isclose(scores[x], p, abs_tol=1e-5) for x, p in zip(labels, shares))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
@@ -133,13 +131,38 @@ def test_choices_are_those_of_each_question(student, tmp_path, capsysbinary):
     assert status == 2 and "the input lists none" in err and err.count("\n") == 1
 
 
-def test_a_single_task_student_has_its_rationale_told_from_its_label(student, monkeypatch):
-    tok = tokenizer.T5Tokenizer(student)
-    written = tok.encode("Tom gave apples <extra_id_0> two")[:-1]
-    monkeypatch.setattr(predict, "generate", lambda *_: [written])
-    args = predict.parse([str(student), "--explain"])
-    (answer,) = predict.Student(args, torch.device("cpu")).predict([Record("a", "x")])
-    assert answer == dict(explanation="Tom gave apples", prediction="two")
+@pytest.mark.parametrize(
+    "method, text", [("single_task", "Tom gave <extra_id_0> two"), ("label_first", "two <extra_id_0> Tom gave")]
+)
+def test_label_and_rationale_in_one_output_are_told_apart(student, monkeypatch, method, text):
+    """What the student writes is scripted; label_first stops at the separator when a label is all that is asked for."""
+
+    def written(model, inputs, longest, batch_size, stop):
+        ids = loaded.tokenizer.encode(text)[:-1]
+        return [ids[: ids.index(stop)] if stop else ids for _ in inputs]
+
+    monkeypatch.setattr("dss.student.generate", written)
+    loaded = Student.load(student, method=method)
+    assert loaded.answer(["x"]) == ["two"] and loaded.explain(["x"]) == ["Tom gave"]
+
+
+def test_a_label_first_answer_is_the_beginning_of_what_it_writes_and_its_score_ends_at_the_separator(student):
+    loaded = Student.load(student, method="label_first", max_target_length=20, max_new_tokens=20)
+    separator = loaded.tokenizer.special["<extra_id_0>"]
+    with torch.no_grad():
+        loaded.model.output_matrix[separator] = loaded.model.output_matrix.sum(0)  # so that it is written at times
+    whole = loaded.write("predict", QUESTIONS, 20)
+    for label, ids in zip(loaded.answer(QUESTIONS), whole):
+        assert label == loaded.tokenizer.decode(ids[: ids.index(separator)] if separator in ids else ids)
+    (scores,) = loaded.score(["how many"], [["one", "two"]])
+    question = loaded.encode("predict", ["how many"])
+    ids = [[*loaded.tokenizer.encode(label)[:-1], separator] for label in ("one", "two")]
+    want = torch.tensor(score(loaded.model, question, [ids])[0], dtype=torch.float64).softmax(0).tolist()
+    assert [scores["one"], scores["two"]] == pytest.approx(want)
+    with pytest.raises(ValueError, match="cannot score"):
+        Student.load(student, method="single_task").score(["x"], [["one"]])
+    with pytest.raises(ValueError, match="the same tokens"):
+        loaded.score(["x"], [["one", " one"]])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +170,7 @@ def test_a_single_task_student_has_its_rationale_told_from_its_label(student, mo
     [
         (["{dir}/none", "{rows}"], "no such directory of weights"),
         (["{student}", "{dir}/none.jsonl"], "none.jsonl"),
-        (["{student}", "{dir}/bad.jsonl", "--out", "{dir}/made"], 'bad.jsonl:2: "input"'),
+        (["{student}", "{dir}/bad.jsonl", "--output", "{dir}/made"], 'bad.jsonl:2: "input"'),
     ],
 )
 def test_bad_input_ends_in_one_line_and_nothing_is_written(student, rows, tmp_path, capsysbinary, arguments, what):

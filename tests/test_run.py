@@ -10,16 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tokenizer
 import train
 from data.arguments import OneLineParser
-from data.interrupt import Stop
+from data.interrupt import Interrupted, Stop
 from data.jsonl import Record, write_jsonl
 from dss.config import T5Config, parse_args
 from dss.model import T5
 from dss.rows import load_rows
-from dss.run.output import choose_device
 from dss.run.report import Log, in_short
-from dss.run.state import save_state
+from dss.run.start import choose_device
+from dss.run.state import Progress, save_state
 from dss.weights import load_t5
 
 QUICK = "--batch_size 4 --warmup 2 --max_target_length 12 --max_new_tokens 4".split()
@@ -65,10 +66,10 @@ def at_step(steps, act):
     """train.train_step, but before its calls of the numbers `steps` (from 0) `act(model)` happens."""
     calls, original = iter(range(1000)), train.train_step
 
-    def step_or_act(run, model, *rest):
+    def step_or_act(student, *rest):
         if next(calls) in steps:
-            act(model)
-        return original(run, model, *rest)
+            act(student.model)
+        return original(student, *rest)
 
     return step_or_act
 
@@ -98,16 +99,16 @@ def test_a_diverged_student_is_never_the_best_nor_saved_and_the_best_is_kept(fil
 def test_weights_that_a_last_step_made_infinite_are_not_kept(files, tmp_path, monkeypatch, capsys):
     """The loss of the step was finite, its update was not."""
     assert run(*files, *SIX, "--lr", "1e38", "--clip", "0", "--eval_every", "1", "--out", tmp_path / "out") == 1
-    assert "has no student, for none was evaluated" in last_line(capsys)
+    assert "has no student, because none was evaluated" in last_line(capsys)
     assert not (tmp_path / "out" / "dss" / "state.pt").exists()
 
 
 def test_ctrl_c_on_a_diverged_run_saves_no_state(files, tmp_path, monkeypatch, capsys):
     def spoil_and_stop(model):
         spoil(model)
-        monkeypatch.setattr(Stop, "check", lambda self: (_ for _ in ()).throw(train.Interrupted))
+        monkeypatch.setattr(Stop, "check", lambda self: (_ for _ in ()).throw(Interrupted))
 
-    monkeypatch.setattr(train, "train_step", at_step([1], spoil_and_stop))
+    monkeypatch.setattr(train, "train_step", at_step([0], spoil_and_stop))
     assert run(*files, *SIX, "--out", tmp_path / "out") == 1
     assert "no longer a finite number" in last_line(capsys) and not (tmp_path / "out" / "dss" / "state.pt").exists()
 
@@ -182,7 +183,7 @@ def test_means_after_an_interruption_are_those_of_an_undisturbed_run(files, tmp_
         nonlocal asked
         asked -= 1
         if asked == 0:
-            raise train.Interrupted
+            raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "check", check)
@@ -257,7 +258,7 @@ def test_single_task_is_refused_where_there_is_no_separator(files, pretrained, t
 
 def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(files, pretrained, spiece, tmp_path, capsys):
     (tmp_path / "small").mkdir()
-    train.tokenizer.train(["a b c"], tmp_path / "small" / "spiece.model", 12)
+    tokenizer.train(["a b c"], tmp_path / "small" / "spiece.model", 12)
     prepare(*files, "--weights", pretrained, "--spiece", pretrained / "spiece.model", "--out", tmp_path / "a")
     assert "warning" not in capsys.readouterr().err
     prepare(*files, "--weights", pretrained, "--spiece", tmp_path / "small", "--out", tmp_path / "b")
@@ -311,13 +312,13 @@ def scripted(shares, seen=None):
     """train.evaluate, but the validation accuracies are `shares`; `seen` collects the weights that were looked at."""
     left, original = iter(shares), train.evaluate
 
-    def evaluate(run, method, model, rows, stop):
-        share, right, answers = original(run, method, model, rows, stop)
-        if rows is run.rows.validation:
-            share = next(left)
+    def evaluate(student, rows, stop, what):
+        right, answers = original(student, rows, stop, what)
+        if what == "validation":
+            right = [True] * round(10 * (share := next(left))) + [False] * round(10 * (1 - share))
         if seen is not None:
-            seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return share, right, answers
+            seen.append({name: tensor.clone() for name, tensor in student.model.state_dict().items()})
+        return right, answers
 
     return evaluate
 
@@ -337,8 +338,8 @@ def test_the_weights_that_were_best_on_validation_are_tested_and_saved(files, tm
 def test_schedule_decay_rates_and_weight_decay_reach_the_optimiser(files, tmp_path, monkeypatch):
     used, original = [], train.train_step
 
-    def spy(run, model, optimizer, *rest):
-        result = original(run, model, optimizer, *rest)
+    def spy(student, optimizer, *rest):
+        result = original(student, optimizer, *rest)
         used.append(dict(optimizer.param_groups[0]))
         return result
 
@@ -350,29 +351,30 @@ def test_schedule_decay_rates_and_weight_decay_reach_the_optimiser(files, tmp_pa
     assert {group["betas"] for group in used} == {(0.9, 0.9)} and {group["weight_decay"] for group in used} == {0.3}
 
 
-def one_step(run, learner):
+def one_step(run):
     """(norm before clipping, how far the weights moved) of one step of plain gradient descent with rate 1."""
-    examples, _ = train.make_examples(run, "dss")
-    before = [p.detach().clone() for p in learner.parameters()]
-    _, norm, _ = train.train_step(run, learner, torch.optim.SGD(learner.parameters(), lr=1.0), examples[:4], 1.0)
-    return norm.item(), torch.stack([(p - b).norm() for p, b in zip(learner.parameters(), before)]).norm().item()
+    examples, _ = train.make_examples(run.rows.train, "dss", run.config, run.student.tokenizer)
+    weights = list(run.student.model.parameters())
+    before, batch = [p.detach().clone() for p in weights], [row[0] for row in examples[:4]]
+    _, norm, _ = train.train_step(run.student, torch.optim.SGD(weights, lr=1.0), batch, 1.0, run.config)
+    return norm.item(), torch.stack([(p - b).norm() for p, b in zip(weights, before)]).norm().item()
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(files, tmp_path):
     for clip in (0.01, 0.0):
         ready = prepare(*files, *SIX, "--clip", clip, "--dropout", 0, "--out", tmp_path / str(clip))
-        norm, moved = one_step(ready, ready.student)
+        norm, moved = one_step(ready)
         assert norm > 0.1 and moved == pytest.approx(clip or norm, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, dtype):
     ready, found = prepare(*files, *SIX, "--dtype", dtype, "--out", tmp_path / "out"), []
-    ready.student.decoder.layers[0].self_attention.q.register_forward_hook(lambda _, __, y: found.append(y.dtype))
-    one_step(ready, ready.student)
-    train.write(ready, ready.student, "predict: ", ready.rows.test, 1)
+    ready.student.model.decoder.layers[0].self_attention.q.register_forward_hook(lambda _, __, y: found.append(y.dtype))
+    one_step(ready)
+    ready.student.write("predict", [ready.rows.test[0].input], 1)
     assert found == [getattr(torch, dtype)] * 2
-    assert all(p.dtype == torch.float32 for p in ready.student.parameters())
+    assert all(p.dtype == torch.float32 for p in ready.student.model.parameters())
 
 
 def test_training_begins_targets_with_the_checkpoints_start_token(files, pretrained, tmp_path, monkeypatch):
@@ -386,7 +388,7 @@ def test_training_begins_targets_with_the_checkpoints_start_token(files, pretrai
 
     monkeypatch.setattr(train, "distillation_loss", spy)
     ready = prepare(*files, *SIX, "--weights", pretrained, "--out", tmp_path / "out")
-    one_step(ready, ready.student)
+    one_step(ready)
     assert first == [7] * 8
 
 
@@ -412,14 +414,15 @@ def test_speed_is_of_training_steps_alone(tmp_path, monkeypatch):
     """The time of an evaluation inside the window used to count, and halved the figure."""
     clock = [0.0]
     monkeypatch.setattr("dss.run.report.time.monotonic", lambda: clock[0])
-    with Log(tmp_path / "metrics.jsonl", train.Progress()) as log:
+    with Log(tmp_path / "metrics.jsonl", Progress()) as log:
         for _ in range(2):
             clock[0] += 1.0
             log.add(torch.ones(3), 100)
-            with log.paused():
-                clock[0] += 50.0
+            clock[0] += 50.0
+            log.write_accuracy(1, 0.5)
         log.write_means(2, 0.1, torch.tensor(1.0))
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["tokens_per_second"] == 100
+        assert log.now.seconds == 102
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["tokens_per_second"] == 100
 
 
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
@@ -452,9 +455,9 @@ def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, ca
     assert run(*arguments, "--method", "standard", "dss", "dss-shuffled", "--resume") == 0
     shown = capsys.readouterr().out
     assert "dss-shuffled - standard:" in shown and shown.count("--resume") == 1
-    assert "--resume --method standard dss dss-shuffled single_task   adds the paper's" in shown
+    assert "--resume --method standard dss dss-shuffled label_first   adds the rival" in shown
     assert "data.toy" not in shown
-    assert run(*arguments, "--method", "standard", "dss", "dss-shuffled", "single_task", "--resume") == 0
+    assert run(*arguments, "--method", "standard", "dss", "dss-shuffled", "label_first", "--resume") == 0
     assert "--resume" not in capsys.readouterr().out, "nothing is left to advise"
 
 

@@ -5,16 +5,24 @@ import json
 import math
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
+from data.answers import same_label
 from data.files import replacing
-from dss.config import METHODS
-from dss.rows import count_shared
-from dss.run.ending import diverged, require_finite
+from dss.config import METHODS, TrainConfig
+from dss.rows import Rows, count_shared
+from dss.run.ending import diverged
+from dss.run.state import Progress
+
+RESAMPLES = 10_000
 
 
-def introduce(rows):
+def introduce(rows: Rows) -> None:
     """Print what there is to train, select and test on, and what of it is in two places."""
     with_rationale = sum(r.rationale is not None for r in rows.train)
     say = f"{len(rows.train):,} training row{'s' * (len(rows.train) != 1)}, {with_rationale:,} with a rationale"
@@ -26,8 +34,8 @@ def introduce(rows):
         print(f"{rows.name}: {' and '.join(shared)} are training inputs too", file=sys.stderr)
 
 
-def say_what_was_cut(method, cut, config):
-    """cut: {"inputs": number, "targets": number} of the sequences that an arm trains on."""
+def say_what_was_cut(method: str, cut: Counter, config: TrainConfig) -> None:
+    """cut: {"inputs": number, "targets": number} of the sequences that a method trains on."""
     longest = dict(inputs=config.max_input_length, targets=config.max_target_length)
     parts = [f"{cut[kind]:,} {kind} cut at {longest[kind]:,} tokens" for kind in longest if cut[kind]]
     if parts:
@@ -37,11 +45,11 @@ def say_what_was_cut(method, cut, config):
 class Log:
     """metrics.jsonl: a line for every `log_every` steps, with means over them, and one for each evaluation.
 
-    What has been summed since the last line is `now.window`, in the arm's Progress, so that state.pt holds it and the
-    line after an interruption has the means of an undisturbed run.
+    What has been summed since the last line is `now.window`, in the Progress of training, so that state.pt holds it and
+    the line after an interruption has the means of an undisturbed run.
     """
 
-    def __init__(self, path, now):
+    def __init__(self, path: Path, now: Progress) -> None:
         """Go on behind now.step: lines of later steps, written before an interruption, are cut off."""
         self.now = now
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
@@ -52,84 +60,80 @@ class Log:
         if not now.window:
             self.restart()
 
-    def __enter__(self):
+    def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # each line was flushed; what could not be has been reported
             self.file.close()
 
-    def restart(self):
+    def restart(self) -> None:
         self.now.window = dict(losses=torch.zeros(3, dtype=torch.float64), steps=0, tokens=0, seconds=0.0)
 
-    def add(self, losses, tokens):
+    def add(self, losses: torch.Tensor, tokens: int) -> None:
         """losses: (3,) tensor of one step, left on its device until they are asked for."""
         window = self.now.window
         window["losses"] = window["losses"].to(losses.device, non_blocking=True) + losses
         window["steps"] += 1
         window["tokens"] += tokens
-        self.tick()
+        self.tick(training=True)
 
-    def tick(self):
-        """The time since the last tick was spent on training."""
+    def tick(self, training: bool) -> None:
+        """The time since the last tick counts for the run, and for the speed if it was spent on training."""
         before, self.clock = self.clock, time.monotonic()
-        self.now.window["seconds"] += self.clock - before
+        self.now.seconds += self.clock - before
+        self.now.window["seconds"] += self.clock - before if training else 0.0
 
-    @contextlib.contextmanager
-    def paused(self):
-        """The time in this block is not spent on training."""
-        self.tick()
-        yield
-        self.clock = time.monotonic()
-
-    def means(self, step):
-        """The mean losses since the last line, three floats. Waits for the device. Raises FloatingPointError."""
+    def means(self, step: int) -> list[float]:
+        """The mean losses since the last line. Waits for the device. Raises FloatingPointError if one is no number."""
         means = (self.now.window["losses"] / max(self.now.window["steps"], 1)).tolist()
         if not math.isfinite(means[0]):
             raise diverged(f"the loss is {means[0]}", step)
         return means
 
-    def require_finite(self, model, step):
-        """Raise FloatingPointError unless losses and weights are finite numbers. Waits for the device."""
-        self.means(step)
-        require_finite(model, step)
-
-    def write_means(self, step, rate, norm):
-        """Write the means of the steps since the last time. Returns what the progress bar shows of them.
-
-        Raises FloatingPointError if the loss is not finite.
-        """
+    def write_means(self, step: int, rate: float, norm: torch.Tensor) -> str:
+        """Write the means of the steps since the last time. Returns what the progress bar shows of them."""
         loss, label, rationale = self.means(step)
-        self.tick()
+        self.tick(training=True)
         speed = round(self.now.window["tokens"] / max(self.now.window["seconds"], 1e-9))
         losses = dict(loss=loss, label_loss=label, rationale_loss=rationale)
         self.write(step, **losses, learning_rate=rate, gradient_norm=norm.item(), tokens_per_second=speed)
         self.restart()
         return f"loss {loss:.3f}, {speed:,} tokens/s"
 
-    def write(self, step, **figures):
+    def write_accuracy(self, step: int, accuracy: float) -> None:
+        """Write what an evaluation, which has just ended, found."""
+        self.tick(training=False)
+        self.write(step, validation_accuracy=accuracy)
+
+    def write(self, step: int, **figures: float) -> None:
         self.file.write(json.dumps({"step": step} | figures) + "\n")
         self.file.flush()
 
 
-def is_before(line, step):
+def is_before(line: str, step: int) -> bool:
     try:
         return json.loads(line)["step"] <= step
     except ValueError:  # the torn last line of a killed run
         return False
 
 
-NEXT = {  # what each arm adds to the table
+def progress_bar(method: str, step: int, steps: int) -> tqdm:
+    patience = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+    return tqdm(total=steps, initial=step, desc=method, unit="step", mininterval=patience)
+
+
+NEXT = {  # what each method adds to the table
     "standard": "the baseline: labels alone",
     "dss": "step-by-step",
     "dss-shuffled": "the control: step-by-step with rationales of other rows",
-    "single_task": "the paper's other baseline: rationale and label in one target",
+    "label_first": "the rival: label, then rationale, in one target",
 }
 
 
-def report(run, results):
-    """Print what came of the arms: a table, the difference that rationales made, three predictions, where files are."""
-    out, rows, config = run.out, run.rows, run.config
+def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> None:
+    """Print what came of the methods: a table, the difference that rationales made, three answers, where files are."""
+    which, asked = ("test", rows.test) if rows.test else ("validation", rows.validation)
     print(f"\n{'method':<18}{'rows':>7}{'steps':>8}{'best at':>9}{'validation':>12}{'test':>8}{'tokens':>9}{'time':>9}")
     for r in results:
         test = "-" if r["test_accuracy"] is None else f"{r['test_accuracy']:.1%}"
@@ -137,13 +141,18 @@ def report(run, results):
             f"{r['method']:<18}{r['rows']:>7,}{r['steps']:>8,}{r['best_step']:>9,}{r['validation_accuracy']:>12.1%}"
             f"{test:>8}{in_short(r['tokens']):>9}{r['seconds'] // 60:>6.0f}m{r['seconds'] % 60:02.0f}s"
         )
-    which = "test" if rows.test else "validation"
-    by_method = {r["method"]: r[f"{which}_accuracy"] for r in results}
+    label, accuracy = commonest_label(rows)
+    print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
+    by_method = {r["method"]: correct(out / r["method"]) for r in results}
     for method in [m for m in by_method if m != "standard" and "standard" in by_method]:
-        points = 100 * (by_method[method] - by_method["standard"])
+        gain, low, high = (100 * x for x in paired_difference([by_method[method] - by_method["standard"]]))
         print(
-            f"{method} - standard: {points:+.1f} points of label accuracy on {len(getattr(rows, which)):,} {which} rows"
+            f"{method} - standard: {gain:+.1f} points of label accuracy [{low:+.1f}, {high:+.1f}] "
+            f"on {len(asked):,} {which} rows, 95 % interval over questions"
         )
+    for r in results:
+        if short := too_short(r, out / r["method"] / "metrics.jsonl", accuracy):
+            print(f"{r['method']}: {short}; the run was too short to judge it, see --steps")
     shown = next((r for r in results if r["method"] == "dss"), results[-1])
     gold = "teacher's" if config.labels == "teacher" and which == "validation" and not config.eval_data else "gold"
     print(f"\nThe first {len(shown['samples'])} {which} rows, as the {shown['method']} student answers them:")
@@ -155,11 +164,11 @@ def report(run, results):
     print(
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl, and student/ for transformers to load."
     )
-    arms = [m for m in METHODS if (out / m / "result.json").exists()]
+    trained = [m for m in METHODS if (out / m / "result.json").exists()]
     advice = []
-    for method in [m for m in NEXT if m not in arms][:2]:
-        arms.append(method)
-        advice.append(f"--resume --method {' '.join(arms)}   adds {NEXT[method]}")
+    for method in [m for m in NEXT if m not in trained][:2]:
+        trained.append(method)
+        advice.append(f"--resume --method {' '.join(trained)}   adds {NEXT[method]}")
     if advice and any(r.rationale for r in rows.train):
         print("Next: the same command with", *advice, sep="\n      ")
     if not config.data:
@@ -168,10 +177,53 @@ def report(run, results):
         print("      python train.py --data F.jsonl --test-data G.jsonl --weights google/t5-v1_1-base")
 
 
-def in_short(n):
+def too_short(result: dict, metrics: Path, commonest: float) -> str:
+    """Why a run's accuracy may say little about its method: a text, empty if nothing speaks against it."""
+    lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    losses = [line["label_loss"] for line in lines if "label_loss" in line]
+    tenth = max(1, len(losses) // 10)
+    before, last = losses[-2 * tenth : -tenth], losses[-tenth:]
+    if result["validation_accuracy"] <= commonest + 0.01:
+        return "no better than the commonest label"
+    if before and sum(last) / len(last) < 0.9 * sum(before) / len(before) and result["best_step"] == result["steps"]:
+        return "its loss was still falling fast and its last evaluation was its best"
+    return ""
+
+
+def commonest_label(rows: Rows) -> tuple[str, float]:
+    """The commonest label in training, and the accuracy of giving it to every test (or else validation) row."""
+    label, _ = Counter(r.label for r in rows.train).most_common(1)[0]
+    asked = rows.test or rows.validation
+    return label, sum(same_label(label, r.label, rows.metric, r.input) for r in asked) / len(asked)
+
+
+def correct(directory: Path) -> np.ndarray:
+    """0 or 1 for each question of OUT/METHOD/predictions.jsonl."""
+    lines = (directory / "predictions.jsonl").read_text("utf-8").splitlines()
+    return np.array([json.loads(line)["correct"] for line in lines], dtype=int)
+
+
+def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float]:
+    """The mean of means and its 95 % percentile interval from a bootstrap over seeds and, for each, over questions.
+
+    differences: for each seed an array of -1, 0 or 1, one a question. With few seeds the interval is a rough one.
+    """
+    rng = np.random.default_rng(seed)
+    S = len(differences)
+    drawn = rng.integers(S, size=(RESAMPLES, S))
+    means = np.zeros((RESAMPLES, S))
+    for s, d in enumerate(differences):  # to draw n questions with replacement is to draw three counts
+        shares = [np.mean(d == value) for value in (-1, 0, 1)]
+        counts = rng.multinomial(len(d), shares, size=(RESAMPLES, S))
+        means = np.where(drawn == s, (counts[..., 2] - counts[..., 0]) / len(d), means)
+    low, high = np.percentile(means.mean(1), [2.5, 97.5])
+    return float(np.mean([d.mean() for d in differences])), float(low), float(high)
+
+
+def in_short(n: int) -> str:
     """Of at most five characters: 950, 3.2K, 1.9M."""
     return f"{n / 1e6:.1f}M" if n >= 999_950 else f"{n / 1e3:.1f}K" if n >= 1000 else str(n)
 
 
-def indent(text):
+def indent(text: str) -> str:
     return text.replace("\n", "\n" + " " * 13)

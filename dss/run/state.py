@@ -1,8 +1,24 @@
 """The state of an unfinished run, in one file: what a run needs to go on as if it had not been interrupted."""
 
+from dataclasses import dataclass, field
+
 import torch
 
 from data.files import replacing
+
+
+@dataclass
+class Progress:
+    """How far a student has come. state.pt holds it, so that a resumed run ends as an undisturbed one would."""
+
+    step: int = 0  # optimiser steps done
+    evaluated: int = 0  # the step of the last look at the validation rows
+    best_step: int = 0
+    best_accuracy: float = -1.0
+    best: dict = field(default_factory=dict)  # the weights of best_step
+    seconds: float = 0.0  # of training and evaluation
+    tokens: int = 0  # trained on, inputs and targets
+    window: dict = field(default_factory=dict)  # what the log has summed since its last line
 
 
 class StateError(ValueError):

@@ -11,15 +11,17 @@ fair: the arms of a cell have the same rows, labels, tokenizer, first weights, o
 rows are read once. dss/study/report.py makes tables and pictures of what the cells wrote.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once and without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import itertools
 import json
-import multiprocessing
 import os
-import runpy
 import shutil
-import signal
+import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -55,12 +57,12 @@ class StudyConfig(TrainConfig):
     # the grid
     preset: Literal[("", *PRESETS)] = ""  # a named study; flags given beside it override its settings
     data_dir: str = "."  # where a preset's files are, as data.official names them
-    method: list[Literal[METHODS]] = ("standard", "dss", "dss-shuffled")  # arms of every run, in order
-    labels: list[Literal[LABELS]] = ("gold",)  # label sources
-    weights: list[str] = ()  # public T5 weights, directories or hub ids; none: random weights of --size
-    size: list[Literal[tuple(SIZES)]] = ("tiny",)  # students with random weights
-    subsample: list[float] = (1.0,)  # shares of all labelled rows, the validation cut included
-    seed: list[int] = (0, 1, 2)  # each draws weights, order of rows and subsample anew
+    method: tuple[Literal[METHODS], ...] = ("standard", "dss", "dss-shuffled")  # arms of every run, in order
+    labels: tuple[Literal[LABELS], ...] = ("gold",)  # label sources
+    weights: tuple[str, ...] = ()  # public T5 weights, directories or hub ids; none: random weights of --size
+    size: tuple[Literal[tuple(SIZES)], ...] = ("tiny",)  # students with random weights
+    subsample: tuple[float, ...] = (1.0,)  # shares of all labelled rows, the validation cut included
+    seed: tuple[int, ...] = (0, 1, 2)  # each draws weights, order of rows and subsample anew
     jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core
     out: str = ""  # output directory; none: runs/study-NAME
 
@@ -89,7 +91,7 @@ class StudyConfig(TrainConfig):
         """A preset's file names, a list or a single one, below --data-dir."""
         if not self.preset or not files:
             return files
-        below = [str(Path(self.data_dir) / name) for name in ([files] if isinstance(files, str) else files)]
+        below = tuple(str(Path(self.data_dir) / name) for name in ([files] if isinstance(files, str) else files))
         return below[0] if isinstance(files, str) else below
 
     @property
@@ -99,9 +101,12 @@ class StudyConfig(TrainConfig):
         )
 
     @property
-    def parallel(self):
-        gpus = torch.cuda.device_count() if self.device != "cpu" else 0
-        return self.jobs or gpus or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+    def gpus(self) -> int:
+        return torch.cuda.device_count() if self.device != "cpu" else 0
+
+    @property
+    def parallel(self) -> int:
+        return self.jobs or self.gpus or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
 
 
 def main(argv=None):
@@ -148,14 +153,12 @@ def is_done(cell, rows):
     return all((arm / "result.json").exists() for arm in arms)
 
 
-def run_all(config, cells, stop):
-    """Run the cells, `config.parallel` at a time. Returns the names of those that failed.
+def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> list[str]:
+    """Run the cells, `config.parallel` at a time, each as train.py. Returns the names of those that failed.
 
     Raises Interrupted on Ctrl-C, after the runs under way have saved their state, and ValueError if the very first run
     to end finds its arguments or files wrong, for then all would.
     """
-    context = process_context()
-    gpus = torch.cuda.device_count() if config.device != "cpu" else 0
     waiting, running, failed, succeeded = list(cells), {}, [], 0
     total = sum(COST[m] for cell in cells.values() for m in cell.method)
     layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
@@ -166,59 +169,42 @@ def run_all(config, cells, stop):
                 while waiting and len(running) < config.parallel:
                     name = waiting.pop(0)
                     slot = min(set(range(config.parallel)) - {slot for _, slot in running.values()})
-                    log = f"{config.directory / name}.log"
-                    rest = (command_line(cells[name]), log, slot, config.parallel, gpus)
-                    process = context.Process(target=train, args=rest)
-                    process.start()
-                    running[name] = process, slot
-                for name, (process, _) in list(running.items()):
-                    if process.is_alive():
-                        continue
-                    process.join()
-                    del running[name]
-                    if process.exitcode == 2 and not succeeded:
+                    running[name] = start(config, name, cells[name], slot), slot
+                for name in [name for name, (process, _) in running.items() if process.poll() is not None]:
+                    status = running.pop(name)[0].returncode
+                    if status == 2 and not succeeded:
                         raise ValueError(last_line(f"{config.directory / name}.log"))
-                    succeeded += process.exitcode == 0
-                    failed += [name] if process.exitcode else []
-                    bar.write(summary(name, cells[name], process.exitcode, config.directory), file=sys.stderr)
+                    succeeded += status == 0
+                    failed += [name] if status else []
+                    bar.write(summary(name, cells[name], status, config.directory), file=sys.stderr)
                 ended = len(cells) - len(waiting) - len(running)
                 bar.set_description_str(f"{ended} of {len(cells)} runs done", refresh=False)
-                bar.update(sum(progress(cell) for cell in cells.values()) - bar.n)
+                done = min(sum(progress(cell) for cell in cells.values()), total)
+                bar.update(max(done - bar.n, 0))  # never backwards: a run that is resumed begins at its last state
                 time.sleep(0.5)
         finally:
             for process, _ in running.values():
                 process.terminate()  # train.py saves its state on SIGTERM
             for process, _ in running.values():
-                process.join()
+                process.wait()
     return failed
 
 
-def process_context():
-    """How runs are started: from a server that has loaded torch once, or one by one where there is no such thing.
-    Never by a plain fork, which threads and CUDA do not survive."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dss.weights", "dss.generate", "dss.loss"])
-    return context
-
-
-def train(flags, log, slot, parallel, gpus):
-    """What the process of one run does: train.py, its output in a file, on a GPU of its own where there are any.
-
-    It ends as on Ctrl-C when the study is gone, so that a study that was killed leaves no run behind to meet its own
-    successor.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the study ends its runs itself
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel))  # what train.py takes unless it knows better
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
-    sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)
-    sys.argv = [str(TRAIN), *flags]
-    sys.path.insert(0, str(TRAIN.parent))
-    runpy.run_path(str(TRAIN), run_name="__main__")
+def start(config: StudyConfig, name: str, cell: TrainConfig, slot: int) -> subprocess.Popen:
+    """One run: train.py with its output in a file, its share of the cores, and a GPU of its own where there are any."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.parallel)))
+    if config.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot % config.gpus)
+    with open(f"{config.directory / name}.log", "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, str(TRAIN), *command_line(cell)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for the study, which then ends its runs
+        )
 
 
 def command_line(cell):

@@ -1,0 +1,78 @@
+"""What stands before training: the device, the threads, the tokenizer and the untrained model."""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dss.batch import EXPLAIN, PREDICT, SEPARATOR
+from dss.config import SIZES, TrainConfig
+from dss.model import T5
+from dss.rows import Rows, as_list
+from dss.weights import load_t5, locate
+from tokenizer import T5Tokenizer, train
+
+
+def choose_device(name: str, dtype: str = "float32") -> torch.device:
+    """The device for "auto", "cpu" or "cuda". Raises ValueError for cuda where there is none, or none for dtype."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"--dtype bfloat16: {torch.cuda.get_device_name()} does not compute it; --dtype float32 does")
+    return device
+
+
+def choose_threads(asked: int, model: T5) -> None:
+    """Set the CPU threads: as many as asked, or, if 0, one for a small student, else what torch took at its start.
+
+    Below 5 M parameters threads gain little, and on a busy machine, where they wait for one another, they cost more.
+    """
+    if asked or model.num_parameters() < 5e6:
+        torch.set_num_threads(asked or 1)
+
+
+def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
+    """--spiece, or the weights' own, or one trained on the texts of the training rows.
+
+    Raises ValueError where a method needs a separator and there is none; warns of a --spiece that is not the weights'.
+    """
+    if config.spiece or config.weights:
+        tokenizer = T5Tokenizer(config.spiece or locate(config.weights, weights=False))
+    elif config.resume and (out / "spiece.model").exists():
+        tokenizer = T5Tokenizer(out)
+    else:
+        texts = [
+            text
+            for row in rows.train
+            for text in (PREDICT + row.input, EXPLAIN + row.input, row.label, *as_list(row.rationale))
+        ]
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer = train(texts, Path(directory) / "spiece.model", config.vocab_size)
+    for method in {"single_task", "label_first"} & set(config.method):
+        if SEPARATOR not in tokenizer.special:
+            raise ValueError(f"--method {method} needs the token {SEPARATOR}, and this tokenizer has no sentinels")
+    own = locate(config.weights, weights=False) / "spiece.model" if config.spiece and config.weights else None
+    if own and own.exists() and own.read_bytes() != tokenizer.model:
+        text = f"warning: --spiece {config.spiece} is not the tokenizer that {config.weights} was trained with"
+        print(f"train.py: {text}", file=sys.stderr)
+    return tokenizer
+
+
+def make_model(config: TrainConfig, tokenizer: T5Tokenizer) -> T5:
+    """--weights, or a T5 of --size with random weights. Raises ValueError for a tokenizer with too many ids."""
+    if config.weights:
+        model = load_t5(config.weights, dropout_rate=config.dropout)
+    else:
+        torch.manual_seed(config.seed)
+        shape = SIZES[config.size]
+        shape = replace(shape, vocab_size=shape.vocab_size or tokenizer.vocab_size)
+        model = T5(shape if config.dropout is None else replace(shape, dropout_rate=config.dropout))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids, but {config.weights or config.size} embeds "
+            f"{model.config.vocab_size:,}; give the --spiece that belongs to it"
+        )
+    return model

@@ -1,0 +1,162 @@
+"""A trained student: what it answers, how it explains, and how likely it finds each label of a closed set.
+
+    from dss.student import Student
+
+    student = Student.load("runs/toy/dss/student")
+    question = "Mia packed plum, hammer, fox, pear, sofa. Mostly what?"
+    print(student.answer([question]), student.explain([question]))
+    print(student.score([question], [["fruit", "tools", "animals"]]))
+
+train.py evaluates with it while it trains, and `python -m dss.predict` is its command line.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.answers import same_label
+from data.files import read_json, replacing
+from data.jsonl import Record
+from dss.batch import EXPLAIN, PREDICT, SEPARATOR, label_ids, shorten
+from dss.config import METHODS, METRICS, TrainConfig
+from dss.generate import generate, score
+from dss.model import T5
+from dss.weights import load_t5, locate, save_t5
+from tokenizer import T5Tokenizer
+
+ABOUT = "dss.json"  # beside config.json in a student's directory; transformers does not read it
+
+
+@dataclass
+class Student:
+    """A T5 with its tokenizer, and what dss.json says of its training."""
+
+    model: T5  # on any device
+    tokenizer: T5Tokenizer
+    method: str = "dss"  # one of dss.config.METHODS; it says where in an output the label is
+    prefixes: dict[str, str] = field(default_factory=lambda: {"predict": PREDICT, "explain": EXPLAIN})
+    metric: str = "text"  # how a label counts as right: text, choice or equation
+    labels: list[str] = field(default_factory=list)  # all labels there are; empty: the set is open
+    max_input_length: int = TrainConfig.max_input_length  # tokens, prefix and </s> included
+    max_target_length: int = TrainConfig.max_target_length  # tokens of a rationale
+    max_new_tokens: int = TrainConfig.max_new_tokens  # tokens of a label
+    dtype: str = "float32"  # or bfloat16: autocast
+    batch_size: int = 64  # inputs at a time
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device = "cpu", **settings) -> "Student":
+        """The student in OUT/METHOD/student, or any T5 (a directory or a hub id) trained with these prefixes.
+
+        settings: fields to set, whatever dss.json says. Raises OSError or ValueError, naming the file.
+        """
+        directory = locate(directory)
+        tokenizer, model = T5Tokenizer(directory), load_t5(directory).to(device)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(f"{directory}: the tokenizer has more ids than the student embeds")
+        return cls(model, tokenizer, **read_about(directory / ABOUT) | settings)
+
+    def save(self, directory: str | Path) -> None:
+        """Write weights, configuration and tokenizer in Hugging Face's layout, and dss.json."""
+        save_t5(self.model, directory)
+        self.tokenizer.save(directory)
+        about = {name: getattr(self, name) for name in KEYS}
+        with replacing(Path(directory) / ABOUT) as file:
+            file.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def answer(self, inputs: Sequence[str]) -> list[str]:
+        """The label for each input, decoded greedily."""
+        return [label for label, _ in self.answer_with_rationale(inputs)]
+
+    def answer_with_rationale(self, inputs: Sequence[str]) -> list[tuple[str, str | None]]:
+        """(label, rationale) for each input; the rationale is None unless the student has to write it first."""
+        separator, decode = self.tokenizer.special.get(SEPARATOR), self.tokenizer.decode
+        if self.method == "single_task":  # rationale <extra_id_0> label; without a separator there is no label
+            parts = [split(ids, separator) for ids in self.write("predict", inputs, self.max_target_length)]
+            return [(decode(label), decode(rationale)) for rationale, label in parts]
+        stop = separator if self.method == "label_first" else None  # label <extra_id_0> rationale
+        return [(decode(ids), None) for ids in self.write("predict", inputs, self.max_new_tokens, stop)]
+
+    def explain(self, inputs: Sequence[str]) -> list[str]:
+        """The student's own rationale for each input: its second task, or the part of its output that is one."""
+        if self.method == "single_task":
+            return [rationale for _, rationale in self.answer_with_rationale(inputs)]
+        if self.method == "label_first":
+            separator = self.tokenizer.special[SEPARATOR]
+            outputs = self.write("predict", inputs, self.max_target_length)
+            return [self.tokenizer.decode(split(ids, separator)[1]) for ids in outputs]
+        return [self.tokenizer.decode(ids) for ids in self.write("explain", inputs, self.max_target_length)]
+
+    def score(self, inputs: Sequence[str], labels: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+        """{label: probability} for each input and its set of labels, likeliest first.
+
+        p(label | input) is the product of its tokens' probabilities, the token that ends it included; the products are
+        divided by their sum. Raises ValueError for a single_task student, whose label depends on the rationale before
+        it, and for two labels that are the same tokens.
+        """
+        if self.method == "single_task":
+            raise ValueError("a single_task student writes its rationale before its label: it cannot score labels")
+        candidates = [[label_ids(self.tokenizer, label, self.method) for label in row] for row in labels]
+        for row, ids in zip(labels, candidates):
+            if len({tuple(c) for c in ids}) < len(ids):
+                raise ValueError(f"two of these labels are the same tokens to this student: {', '.join(row)}")
+        self.model.eval()
+        with self.autocast():
+            likelihoods = score(self.model, self.encode("predict", inputs), candidates, self.batch_size)
+        return [normalise(row, logs) for row, logs in zip(labels, likelihoods)]
+
+    def evaluate(self, rows: Sequence[Record]) -> tuple[list[bool], list[tuple[str, str | None]]]:
+        """(right or not, (label, rationale)) of the student's answer to each row with a label."""
+        answers = self.answer_with_rationale([row.input for row in rows])
+        right = [same_label(label, row.label, self.metric, row.input) for (label, _), row in zip(answers, rows)]
+        return right, answers
+
+    def write(self, prefix: str, inputs: Sequence[str], longest: int, stop: int | None = None) -> list[list[int]]:
+        """What the model writes after a prefix ("predict" or "explain"): at most `longest` token ids for each input."""
+        self.model.eval()
+        with self.autocast():
+            return generate(self.model, self.encode(prefix, inputs), longest, self.batch_size, stop)
+
+    def encode(self, prefix: str, inputs: Sequence[str]) -> list[list[int]]:
+        texts = [self.prefixes[prefix] + text for text in inputs]
+        return [shorten(self.tokenizer.encode(text), self.max_input_length) for text in texts]
+
+    def autocast(self) -> torch.autocast:
+        device = self.model.embedding.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+
+KEYS = ("method", "prefixes", "metric", "labels", "max_input_length", "max_target_length", "max_new_tokens")
+
+
+def read_about(path: Path) -> dict:
+    """The fields of a Student that dss.json sets; none where there is no such file. Raises ValueError, naming it."""
+    if not path.exists():
+        return {}
+    about = read_json(path)
+    good = isinstance(about, dict) and about.keys() == set(KEYS)
+    if good:
+        method, prefixes, metric, labels, *lengths = (about[key] for key in KEYS)
+        good = method in METHODS and metric in METRICS and isinstance(prefixes, dict) and isinstance(labels, list)
+        good = good and prefixes.keys() == {"predict", "explain"}
+        good = good and all(isinstance(text, str) for text in [*prefixes.values(), *labels])
+        good = good and all(type(n) is int and 2 <= n < 2**20 for n in lengths)
+    if not good:
+        raise ValueError(f"{path}: not what a student is saved with; without the file, the defaults hold")
+    return about
+
+
+def split(ids: list[int], separator: int) -> tuple[list[int], list[int]]:
+    """Token ids before and behind the first separator; all of them before it where there is none."""
+    cut = ids.index(separator) if separator in ids else len(ids)
+    return ids[:cut], ids[cut + 1 :]
+
+
+def normalise(labels: Sequence[str], logs: list[float]) -> dict[str, float]:
+    """Log-likelihoods -> {label: probability}, likeliest first; of equal ones the first named."""
+    ranked = sorted(zip(logs, labels), key=lambda pair: -pair[0])
+    odds = [math.exp(log - ranked[0][0]) for log, _ in ranked]
+    return {label: share / sum(odds) for (_, label), share in zip(ranked, odds)}
