@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from data.answers import choose_label_type, same_label
 from data.equation import same_value, value
 from data.jsonl import Record
-from dss.metrics import accuracy
 
 numbers = st.integers(0, 999).map(str) | st.floats(0, 999, allow_nan=False).map(lambda x: f"{x:.2f}")
 expressions = st.recursive(
@@ -105,9 +104,3 @@ def test_the_metric_fits_the_rows():
     assert choose_label_type(rows(("How many?", "( 84.0 / 2.0 )"), ("?", "12"))) == "equation"
     assert choose_label_type(rows(("How many?", "2"), ("?", "12"))) == "text", "counts, not equations"
     assert choose_label_type(rows(("p</s>h", "neutral"))) == choose_label_type([]) == "text"
-
-
-def test_accuracy():
-    share, right = accuracy(["a ", "b"], rows(("x", "a"), ("y", "c")), "text")
-    assert (share, right) == (0.5, [True, False])
-    assert accuracy([], [], "text") == (0.0, [])

@@ -145,14 +145,14 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
     by_method = {r["method"]: correct(out / r["method"]) for r in results}
     for method in [m for m in by_method if m != "standard" and "standard" in by_method]:
-        gain, low, high = (100 * x for x in paired_difference([by_method[method] - by_method["standard"]]))
+        gain, low, high, _ = (100 * x for x in paired_difference([by_method[method] - by_method["standard"]]))
         print(
             f"{method} - standard: {gain:+.1f} points of label accuracy [{low:+.1f}, {high:+.1f}] "
             f"on {len(asked):,} {which} rows, 95 % interval over questions"
         )
     for r in results:
-        if short := too_short(r, out / r["method"] / "metrics.jsonl", accuracy):
-            print(f"{r['method']}: {short}; the run was too short to judge it, see --steps")
+        if why := too_short(r, out / r["method"] / "metrics.jsonl", accuracy):
+            print(f"{r['method']}: {why}; it was trained too briefly to be judged, see --steps")
     shown = next((r for r in results if r["method"] == "dss"), results[-1])
     gold = "teacher's" if config.labels == "teacher" and which == "validation" and not config.eval_data else "gold"
     print(f"\nThe first {len(shown['samples'])} {which} rows, as the {shown['method']} student answers them:")
@@ -160,7 +160,7 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
         print(f"\n  question   {indent(sample['input'])}")
         print(f"  predicted  {indent(sample['prediction']) or '(nothing)'}   ({gold}: {sample['label']})")
         if sample["rationale"]:
-            print(f"  because    {indent(sample['rationale'])}")
+            print(f"  because    {indent(shortened(sample['rationale']))}")
     print(
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl, and student/ for transformers to load."
     )
@@ -203,10 +203,11 @@ def correct(directory: Path) -> np.ndarray:
     return np.array([json.loads(line)["correct"] for line in lines], dtype=int)
 
 
-def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float]:
-    """The mean of means and its 95 % percentile interval from a bootstrap over seeds and, for each, over questions.
+def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float, float]:
+    """(mean, low, high, p) of the mean of means: its 95 % percentile interval and two-sided p-value against 0.
 
-    differences: for each seed an array of -1, 0 or 1, one a question. With few seeds the interval is a rough one.
+    differences: for each seed an array of -1, 0 or 1, one a question. Both come from one bootstrap, which draws seeds
+    with replacement and, for each, questions. With few seeds they are rough.
     """
     rng = np.random.default_rng(seed)
     S = len(differences)
@@ -216,13 +217,19 @@ def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[flo
         shares = [np.mean(d == value) for value in (-1, 0, 1)]
         counts = rng.multinomial(len(d), shares, size=(RESAMPLES, S))
         means = np.where(drawn == s, (counts[..., 2] - counts[..., 0]) / len(d), means)
-    low, high = np.percentile(means.mean(1), [2.5, 97.5])
-    return float(np.mean([d.mean() for d in differences])), float(low), float(high)
+    means = means.mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    p = min(1.0, 2 * min(np.sum(means <= 0) + 1, np.sum(means >= 0) + 1) / (RESAMPLES + 1))
+    return float(np.mean([d.mean() for d in differences])), float(low), float(high), float(p)
 
 
 def in_short(n: int) -> str:
     """Of at most five characters: 950, 3.2K, 1.9M."""
     return f"{n / 1e6:.1f}M" if n >= 999_950 else f"{n / 1e3:.1f}K" if n >= 1000 else str(n)
+
+
+def shortened(text: str, longest: int = 400) -> str:
+    return text if len(text) <= longest else text[: longest - 4] + " ..."
 
 
 def indent(text: str) -> str:

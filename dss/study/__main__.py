@@ -4,11 +4,11 @@
     python -m dss.study --preset cqa-base --data-dir D     a row of the paper's table 1; D is data.official's output
 
 A study is a grid: label sources x students x shares of the training rows x seeds. Each cell of the grid is one run of
-`train.py --resume` in a process and a directory of its own, with all methods as its arms, so a study that was killed
-goes on where it was, and a cell can be looked at, or repeated by hand, as any other run. What makes the comparison
-fair: the arms of a cell have the same rows, labels, tokenizer, first weights, optimiser steps and order of rows;
-`standard-matched` has the tokens of dss instead of its steps; each arm is selected on validation rows, and the test
-rows are read once. dss/study/report.py makes tables and pictures of what the cells wrote.
+`train.py --resume` with all methods, in a process and a directory of its own. So a study that was killed goes on where
+it was, and a cell can be looked at, or repeated by hand, like any other run. What makes the comparison fair: the
+methods of a cell have the same rows, labels, tokenizer, first weights, optimiser steps and order of rows
+(`standard-matched` has the tokens of dss instead of its steps); each student is selected on validation rows, and the
+test rows are read once. dss/study/report.py makes tables and pictures of what the cells wrote.
 """
 
 import signal
@@ -32,21 +32,17 @@ import torch
 from tqdm import tqdm
 
 from data import arguments
+from data.arguments import require
+from data.files import read_json
 from data.interrupt import Interrupted, Stop
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
-from dss.rows import load_rows
+from dss.rows import Rows, load_rows
 from dss.run.output import find_output, identify, require_free, require_same
 from dss.study.presets import PRESETS
 from dss.study.report import write_report
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-COST = {
-    "standard": 1.0,
-    "single_task": 1.3,
-    "dss": 2.2,
-    "dss-shuffled": 2.2,
-    "standard-matched": 2.2,
-}  # time an arm takes
+COST = dict.fromkeys(METHODS, 2.2) | {"standard": 1.0, "single_task": 1.3, "label_first": 1.3}  # time a method takes
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class StudyConfig(TrainConfig):
     # the grid
     preset: Literal[("", *PRESETS)] = ""  # a named study; flags given beside it override its settings
     data_dir: str = "."  # where a preset's files are, as data.official names them
-    method: tuple[Literal[METHODS], ...] = ("standard", "dss", "dss-shuffled")  # arms of every run, in order
+    method: tuple[Literal[METHODS], ...] = ("standard", "dss", "dss-shuffled")  # students of every run, in order
     labels: tuple[Literal[LABELS], ...] = ("gold",)  # label sources
     weights: tuple[str, ...] = ()  # public T5 weights, directories or hub ids; none: random weights of --size
     size: tuple[Literal[tuple(SIZES)], ...] = ("tiny",)  # students with random weights
@@ -66,13 +62,16 @@ class StudyConfig(TrainConfig):
     jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core
     out: str = ""  # output directory; none: runs/study-NAME
 
-    def check(self):
-        if self.jobs < 0:
-            raise ValueError(f"--jobs must be 0 or more, got {self.jobs}")
+    def check(self) -> None:
+        """Raise ValueError, naming the flag, for a value that makes no sense."""
+        require(self.jobs >= 0, "jobs", "0 or more", self)
+        require(not (self.resume and self.overwrite), "resume", "given without --overwrite", self)
+        for name in ("labels", "weights", "size", "subsample", "seed"):
+            require(len(set(getattr(self, name))) == len(getattr(self, name)), name, "different values", self)
         for cell in self.cells().values():
             cell.check()
 
-    def cells(self):
+    def cells(self) -> dict[str, TrainConfig]:
         """{name of a run: its TrainConfig}, in the order in which they are started."""
         students = [dict(weights=w) for w in self.weights] or [dict(size=s) for s in self.size]
         grid = itertools.product(self.labels, students, self.subsample, self.seed)
@@ -87,18 +86,17 @@ class StudyConfig(TrainConfig):
             cells[name] = TrainConfig(**shared | files | own | place)
         return cells
 
-    def located(self, files):
-        """A preset's file names, a list or a single one, below --data-dir."""
+    def located(self, files: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        """A preset's file names, several or a single one, below --data-dir."""
         if not self.preset or not files:
             return files
         below = tuple(str(Path(self.data_dir) / name) for name in ([files] if isinstance(files, str) else files))
         return below[0] if isinstance(files, str) else below
 
     @property
-    def directory(self):
-        return Path(
-            self.out or Path("runs") / f"study-{self.preset or (Path(self.data[0]).stem if self.data else 'toy')}"
-        )
+    def directory(self) -> Path:
+        name = self.preset or (Path(self.data[0]).stem if self.data else "toy")
+        return Path(self.out or f"runs/study-{name}")
 
     @property
     def gpus(self) -> int:
@@ -109,7 +107,7 @@ class StudyConfig(TrainConfig):
         return self.jobs or self.gpus or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a run failed, 2 the arguments or files are wrong, 130 interrupted."""
     config = arguments.parse(argv, StudyConfig, presets=PRESETS, prog="python -m dss.study")
     out, cells = config.directory, config.cells()
@@ -145,12 +143,12 @@ def main(argv=None):
     return 1 if failed else 0
 
 
-def is_done(cell, rows):
-    """Whether every arm of a run is finished. Raises ValueError if one was started with other settings or rows."""
-    identity, arms = identify(cell, rows), [Path(cell.out) / method for method in cell.method]
-    for arm in arms:
-        require_same(arm, identity)
-    return all((arm / "result.json").exists() for arm in arms)
+def is_done(cell: TrainConfig, rows: Rows) -> bool:
+    """Whether every student of a run is tested. Raises ValueError if one was trained with other settings or rows."""
+    identity, students = identify(cell, rows), [Path(cell.out) / method for method in cell.method]
+    for directory in students:
+        require_same(directory, identity)
+    return all((directory / "result.json").exists() for directory in students)
 
 
 def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> list[str]:
@@ -207,7 +205,7 @@ def start(config: StudyConfig, name: str, cell: TrainConfig, slot: int) -> subpr
         )
 
 
-def command_line(cell):
+def command_line(cell: TrainConfig) -> list[str]:
     """The arguments that give train.py this TrainConfig."""
     flags = []
     for field in fields(TrainConfig):
@@ -221,31 +219,31 @@ def command_line(cell):
     return flags
 
 
-def progress(cell):
+def progress(cell: TrainConfig) -> float:
     """How much of a run is done, in units of COST."""
     return sum(COST[method] * share_done(Path(cell.out) / method, cell.steps) for method in cell.method)
 
 
-def share_done(arm, steps):
-    """How much of an arm is done, from 0 to 1. standard-matched has more steps than this knows; then 1 comes early."""
-    if (arm / "result.json").exists():
+def share_done(directory: Path, steps: int) -> float:
+    """How much of a training is done, from 0 to 1; 1 too early for standard-matched, which takes more steps."""
+    if (directory / "result.json").exists():
         return 1.0
     try:
-        *_, last = (arm / "metrics.jsonl").read_text("utf-8").splitlines()
+        *_, last = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
         return min(json.loads(last)["step"] / steps, 1.0)
     except (OSError, ValueError):  # not begun, or a line half written
         return 0.0
 
 
-def summary(name, cell, status, out):
+def summary(name: str, cell: TrainConfig, status: int, out: Path) -> str:
     if status:
         return f"{name}: failed with status {status}: {last_line(f'{out / name}.log')}"
-    results = [json.loads((Path(cell.out) / m / "result.json").read_text("utf-8")) for m in cell.method]
+    results = [read_json(Path(cell.out) / m / "result.json") for m in cell.method]
     which = "test" if results[0]["test_accuracy"] is not None else "validation"
     return f"{name}: " + ", ".join(f"{r['method']} {r[f'{which}_accuracy']:.1%}" for r in results) + f" ({which})"
 
 
-def last_line(log):
+def last_line(log: str) -> str:
     lines = Path(log).read_text("utf-8").splitlines() if Path(log).exists() else []
     return lines[-1] if lines else "no output"
 

@@ -1,43 +1,45 @@
 """Tables and pictures of a study: OUT/study.md, study.json, and, where matplotlib is installed, PNG files.
 
 Accuracies are label accuracies on the test rows (validation rows where there are no others), means over seeds with the
-standard deviation between seeds. A method is compared with `standard` of the same run, question by question; the
-interval is the 95 % percentile interval of a bootstrap that draws seeds, and for each the questions, with replacement.
-With a few seeds it is a rough one.
+standard deviation between seeds. A method is compared with `standard` of the same run, question by question.
 """
 
-import json
+import math
 import os
 import platform
 import shlex
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.files import replacing
-from dss.metrics import accuracy
+from data.answers import same_label
+from data.files import read_json, replacing
+from dss.config import TrainConfig
+from dss.rows import Rows
 from dss.run.output import write_json
+from dss.run.report import commonest_label, correct, paired_difference
 
-RESAMPLES = 10_000
 LOOKS = {  # colour (Okabe and Ito's, told apart by colour-blind readers too), marker, name in a legend
     "standard": ("#555555", "o", "standard finetuning"),
     "standard-matched": ("#999999", "v", "standard, as many tokens as step-by-step"),
     "single_task": ("#009E73", "^", "single-task"),
     "dss": ("#0072B2", "s", "step-by-step"),
+    "label_first": ("#CC79A7", "P", "label first, then rationale"),
     "dss-shuffled": ("#D55E00", "D", "step-by-step, rationales of other rows"),
+    "dss-scrambled": ("#E69F00", "X", "step-by-step, words in random order"),
 }
 
 
-def write_report(out, cells, rows):
+def write_report(out: Path, cells: dict[str, TrainConfig], rows: dict[str, Rows]) -> str:
     """Write the report of finished runs into `out`; returns it. cells: {name: TrainConfig}; rows: {name: Rows}."""
     runs = [read_run(name, cell, method) for name, cell in cells.items() for method in cell.method]
     groups = summarise(runs)
     lines = {"teacher": mean(teacher_accuracy(rows[name]) for name in cells)}
-    lines["commonest label"] = mean(commonest_accuracy(rows[name]) for name in cells)
+    lines["commonest label"] = mean(commonest_label(rows[name])[1] for name in cells)
     pictures, why_not = draw(out, groups, lines)
     about = dict(
         date=time.strftime("%Y-%m-%d"), machine=machine(), command="python -m dss.study " + shlex.join(sys.argv[1:])
@@ -53,23 +55,22 @@ def write_report(out, cells, rows):
     return text
 
 
-def read_run(name, cell, method):
-    """What one arm of one run came to, as a dict; `answers` holds right or wrong for each question."""
-    arm = Path(cell.out) / method
-    result = json.loads((arm / "result.json").read_text("utf-8"))
-    predictions = [json.loads(line) for line in (arm / "predictions.jsonl").read_text("utf-8").splitlines()]
-    answers = np.array([p["correct"] for p in predictions], dtype=int)
+def read_run(name: str, cell: TrainConfig, method: str) -> dict:
+    """What one student of one run came to; `answers` holds right or wrong for each question."""
+    directory = Path(cell.out) / method
+    result, answers = read_json(directory / "result.json"), correct(directory)
     figures = {key: result[key] for key in ("steps", "rows", "tokens", "seconds", "parameters", "validation_accuracy")}
+    split = "validation" if result["test_accuracy"] is None else "test"
     student = cell.weights or cell.size
     where = dict(run=name, labels=cell.labels, student=student, share=cell.subsample, seed=cell.seed, method=method)
-    return where | figures | dict(accuracy=float(answers.mean()), split=predictions[0]["split"], answers=answers)
+    return where | figures | dict(accuracy=float(answers.mean()), split=split, answers=answers)
 
 
-def without_answers(run):
+def without_answers(run: dict) -> dict:
     return {key: value for key, value in run.items() if key != "answers"}
 
 
-def summarise(runs):
+def summarise(runs: list[dict]) -> list[dict]:
     """One dict for each labels x student x share x method: figures over its seeds, and the gain over standard."""
     groups = []
     for key in dict.fromkeys((r["labels"], r["student"], r["share"], r["method"]) for r in runs):
@@ -84,90 +85,75 @@ def summarise(runs):
         }
         pairs = [r["answers"] - base[r["run"]]["answers"] for r in mine if r["run"] in base]
         if pairs and key[-1] != "standard":
-            group |= {"gain": mean(p.mean() for p in pairs), "interval": interval(pairs)}
+            gain, low, high, p = paired_difference(pairs)
+            group |= {
+                "gain": gain,
+                "interval": [low, high],
+                "p": p,
+                "seeds_needed": seeds_needed(gain, low, high, len(pairs)),
+            }
         groups.append(group)
     return groups
 
 
-def interval(differences, seed=0):
-    """95 % bootstrap interval of the mean of means. differences: for each seed an array of -1, 0, 1, one a question."""
-    rng = np.random.default_rng(seed)
-    S = len(differences)
-    drawn = rng.integers(S, size=(RESAMPLES, S))
-    means = np.zeros((RESAMPLES, S))
-    for s, d in enumerate(differences):  # to draw n questions with replacement is to draw three counts
-        shares = [np.mean(d == value) for value in (-1, 0, 1)]
-        counts = rng.multinomial(len(d), shares, size=(RESAMPLES, S))
-        means = np.where(drawn == s, (counts[..., 2] - counts[..., 0]) / len(d), means)
-    low, high = np.percentile(means.mean(1), [2.5, 97.5])
-    return [float(low), float(high)]
+def seeds_needed(gain: float, low: float, high: float, seeds: int) -> int | None:
+    """How many seeds it would take for the interval to leave 0 out, if the gain stays what it is: the interval's width
+    falls with the root of their number. None where the interval leaves 0 out already, or the gain is 0."""
+    if low > 0 or high < 0 or gain == 0:
+        return None
+    return math.ceil(seeds * ((high - low) / 2 / abs(gain)) ** 2)
 
 
-def teacher_accuracy(rows):
+def teacher_accuracy(rows: Rows) -> float | None:
     """The teacher's own accuracy on the test rows, no answer being wrong; None where it has answered none of them."""
     test = rows.test or rows.validation
     if all(r.teacher_label is None for r in test):
         return None
-    return accuracy([r.teacher_label or "" for r in test], test, rows.metric)[0]
+    return mean(same_label(r.teacher_label or "", r.label, rows.metric, r.input) for r in test)
 
 
-def commonest_accuracy(rows):
-    """The accuracy of giving the commonest training label to every test row."""
-    label, _ = Counter(r.label for r in rows.train).most_common(1)[0]
-    test = rows.test or rows.validation
-    return accuracy([label] * len(test), test, rows.metric)[0]
-
-
-def mean(values):
+def mean(values: Iterable) -> float | None:
     values = list(values)
     return None if None in values else float(np.mean(values))
 
 
-def machine():
+def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
 
 
-def markdown(groups, lines, about):
-    head = [
-        "labels",
-        "student",
-        "share",
-        "rows",
-        "method",
-        "steps",
-        "tokens",
-        "seeds",
-        "accuracy",
-        "- standard, points",
-    ]
+def markdown(groups: list[dict], lines: dict, about: dict) -> str:
+    head = "labels student share rows method steps tokens seeds accuracy".split() + ["- standard, points", "p"]
     table = [head, ["---"] * len(head)]
     for g in groups:
         spread = "" if g["deviation"] is None else f" ± {100 * g['deviation']:.1f}"
-        gain = (
-            f"{100 * g['gain']:+.1f} [{100 * g['interval'][0]:+.1f}, {100 * g['interval'][1]:+.1f}]"
-            if "gain" in g
-            else ""
-        )
         row = [g["labels"], g["student"], f"{g['share']:.4g}", f"{g['rows']:,.0f}", g["method"], f"{g['steps']:,.0f}"]
-        row += [f"{g['tokens'] / 1e6:.1f}M", str(len(g["seeds"])), f"{100 * g['accuracy']:.1f}{spread}", gain]
-        table.append(row)
+        row += [f"{g['tokens'] / 1e6:.1f}M", str(len(g["seeds"])), f"{100 * g['accuracy']:.1f}{spread}"]
+        if "gain" in g:
+            low, high = g["interval"]
+            row += [f"{100 * g['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{g['p']:.2g}"]
+        table.append(row + [""] * (len(head) - len(row)))
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
     notes = [
         "Label accuracy in %, mean over seeds ± standard deviation between seeds; beside it the difference from",
-        "standard finetuning on the same rows and questions, and its 95 % bootstrap interval over seeds and questions.",
+        "standard finetuning on the same rows and questions, its 95 % bootstrap interval over seeds and questions, and",
+        "the two-sided p-value from the same bootstrap, not corrected for the number of comparisons.",
         f"On the same questions the teacher's own accuracy is {percent(lines['teacher'])}; always giving the commonest",
         f"training label, {percent(lines['commonest label'])}.",
     ]
+    for g in groups:
+        if g.get("seeds_needed"):
+            where = f"{g['method']} ({g['labels']}, {g['student']}, {g['share']:.4g})"
+            notes.append(f"{where}: not resolved; it takes about {g['seeds_needed']:,} seeds.")
     return "\n".join([text, "", *notes, "", f"{about['date']}, {about['machine']}: `{about['command']}`", ""])
 
 
-def percent(share):
+def percent(share: float | None) -> str:
     return "unknown" if share is None else f"{share:.1%}"
 
 
-def draw(out, groups, lines):
+def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
     """The pictures that the grid allows. Returns ([file names], a line that says what is missing or "")."""
     try:
         import matplotlib
