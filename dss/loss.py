@@ -6,15 +6,20 @@ depend on how a step is cut. (The released code weighs the terms alpha and 1 - a
 up to a factor of the whole.)
 """
 
+from torch import Tensor
+
 import kernels
-from dss.batch import LABEL, RATIONALE
+from dss.batch import LABEL, RATIONALE, Batch
+from dss.model import T5
 
 
-def distillation_loss(model, batch, n_label, n_rationale, lam):
+def distillation_loss(
+    model: T5, batch: Batch, n_label: int, n_rationale: int, lam: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """This batch's share of L. n_label, n_rationale: target tokens of each task in the whole step.
 
     Returns (L, L_label, L_rationale): scalar fp32 tensors in nats, the last two detached. Without rationales
-    (n_rationale = 0) or with lam = 0, L is standard finetuning's loss.
+    (n_rationale = 0) or with lam = 0, L is the loss of standard finetuning.
     """
     label = (batch.task == LABEL) / max(n_label, 1)  # (T,): 1 / N_label on label tokens, else 0
     rationale = (batch.task == RATIONALE) / max(n_rationale, 1)

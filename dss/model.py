@@ -10,18 +10,21 @@ sequences begin (`Segments`). Dimensions: T tokens of all sequences, C model wid
 B sequences. The arithmetic that dominates is in `kernels`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import kernels
-from dss.batch import LABEL, Sequence, pack
+from dss.batch import LABEL, Batch, Segments, Sequence, pack
+from dss.config import T5Config
 
 
 class T5(nn.Module):
     """A T5 of the given `T5Config` with T5's random initialisation, drawn from torch's global generator."""
 
-    def __init__(self, config):
+    def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -31,33 +34,35 @@ class T5(nn.Module):
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.initialise()
 
-    def num_parameters(self):
+    def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     @property
-    def output_matrix(self):
+    def output_matrix(self) -> Tensor:
         """(V, C): the matrix that turns a decoder state into logits, times `output_scale`."""
         return self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     @property
-    def output_scale(self):
+    def output_scale(self) -> float:
         # The embedding has entries of variance 1; as output matrix it would give logits sqrt(C) times too large.
         return self.config.d_model**-0.5 if self.config.scale_decoder_outputs else 1.0
 
-    def forward(self, batch):
+    def forward(self, batch: Batch) -> Tensor:
         """The decoder state (T, C) that predicts each of batch.labels."""
         memory = self.encode(batch.input_ids, batch.inputs)
         return self.decode(batch.decoder_input_ids, batch.targets, memory, batch.inputs)
 
-    def encode(self, input_ids, inputs):
+    def encode(self, input_ids: Tensor, inputs: Segments) -> Tensor:
         """(T_in,) packed tokens -> (T_in, C) encoder states."""
         return self.encoder(self.embedding(input_ids), inputs)
 
-    def decode(self, decoder_input_ids, targets, memory, inputs, cache=None):
+    def decode(
+        self, decoder_input_ids: Tensor, targets: Segments, memory: Tensor, inputs: Segments, cache: list | None = None
+    ) -> Tensor:
         """(T,) packed target tokens, reading memory (T_in, C) -> (T, C). With a cache, see dss/generate.py."""
         return self.decoder(self.embedding(decoder_input_ids), targets, memory, inputs, cache)
 
-    def logits(self, input_ids, decoder_input_ids):
+    def logits(self, input_ids: list[list[int]], decoder_input_ids: list[list[int]]) -> list[Tensor]:
         """Two lists of lists of token ids -> a list of (T_i, V) tensors, one for each pair.
 
         decoder_input_ids[i] begins with the start token (pad). Raises ValueError if the lists differ in length or hold
@@ -74,12 +79,12 @@ class T5(nn.Module):
         hidden = self.decode(decoder_ids, batch.targets, memory, batch.inputs)
         return list(self.read_out(hidden).split([len(d) for d in decoder_input_ids]))
 
-    def read_out(self, hidden):
+    def read_out(self, hidden: Tensor) -> Tensor:
         """(T, C) decoder states -> (T, V) logits."""
         return F.linear(hidden * self.output_scale, self.output_matrix)
 
     @torch.no_grad()
-    def initialise(self):
+    def initialise(self) -> None:
         """T5's initialisation: what 1/sqrt(D) does elsewhere, the small query projection does here.
 
         An untied output matrix gets 1/sqrt(C), as in T5's own code (transformers draws it with deviation 1, and
@@ -110,14 +115,21 @@ class T5(nn.Module):
 class Stack(nn.Module):
     """Encoder or decoder. The bias table belongs to the stack: all its layers add the same position bias."""
 
-    def __init__(self, config, num_layers, is_decoder):
+    def __init__(self, config: T5Config, num_layers: int, is_decoder: bool):
         super().__init__()
         self.bias_table = nn.Parameter(torch.empty(config.relative_attention_num_buckets, config.num_heads))
         self.layers = nn.ModuleList(Layer(config, is_decoder) for _ in range(num_layers))
         self.final_norm = RMSNorm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, positions, memory=None, inputs=None, cache=None):
+    def forward(
+        self,
+        x: Tensor,
+        positions: Segments,
+        memory: Tensor | None = None,
+        inputs: Segments | None = None,
+        cache: list | None = None,
+    ) -> Tensor:
         """x: (T, C) embedded tokens of `positions`; a decoder also reads memory (T_in, C) of `inputs`."""
         x = self.dropout(x)
         for i, layer in enumerate(self.layers):
@@ -128,7 +140,7 @@ class Stack(nn.Module):
 class Layer(nn.Module):
     """One layer: T5 normalises the input of each part and adds its output to what came in ("pre-norm")."""
 
-    def __init__(self, config, is_decoder):
+    def __init__(self, config: T5Config, is_decoder: bool):
         super().__init__()
         self.self_attention_norm = RMSNorm(config)
         self.self_attention = Attention(config, causal=is_decoder)
@@ -139,7 +151,15 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, positions, bias_table, memory, inputs, cache):
+    def forward(
+        self,
+        x: Tensor,
+        positions: Segments,
+        bias_table: Tensor,
+        memory: Tensor | None,
+        inputs: Segments | None,
+        cache: Any,
+    ) -> Tensor:
         y = self.self_attention_norm(x)
         part = self.self_attention(y, positions, y, positions, bias_table, cache and cache.self_attention)
         if memory is not None:  # no position bias from target to input: their positions have nothing in common
@@ -152,7 +172,7 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention from x to memory (self-attention: memory is x). No bias vectors, no 1/sqrt(D)."""
 
-    def __init__(self, config, causal):
+    def __init__(self, config: T5Config, causal: bool):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.q = nn.Linear(config.d_model, inner, bias=False)
@@ -162,11 +182,12 @@ class Attention(nn.Module):
         self.d_kv, self.causal = config.d_kv, causal
         self.max_distance, self.dropout_p = config.relative_attention_max_distance, config.dropout_rate
 
-    def forward(self, x, queries, memory, keys, bias_table, cache):
+    def forward(
+        self, x: Tensor, queries: Segments, memory: Tensor, keys: Segments, bias_table: Tensor | None, cache: Any
+    ) -> Tensor:
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table: (num_buckets, H) or None."""
         q = self.heads(self.q(x))
         k, v, keys = cache.update(self, memory, keys) if cache else (*self.keys_values(memory), keys)
-        dropout_p = self.dropout_p if self.training else 0.0
         y = kernels.attention(
             q,
             k,
@@ -175,25 +196,24 @@ class Attention(nn.Module):
             queries.cu_seqlens,
             keys.cu_seqlens,
             causal=self.causal,
-            dropout_p=dropout_p,
-            seed=int(torch.randint(2**31, ())) if dropout_p else 0,  # from the host's generator: no device sync
+            dropout_p=self.dropout_p if self.training else 0.0,
             max_distance=self.max_distance,
             max_seqlen_q=queries.max_seqlen,
             max_seqlen_k=keys.max_seqlen,
         )
         return self.o(y.flatten(1))
 
-    def keys_values(self, memory):
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         return self.heads(self.k(memory)), self.heads(self.v(memory))
 
-    def heads(self, x):
+    def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_kv))  # (T, H * D) -> (T, H, D)
 
 
 class FeedForward(nn.Module):
     """T5 1.0: relu(x U) D. T5 1.1: (gelu(x G) * x U) D, gated. Dropout sits before the last matrix."""
 
-    def __init__(self, config):
+    def __init__(self, config: T5Config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
         if self.gated:
@@ -202,22 +222,22 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
         self.dropout_p = config.dropout_rate
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         p = self.dropout_p if self.training else 0.0
         y = kernels.geglu(self.gate(x), self.up(x), p) if self.gated else kernels.relu(self.up(x), p)  # (T, F)
         return self.down(y)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: T5Config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.eps, self.dropout_p = config.layer_norm_epsilon, config.dropout_rate
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps)
 
-    def add(self, part, x):
+    def add(self, part: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """x + dropout(part), and that normalised: the residual connection and the next norm are one kernel."""
         p = self.dropout_p if self.training else 0.0
         return kernels.rms_norm(part, self.weight, self.eps, residual=x, dropout_p=p)

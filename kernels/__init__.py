@@ -1,32 +1,36 @@
 """The operations a T5 spends its time in, and the one place that chooses how each is computed.
 
-Every operation has a reference in plain PyTorch, `kernels.<module>.<name>_reference`, and Triton kernels beside it,
-`<name>_triton`. GPU tensors go to Triton where it is installed, all others to the reference. DSS_KERNELS=reference or
-triton overrides that; `TRITON_INTERPRET=1 DSS_KERNELS=triton` runs the Triton code on CPU tensors, slowly. The model
-calls only what is defined here.
+Every operation has a reference in plain PyTorch, `<name>_reference`, and Triton kernels, `<name>_triton`, side by side
+in one module: flash_attention, losses, norms, activations. Tensors on a GPU go to Triton where it is installed, all
+others to the reference. DSS_KERNELS=reference or triton overrides that; `TRITON_INTERPRET=1 DSS_KERNELS=triton` runs
+the Triton code on CPU tensors, slowly. The model calls only what is defined here.
 """
 
 import os
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import launch
-from .attention import attention_reference, attention_triton
-from .cross_entropy import (
+from .activations import geglu_reference, geglu_triton, relu_reference, relu_triton
+from .flash_attention import attention_reference, attention_triton
+from .losses import (
     cross_entropy_reference,
     cross_entropy_triton,
     linear_cross_entropy_reference,
     linear_cross_entropy_triton,
 )
-from .geglu import geglu_reference, geglu_triton, relu_reference, relu_triton
-from .rms_norm import rms_norm_reference, rms_norm_triton
+from .norms import rms_norm_reference, rms_norm_triton
 
-__version__ = "0.2.0"  # transformers probes for a package named `kernels` and reads its version
+__version__ = "0.3.0"  # transformers probes for a package named `kernels` and reads its version
 
 
-def choice(device):
-    """What tensors on this torch.device are given to: "triton" or "reference".
+def choice(device: torch.device) -> str:
+    """Which implementation tensors on this device get: "triton" or "reference".
 
-    Raises ValueError for a DSS_KERNELS that is misspelt or cannot be had here. A program calls this once before it
-    begins, so that no run ends in the middle.
+    Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this once before it begins,
+    so that no run ends in the middle.
     """
     value = os.environ.get("DSS_KERNELS", "")
     if value not in ("", "reference", "triton"):
@@ -42,27 +46,36 @@ def choice(device):
     return value
 
 
-def operation(reference, in_triton):
-    """The public operation with these implementations, one of which is chosen at each call."""
-
-    def call(*args, **kwargs):
-        tensor = args[0] if args else next(iter(kwargs.values()))
-        return (in_triton if choice(tensor.device) == "triton" else reference)(*args, **kwargs)
-
-    call.__name__, call.__doc__ = reference.__name__.removesuffix("_reference"), reference.__doc__
-    setattr(call, reference.__name__, reference)  # `kernels.attention` is this function, not the module of that name
-    setattr(call, in_triton.__name__, in_triton)
-    return call
+def use_triton(x: Tensor) -> bool:
+    return choice(x.device) == "triton"
 
 
-attention = operation(attention_reference, attention_triton)
-cross_entropy = operation(cross_entropy_reference, cross_entropy_triton)
-linear_cross_entropy = operation(linear_cross_entropy_reference, linear_cross_entropy_triton)
-rms_norm = operation(rms_norm_reference, rms_norm_triton)
-geglu = operation(geglu_reference, geglu_triton)
-relu = operation(relu_reference, relu_triton)
+def attention(q: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Attention within packed sequences, with T5's position bias: see `attention_reference`."""
+    return (attention_triton if use_triton(q) else attention_reference)(q, *args, **options)
 
-# Names that belong to a module whose own name an operation has taken above.
-cross_entropy.linear_cross_entropy_reference = linear_cross_entropy_reference
-cross_entropy.linear_cross_entropy_triton = linear_cross_entropy_triton
-geglu.relu_reference, geglu.relu_triton = relu_reference, relu_triton
+
+def cross_entropy(logits: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy with a weight per token: see `cross_entropy_reference`."""
+    return (cross_entropy_triton if use_triton(logits) else cross_entropy_reference)(logits, *args, **options)
+
+
+def linear_cross_entropy(hidden: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Output matrix and cross-entropy in one: see `linear_cross_entropy_reference`."""
+    implementation = linear_cross_entropy_triton if use_triton(hidden) else linear_cross_entropy_reference
+    return implementation(hidden, *args, **options)
+
+
+def rms_norm(x: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """T5's layer norm, with the residual connection before it: see `rms_norm_reference`."""
+    return (rms_norm_triton if use_triton(x) else rms_norm_reference)(x, *args, **options)
+
+
+def geglu(gate: Tensor, *args: Any, **options: Any) -> Tensor:
+    """gelu(gate) * up with dropout: see `geglu_reference`."""
+    return (geglu_triton if use_triton(gate) else geglu_reference)(gate, *args, **options)
+
+
+def relu(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """max(x, 0) with dropout: see `relu_reference`."""
+    return (relu_triton if use_triton(x) else relu_reference)(x, *args, **options)

@@ -1,12 +1,12 @@
 """Every kernel compiled ahead of time, without a GPU: does it build, and does it fit into the registers?
 
     python -m kernels.aot                      a table for sm_90
-    python -m kernels.aot --arch sm_80 gfx942 --only attention geglu --json
+    python -m kernels.aot --arch sm_80 --only attention geglu --json
 
 The launches are those of the real launchers: CASES call the public Triton functions, forward and backward, on tensors
 without storage (device "meta"), and a `Recording` keeps what would have been launched, so that what is compiled here is
 what a GPU of that architecture would run. Registers, shared memory and spills (loads from and stores to local memory in
-the machine code) come from the cuobjdump in Triton's own package; for AMD from the metadata in its assembly.
+the machine code) come from the cuobjdump in Triton's own package.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import warnings
 import torch
 
 from . import launch
-from .attention import attention_triton
-from .cross_entropy import cross_entropy_triton
-from .geglu import geglu_triton, relu_triton
-from .rms_norm import rms_norm_triton
+from .activations import geglu_triton, relu_triton
+from .flash_attention import attention_triton
+from .losses import cross_entropy_triton
+from .norms import rms_norm_triton
 
-ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_90")
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -129,8 +129,7 @@ def compile_launch(kernel, arguments, options, architecture):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    amd = architecture.startswith("gfx")
-    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
+    target = GPUTarget("cuda", int(architecture[3:]), 32)
     built_with = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
     constants = {key: value for key, value in options.items() if key not in built_with}
     signature, attributes = {}, {}
@@ -153,10 +152,6 @@ def compile_launch(kernel, arguments, options, architecture):
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=built_with)
-    if amd:
-        text = built.asm["amdgcn"]
-        first = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1])
-        return dict(registers=first("vgpr_count"), shared=built.metadata.shared, spills=first("vgpr_spill_count"))
     with tempfile.TemporaryDirectory() as directory:
         cubin = pathlib.Path(directory) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])

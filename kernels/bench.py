@@ -28,16 +28,16 @@ import torch
 import torch.nn.functional as F
 
 from . import launch
-from .attention import attention_reference, attention_triton
+from .activations import geglu_reference, geglu_triton, relu_reference, relu_triton
 from .buckets import relative_position_bucket
-from .cross_entropy import (
+from .flash_attention import attention_reference, attention_triton
+from .losses import (
     cross_entropy_reference,
     cross_entropy_triton,
     linear_cross_entropy_reference,
     linear_cross_entropy_triton,
 )
-from .geglu import geglu_reference, geglu_triton, relu_reference, relu_triton
-from .rms_norm import rms_norm_reference, rms_norm_triton
+from .norms import rms_norm_reference, rms_norm_triton
 
 KERNELS = {  # name: what `kernels.aot --only` calls its cases; the first alone with --quick
     "attention": ["attention D=64 encoder, no", "attention", "decoding"],

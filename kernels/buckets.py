@@ -8,9 +8,12 @@ import functools
 import math
 
 import torch
+from torch import Tensor
 
 
-def relative_position_bucket(distance, num_buckets=32, max_distance=128, bidirectional=True):
+def relative_position_bucket(
+    distance: Tensor, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> Tensor:
     """T5's bucket of each distance `key position - query position` (any integer shape), as int64.
 
     The logarithm is exact at powers of two, where a rounding error would move a bucket's edge, so buckets are looked

@@ -18,8 +18,7 @@ from .launch import tl, triton
 
 
 def dropout_reference(x, p, seed=None):
-    """x with each element 0 (probability p) or divided by 1 - p: torch's own dropout, drawn from its generator, unless
-    a seed says what to draw."""
+    """x with each element 0 (probability p) or divided by 1 - p, drawn by `seed` or, if None, torch's generator."""
     if p == 0:
         return x
     return F.dropout(x, p) if seed is None else x * dropout_mask(x.shape, p, seed, x.device).to(x.dtype)

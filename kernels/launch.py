@@ -1,11 +1,11 @@
 """Triton where it is installed, and the one way our kernels are launched.
 
-Triton is not to be had on macOS and Windows. There the kernels below `@triton.jit` are plain Python functions that
-nobody calls: `kernels/__init__.py` chooses the references.
+There is no Triton for macOS and Windows. There the kernels below `@triton.jit` are plain Python functions that nobody
+calls: `kernels/__init__.py` chooses the references.
 
-`TRITON_INTERPRET=1`, set before Triton is imported, runs the kernels in NumPy on CPU tensors. Three things of its own
-it has (triton 3.9): `tl.dot` of bfloat16 is silently wrong, so kernels widen their operands to fp32 when INTERPRETED;
-rounding from fp32 to bfloat16 truncates; and `tl.dot` takes no notice of `input_precision`.
+`TRITON_INTERPRET=1`, set before Triton is imported, runs the kernels in NumPy on CPU tensors. The interpreter differs
+from a GPU in three ways (triton 3.9): `tl.dot` of bfloat16 is silently wrong, so kernels widen their operands to fp32
+when INTERPRETED; rounding from fp32 to bfloat16 truncates; and `tl.dot` ignores `input_precision`.
 """
 
 import functools
@@ -23,7 +23,7 @@ except ImportError:
 INSTALLED = triton is not None
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
-if not INSTALLED:  # what the kernels' definitions, as opposed to their calls, ask of Triton
+if not INSTALLED:  # what defining the kernels, as opposed to launching them, needs of Triton
     triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda g: g))
     tl = SimpleNamespace(constexpr=lambda value: value)
 
@@ -39,7 +39,7 @@ def launch(kernel, grid, *arguments, **options):
 
 
 def architecture(device):
-    """The row of a table of configurations that holds for a device: "sm_90", "sm_80", "gfx942" or "interpreter".
+    """The row of a table of configurations that holds for a device: "sm_90", "sm_80" or "interpreter".
 
     GPUs we have no row for take the nearest: datacentre Blackwell Hopper's, others Ampere's, whose tiles fit 99 KiB.
     """
@@ -50,8 +50,6 @@ def architecture(device):
 def architecture_of(device):
     if device.type != "cuda":
         return "interpreter"
-    if torch.version.hip:
-        return "gfx942"
     return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 

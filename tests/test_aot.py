@@ -1,7 +1,7 @@
-"""Every kernel compiles for NVIDIA's sm_80 and sm_90 and AMD's gfx942 without a GPU, and spills nothing on sm_90.
+"""Kernels compile for NVIDIA's sm_80 and sm_90 without a GPU, and those of training in bf16 spill nothing.
 
-In a process of its own, because TRITON_INTERPRET decides what a kernel is when it is defined. The table of sm_90 is
-printed at the end of the test run; kernels/RESULTS.md keeps one.
+In a process of its own, because TRITON_INTERPRET decides what a kernel is when it is defined. By default a few cases
+are compiled; `python -m pytest -m slow tests/test_aot.py` compiles all of them and prints the table.
 """
 
 import json
@@ -17,7 +17,11 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from kernels import aot
 
 ROOT = Path(__file__).resolve().parents[1]
-EACH_KERNEL = ["D=64 decoder", "decoding D=64 cross", "V=32128, fp32", "dropout C=768", "geglu", "relu"]
+EACH_KERNEL = ["D=64 decoder", "V=32128, fp32", "dropout C=768", "geglu", "relu"]
+NAMES = {
+    "attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel", "cross_entropy_row_kernel",
+    "cross_entropy_scale_kernel", "rms_norm_forward_kernel", "rms_norm_backward_kernel", "activation_kernel",
+}  # fmt: skip
 
 
 def python(*arguments, **environment):
@@ -32,34 +36,34 @@ def compiled(*arguments):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def test_no_spills_in_any_configuration_of_sm_90(table):
-    rows = compiled("--arch", "sm_90")
-    assert {row["case"] for row in rows} == set(aot.CASES)
-    table("compiled ahead of time for sm_90", [aot.HEADER, *map(aot.line, rows)])
+def check(rows):
+    """Registers and shared memory fit; 3.9 spills nothing (other versions allocate otherwise, see RESULTS.md)."""
     import triton
 
-    if triton.__version__.startswith("3.9."):  # other versions allocate registers otherwise; see RESULTS.md
-        assert [row for row in rows if row["spills"]] == []
-    assert all(row["registers"] <= 255 and row["shared"] <= 227 * 1024 for row in rows)
+    if triton.__version__.startswith("3.9."):
+        assert [row for row in rows if row["spills"] and row["architecture"] == "sm_90"] == []
+    for row in rows:
+        assert row["registers"] <= 255 and row["shared"] <= {"sm_80": 99, "sm_90": 227}[row["architecture"]] * 1024
 
 
-def test_every_kernel_compiles_for_ampere_and_for_amd():
-    rows = compiled("--arch", "sm_80", "gfx942", "--only", *EACH_KERNEL)
-    for architecture, shared in (("sm_80", 99), ("gfx942", 64)):
-        ours = [row for row in rows if row["architecture"] == architecture]
-        assert {row["kernel"] for row in ours} == {
-            "forward_kernel", "dq_kernel", "dkdv_kernel", "row_kernel", "multiply_kernel", "backward_kernel",
-            "activation_kernel",
-        }  # fmt: skip
-        assert all(row["shared"] <= shared * 1024 for row in ours), "of an RTX 30 or 40, or of an MI300"
+def test_each_kernel_compiles_for_hopper():
+    rows = compiled("--arch", "sm_90", "--only", *EACH_KERNEL)
+    assert {row["kernel"] for row in rows} == NAMES
+    check(rows)
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles(table):
+    rows = compiled("--arch", "sm_90", "sm_80")
+    assert {row["case"] for row in rows} == set(aot.CASES)
+    table("compiled ahead of time", [aot.HEADER, *map(aot.line, rows)])
+    check(rows)
 
 
 def test_recorded_launches_are_those_a_gpu_would_make():
     """Forward and backward of the public functions, and nothing is left recording afterwards."""
     names = [kernel.__name__ for kernel, _, _ in aot.launches_of("attention D=64 encoder", "sm_90")]
-    assert names == ["forward_kernel", "dq_kernel", "dkdv_kernel"]
-    _, _, options = aot.launches_of("cross_entropy V=32128", "gfx942")[0]
-    assert options["BLOCK"] == 32768 and options["num_warps"] * 64 <= 1024
+    assert names == ["attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel"]
     assert aot.launch.recording is None
 
 

@@ -28,7 +28,7 @@ def run(*arguments):
 def test_without_a_gpu_it_says_so_and_shows_what_it_can(tmp_path):
     got = run("--quick", "--kernel", "rms_norm", "--json", tmp_path / "r.json", "--plot", tmp_path / "plots")
     assert got.returncode == 0, got.stderr
-    assert "No GPU here" in got.stdout and "| rms_norm C=768 | backward_kernel |" in got.stdout
+    assert "No GPU here" in got.stdout and "| rms_norm C=768 | rms_norm_backward_kernel |" in got.stdout
     content = json.loads((tmp_path / "r.json").read_text())
     assert content["machine"]["torch"] == torch.__version__ and content["rows"][0]["both ms"] > 0
     if importlib.util.find_spec("matplotlib"):

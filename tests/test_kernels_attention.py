@@ -1,104 +1,193 @@
-"""The attention reference against an independent fp64 computation, one dense sequence at a time."""
+"""Attention against a plain formula, one dense sequence at a time: the output and each gradient, in every use T5 has.
+
+The Triton kernels run compiled on a GPU and interpreted elsewhere. The interpreter's time goes by tiles, not by their
+size, so most tests have a few tiles of 32 and every oddity a tile can have: sequences of length 1, shorter and longer
+than a tile, M != N.
+"""
 
 import pytest
 import torch
-from hypothesis import given
+from comparing import (
+    DEVICE,
+    DTYPES,
+    both,
+    compare,
+    needs_gpu,
+    needs_triton,
+    outputs_and_gradients,
+    relative_error,
+    wide,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from philox import kept
 
-import kernels
-from kernels.attention import relative_position_bucket
+from kernels import flash_attention
+from kernels.attention_kernels import CONFIGURATIONS
+from kernels.buckets import near_buckets, relative_position_bucket
+from kernels.launch import architecture
 
-lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4)
+ROW = CONFIGURATIONS[architecture(torch.device(DEVICE))]
+ENCODER, DECODER, CROSS = "encoder", "decoder", "cross"
+USES = (ENCODER, DECODER, CROSS)
+
+
+def set_tiles(patch, BM, BN):
+    """From now on all kernels work in tiles of BM queries and BN keys (dkdv: the other way round)."""
+    for kernel, size in ROW:
+        tile = (BN, BM) if kernel == "dkdv" else (BM, BN)
+        patch.setitem(ROW, (kernel, size), dict.fromkeys((32, 64, 128), (*tile, 4, 1)))
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    return lambda BM, BN: set_tiles(monkeypatch, BM, BN)
 
 
 def cu(counts):
-    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
+    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32).to(DEVICE)
 
 
-def dense(q, k, v, table, causal, max_distance=128):
-    """One sequence in fp64, every position's bias looked up alone."""
+def inputs(counts_q, counts_k, use, dtype=torch.float32, H=2, D=32, num_buckets=32, seed=0):
+    """[q, k, v, table or None]; q, k and v are slices of one tensor where the two sides are one."""
+    g = torch.Generator().manual_seed(seed)
+    Tq, Tk = sum(counts_q), sum(counts_k)
+    if counts_q == counts_k:
+        q, k, v = (torch.randn(Tq, 3, H, D, generator=g) * 0.8).to(dtype).to(DEVICE).unbind(1)
+    else:
+        q, k, v = ((torch.randn(T, H, D, generator=g) * 0.8).to(dtype).to(DEVICE) for T in (Tq, Tk, Tk))
+    q = q * (32 / D) ** 0.5  # scores of one size for every D, as T5's initialisation has them
+    return [q, k, v, None if use == CROSS else torch.randn(num_buckets, H, generator=g).to(DEVICE)]
+
+
+def dense(q, k, v, table, causal, max_distance, mask):
+    """One sequence, every position's bias looked up alone. mask: (H, M, N), what dropout multiplies by, or None."""
     M, N = len(q), len(k)
-    i = torch.arange(M)[:, None] + (N - M if causal else 0)
-    j = torch.arange(N)[None, :]
-    scores = torch.einsum("mhd,nhd->hmn", q, k)
+    i = torch.arange(M, device=q.device)[:, None] + (N - M if causal else 0)
+    j = torch.arange(N, device=q.device)[None, :]
+    scores = wide(torch.einsum("mhd,nhd->hmn", q, k))
     if table is not None:
         bucket = relative_position_bucket(j - i, len(table), max_distance, bidirectional=not causal)
         scores = scores + table[bucket].permute(2, 0, 1)
     if causal:
         scores = scores.masked_fill(j > i, float("-inf"))
-    return torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v)
+    weights = scores.softmax(-1)
+    return torch.einsum("hmn,nhd->mhd", (weights if mask is None else weights * mask.to(weights)).to(v.dtype), v)
 
 
-def inputs(counts_q, counts_k, H=2, D=4, num_buckets=32, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(sum(c), H, D, generator=g) for c in (counts_q, counts_k, counts_k))
-    return q, k, v, torch.randn(num_buckets, H, generator=g)
+def call(implementation, counts_q, counts_k, use, **options):
+    """attention by this implementation, as a function of q, k, v and table."""
+    function = getattr(flash_attention, f"attention_{implementation}")
+    where = (cu(counts_q), cu(counts_k), use == DECODER)
+    options = dict(max_seqlen_q=max(counts_q), max_seqlen_k=max(counts_k)) | options
+    return lambda q, k, v, table: function(q, k, v, table, *where, **options)
 
 
-def check_against_dense(q, k, v, table, counts_q, counts_k, causal):
-    """Output and every gradient within 2e-6 of fp64, relative."""
-    arguments = [x for x in (q, k, v, table) if x is not None]
-    single = [x.clone().requires_grad_() for x in arguments]
-    double = [x.double().requires_grad_() for x in arguments]
-    pad_table = [None] if table is None else []
-    cu_q, cu_k = cu(counts_q), cu(counts_k)
-    got = kernels.attention(*single, *pad_table, cu_q, cu_k, causal=causal)
-    parts = zip(*(x.split(c) for x, c in zip(double[:3], (counts_q, counts_k, counts_k))))
-    want = torch.cat([dense(*part, None if table is None else double[3], causal) for part in parts])
-    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(1))
-    got_gradients = torch.autograd.grad((got * weight).sum(), single)
-    want_gradients = torch.autograd.grad((want * weight).sum(), double)
-    for a, b in zip((got, *got_gradients), (want, *want_gradients)):
-        assert (a.double() - b).norm() <= 2e-6 * (b.norm() + 1)
+def check(implementation, arguments, counts_q, counts_k, use, max_distance=128, masks=None, **options):
+    masks = masks or [None] * len(counts_q)
+
+    def formula(q, k, v, table):
+        parts = zip(q.split(counts_q), k.split(counts_k), v.split(counts_k), masks)
+        return torch.cat([dense(*part, table, use == DECODER, max_distance, mask) for *part, mask in parts])
+
+    compare(call(implementation, counts_q, counts_k, use, max_distance=max_distance, **options), formula, arguments)
 
 
-@given(lengths)
-def test_encoder_attention_is_the_dense_one(pairs):
-    counts = [m for m, _ in pairs]
-    check_against_dense(*inputs(counts, counts), counts, counts, causal=False)
+SHAPES = [  # (queries, keys) of each sequence
+    (ENCODER, [(1, 1)]),
+    (ENCODER, [(5, 5), (70, 70), (33, 33)]),
+    (DECODER, [(1, 1), (33, 33)]),
+    (DECODER, [(64, 64)]),
+    (DECODER, [(1, 70), (40, 41)]),  # a decoding step beside a longer one: queries are the last positions
+    (CROSS, [(70, 1), (1, 70)]),
+    (DECODER, [(40, 75), (1, 2), (7, 7), (13, 30)]),
+]
 
 
-@given(lengths)
-def test_decoder_attention_is_the_dense_one(pairs):
-    counts = [m for m, _ in pairs]
-    check_against_dense(*inputs(counts, counts), counts, counts, causal=True)
+@both
+@pytest.mark.parametrize("use, pairs", SHAPES)
+def test_output_and_each_gradient(implementation, use, pairs, tiles):
+    tiles(32, 32)
+    counts = [m for m, _ in pairs], [n for _, n in pairs]
+    check(implementation, inputs(*counts, use), *counts, use)
 
 
-@given(lengths)
-def test_cross_attention_is_the_dense_one_at_different_lengths(pairs):
-    counts_q, counts_k = zip(*pairs)
-    q, k, v, _ = inputs(counts_q, counts_k)
-    check_against_dense(q, k, v, None, list(counts_q), list(counts_k), causal=False)
+@pytest.mark.search
+@both
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3), st.sampled_from(USES))
+def test_random_lengths(implementation, pairs, use):
+    if use != CROSS:  # the encoder's sides are one; a decoder has as many keys as queries, or more
+        pairs = [(m, m) if use == ENCODER else (min(m, n), max(m, n)) for m, n in pairs]
+    counts = [m for m, _ in pairs], [n for _, n in pairs]
+    with pytest.MonkeyPatch.context() as patch:
+        set_tiles(patch, 32, 32)
+        check(implementation, inputs(*counts, use, seed=sum(counts[0])), *counts, use)
 
 
-@given(lengths)
-def test_causal_queries_are_the_last_positions(pairs):
-    """M queries of N >= M positions, as in cached decoding, sequences with different N - M in one batch."""
-    counts_q, counts_k = zip(*((min(p), max(p)) for p in pairs))
-    check_against_dense(*inputs(counts_q, counts_k), list(counts_q), list(counts_k), causal=True)
+@both
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("use", USES)
+def test_half_precision(implementation, use, dtype, tiles):
+    tiles(32, 64)
+    counts = ([70, 5], [70, 5]) if use != CROSS else ([70, 5], [9, 66])
+    check(implementation, inputs(*counts, use, dtype), *counts, use)
 
 
-@given(lengths)
-def test_packed_equals_one_sequence_at_a_time(pairs):
-    counts = [m for m, _ in pairs]
-    q, k, v, table = inputs(counts, counts)
-    together = kernels.attention(q, k, v, table, cu(counts), cu(counts), causal=True)
-    one = [
-        kernels.attention(a, b, c, table, cu([len(a)]), cu([len(a)]), causal=True)
-        for a, b, c in zip(q.split(counts), k.split(counts), v.split(counts))
-    ]
-    torch.testing.assert_close(together, torch.cat(one), rtol=1e-5, atol=1e-6)
+@needs_triton
+@pytest.mark.parametrize("D", [16, 64, 128])
+def test_each_head_width(D):
+    for use in (ENCODER, DECODER):
+        check("triton", inputs([50], [50], use, D=D, H=1), [50], [50], use)
 
 
-def test_gradient_of_the_table_sums_to_zero_and_skips_the_unreachable_bucket():
-    """Adding a constant to all biases changes no softmax; bucket 16 of a bidirectional table means "after, by 0"."""
-    counts = [40, 7]
-    q, k, v, table = inputs(counts, counts)
-    table.requires_grad_()
-    y = kernels.attention(q, k, v, table, cu(counts), cu(counts))
-    (gradient,) = torch.autograd.grad((y * torch.arange(4)).sum(), table)
-    assert gradient.sum(0).abs().max() <= 1e-5 * gradient.abs().sum()
-    assert (gradient[16] == 0).all() and (gradient[:16].abs().sum(-1) > 0).sum() >= 10
+@needs_triton
+@pytest.mark.parametrize("use", USES)
+def test_far_tiles_on_both_sides(use, tiles):
+    """Longer than reach and tiles together: plain tiles before and after the band, and a last one cut off."""
+    tiles(64, 64)
+    counts = ([331], [331]) if use != CROSS else ([40], [331])
+    check("triton", inputs(*counts, use, H=1), *counts, use)
+
+
+@both
+def test_a_table_between_sides_of_different_lengths(implementation, tiles):
+    """Not in T5, but in the contract: bidirectional bias with M != N, more queries than keys and fewer."""
+    tiles(32, 64)
+    for counts in (([150], [20]), ([20], [150])):
+        check(implementation, inputs(*counts, ENCODER, H=1, num_buckets=8), *counts, ENCODER, max_distance=20)
+
+
+@both
+def test_causality_without_a_table(implementation, tiles):
+    tiles(32, 64)
+    check(implementation, inputs([40], [75], CROSS), [40], [75], DECODER)
+
+
+@both
+@pytest.mark.parametrize("num_buckets, max_distance, use", [(32, 128, ENCODER), (8, 20, ENCODER), (64, 256, DECODER)])
+def test_buckets_at_both_ends_of_their_reach(implementation, num_buckets, max_distance, use, tiles):
+    """All positions alike but for the bias: an edge moved by one bucket or one distance would show."""
+    N = max_distance + 40
+    tiles(128, 128)
+    arguments = inputs([N], [N], use, H=1, num_buckets=num_buckets)
+    arguments[:2] = [0.01 * x for x in arguments[:2]]
+    arguments[3] *= 3
+    check(implementation, arguments, [N], [N], use, max_distance=max_distance)
+
+
+@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (8, 20), (20, 40), (64, 256), (2, 4)])
+def test_reach_is_where_the_last_bucket_begins_and_not_one_later(num_buckets, max_distance):
+    for bidirectional in (True, False):
+        if num_buckets == 2 and bidirectional:
+            continue  # one bucket a side has no formula
+        reach, near = near_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu"))
+        far = torch.arange(-3 * max_distance, 3 * max_distance + 1)
+        want = relative_position_bucket(far, num_buckets, max_distance, bidirectional)
+        assert torch.equal(near[far.clamp(-reach, reach) + reach].long(), want)
+        if reach > 1:
+            closer = near[1:-1][far.clamp(1 - reach, reach - 1) + reach - 1]
+            assert not torch.equal(closer.long(), want)
 
 
 @pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (16, 64), (8, 20), (64, 256), (32, 20)])
@@ -111,42 +200,207 @@ def test_buckets_are_those_of_transformers(transformers, num_buckets, max_distan
     assert torch.equal(relative_position_bucket(distance, num_buckets, max_distance, bidirectional), theirs)
 
 
-def test_dropout_keeps_its_rate_and_repeats_with_its_seed():
-    q, k, v, table = inputs([60], [60], H=4)
-    v = torch.ones_like(v)  # an output is then the sum of its kept weights, 1 on average
+@needs_triton
+def test_the_tiles_do_not_matter(tiles):
+    """Neither to the results nor, with dropout, to the mask."""
+    counts = [70, 17]
+    results = []
+    for BM, BN in ((16, 32), (32, 32), (64, 128)):
+        tiles(BM, BN)
+        function = call("triton", counts, counts, ENCODER, dropout_p=0.2, seed=5)
+        results.append(outputs_and_gradients(function, inputs(counts, counts, ENCODER, H=1)))
+    for other in results[1:]:
+        for a, b in zip(other, results[0]):
+            assert relative_error(a, b) <= 2e-6
 
-    def run(seed, p=0.3):
-        return kernels.attention(q, k, v, table, cu([60]), cu([60]), dropout_p=p, seed=seed)
 
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
-    assert torch.equal(before, torch.get_rng_state()), "the global generator is left alone"
-    mean = torch.stack([run(seed) for seed in range(30)]).mean()
-    assert abs(mean - 1) < 0.02
+def dropout_masks(counts_q, counts_k, H, seed, threshold):
+    """What dropout multiplies each sequence's weights by, (H, M, N), from Philox in NumPy."""
+    masks, start = [], 0
+    for M, N in zip(counts_q, counts_k):
+        planes = [kept(seed, range(start, start + M), h, N, threshold) for h in range(H)]
+        masks.append((torch.stack(planes) * (256 / (256 - threshold))).double().to(DEVICE))
+        start += M
+    return masks
 
 
+@needs_triton
+@pytest.mark.parametrize("use", USES)
+def test_dropout_is_the_mask_of_philox_in_forward_and_backward(use, tiles):
+    """Each gradient against a formula with the mask drawn in NumPy: were backward's another one, none would fit."""
+    tiles(32, 64)
+    counts = ([30, 70], [30, 70]) if use != CROSS else ([30, 20], [5, 70])
+    seed = 2**40 + 12345  # beyond 32 bits
+    masks = dropout_masks(*counts, H=2, seed=seed, threshold=51)  # 0.2 * 256, rounded
+    check("triton", inputs(*counts, use), *counts, use, masks=masks, dropout_p=0.2, seed=seed)
+
+
+@both
+def test_dropout_keeps_its_rate_and_depends_on_its_seed(implementation):
+    counts = [120]
+    q, k, _, table = inputs(counts, counts, ENCODER)
+    ones = torch.ones_like(k)  # an output is then the sum of the kept weights, 1 on average
+
+    def once(seed, p=0.1):
+        return call(implementation, counts, counts, ENCODER, dropout_p=p, seed=seed)(q * 0, k, ones, table * 0)
+
+    for p in (0.1, 0.5):
+        mean = torch.stack([once(seed, p) for seed in range(4)])[..., 0].mean()
+        assert abs(mean - 1) < 4 * (p / (1 - p) / (4 * 2 * 120 * 120)) ** 0.5, "four standard deviations"
+    state = torch.get_rng_state()
+    assert torch.equal(once(1), once(1)) and not torch.equal(once(1), once(2))
+    assert torch.equal(state, torch.get_rng_state()), "with a seed the global generator is left alone"
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append([once(None), once(None)])
+    assert torch.equal(drawn[0][0], drawn[1][0]), "without one, torch's seed governs the mask"
+    assert not torch.equal(*drawn[0]), "and each call draws its own"
+    assert once(0, 1e-3).mean() != 1, "a small rate is not rounded to none"
+
+
+@needs_triton
+@pytest.mark.parametrize("use", USES)
+def test_repeats_are_equal_bit_for_bit(use, tiles):
+    tiles(32, 64)
+    counts = [35, 3]
+    function = call("triton", counts, counts, use, dropout_p=0.1, seed=3)
+    first, second = (outputs_and_gradients(function, inputs(counts, counts, use)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@both
+def test_packed_is_one_sequence_at_a_time(implementation, tiles):
+    tiles(32, 32)
+    counts = [33, 1, 20]
+    q, k, v, table = inputs(counts, counts, DECODER)
+    together = call(implementation, counts, counts, DECODER)(q, k, v, table)
+    alone = [
+        call(implementation, [len(a)], [len(a)], DECODER)(a, b, c, table)
+        for a, b, c in zip(q.split(counts), k.split(counts), v.split(counts))
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0 if implementation == "triton" else 1e-6)
+
+
+@both
+def test_gradient_of_the_table_sums_to_zero_and_skips_the_unreachable_bucket(implementation, tiles):
+    """Adding a constant to all biases changes no softmax; bucket 16 of a bidirectional table means "after, by 0"."""
+    tiles(64, 64)
+    counts = [200]
+    for use in (ENCODER, DECODER):
+        function = call(implementation, counts, counts, use)
+        gradient = outputs_and_gradients(function, inputs(counts, counts, use, H=1))[4]
+        assert gradient.sum(0).abs().max() <= 1e-5 * gradient.abs().sum()
+        unreachable = gradient[16] if use == ENCODER else gradient[:0]
+        assert (unreachable == 0).all() and (gradient.abs().sum(-1) > 0).sum() == (31 if use == ENCODER else 32)
+
+
+@both
+def test_one_query_over_many_keys(implementation):
+    """The shape of cached decoding, with and without bias, sequences of different lengths at once."""
+    counts_k = [1, 17, 1500, 64]
+    for use in (DECODER, CROSS):
+        check(implementation, inputs([1] * 4, counts_k, use, H=1), [1] * 4, counts_k, use)
+
+
+@both
+def test_strides_of_heads_and_tokens_in_any_order(implementation):
+    counts = [45]
+    q, k, v, table = inputs(counts, counts, ENCODER)
+    function = call(implementation, counts, counts, ENCODER)
+    want = outputs_and_gradients(function, [q.contiguous(), k.contiguous(), v.contiguous(), table])
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k)]  # heads outermost
+    columns = v.transpose(1, 2).contiguous().transpose(1, 2)  # last dimension not contiguous
+    for a, b in zip(outputs_and_gradients(function, [*turned, columns, table]), want):
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if implementation == "triton" else 1e-5)
+
+
+@both
+def test_confident_scores_stay_finite(implementation, tiles):
+    """Scores of several hundred, far above exp's range, in every tile. Their error is fp32's step at that size."""
+    tiles(32, 64)
+    q, k, v, table = inputs([70], [70], DECODER)
+    function = call(implementation, [70], [70], DECODER)
+    got = outputs_and_gradients(function, [30 * q, k, v, table])
+    exact = outputs_and_gradients(lambda *x: dense(*x, True, 128, None), [x.double() for x in (30 * q, k, v, table)])
+    for a, b in zip(got, exact):
+        assert relative_error(a, b) <= 1e-4
+
+
+@both
+def test_only_the_gradients_that_are_asked_for(implementation):
+    q, k, v, table = inputs([20], [20], ENCODER)
+    q.requires_grad_()
+    call(implementation, [20], [20], ENCODER)(q, k, v, table).sum().backward()
+    assert q.grad is not None and table.grad is None
+
+
+@both
 @pytest.mark.parametrize(
     "change, word",
     [
-        (dict(q=torch.zeros(5, 2, 3)), "q and k"),
-        (dict(v=torch.zeros(4, 2, 4)), "v must have"),
-        (dict(k=torch.zeros(5, 2, 4, dtype=torch.float16)), "one float dtype"),
+        (dict(q=torch.zeros(5, 2, 8)), "q and k"),
+        (dict(v=torch.zeros(4, 2, 32)), "v must have"),
+        (dict(k=torch.zeros(5, 2, 32, dtype=torch.float16)), "one float dtype"),
         (dict(table=torch.zeros(32, 3)), "table"),
         (dict(cu_seqlens_q=torch.tensor([0, 5])), "cu_seqlens_q"),
         (dict(cu_seqlens_k=torch.tensor([0, 4], dtype=torch.int32)), "from 0 to 5"),
-        (dict(cu_seqlens_q=cu([5, 0]), cu_seqlens_k=cu([4, 1])), "empty"),
-        (dict(cu_seqlens_k=cu([4, 1])), "cu_seqlens_k"),
+        (dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor([0, 5, 5], dtype=torch.int32)), "empty"),
+        (dict(cu_seqlens_k=torch.tensor([0, 4, 5], dtype=torch.int32)), "cu_seqlens_k"),
+        (dict(q=torch.zeros(6, 2, 32), cu_seqlens_q=torch.tensor([0, 6], dtype=torch.int32), causal=True), "causal"),
+        (dict(dropout_p=1.5), "dropout"),
+        (dict(max_seqlen_q=3), "max_seqlen_q must be at least 5, got 3"),
+        (dict(max_distance=0), "max_distance"),
+        (dict(q=torch.zeros(0, 2, 32)), "q has no tokens"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(change, word):
-    good = dict(q=torch.zeros(5, 2, 4), k=torch.zeros(5, 2, 4), v=torch.zeros(5, 2, 4), table=torch.zeros(32, 2))
-    good |= dict(cu_seqlens_q=cu([5]), cu_seqlens_k=cu([5]))
+def test_arguments_that_do_not_fit_are_named(implementation, change, word):
+    """Refused before anything is computed."""
+    good = {name: torch.zeros(5, 2, 32) for name in "qkv"} | dict(table=torch.zeros(32, 2))
+    good |= {f"cu_seqlens_{side}": torch.tensor([0, 5], dtype=torch.int32) for side in "qk"}
     with pytest.raises(ValueError, match=word):
-        kernels.attention(*(good | change).values())
+        getattr(flash_attention, f"attention_{implementation}")(**(good | change))
 
 
-def test_more_queries_than_positions_are_refused_when_causal():
-    q, k, v, table = inputs([3], [2])
-    with pytest.raises(ValueError, match="causal"):
-        kernels.attention(q, k, v, table, cu([3]), cu([2]), causal=True)
+@needs_triton
+def test_head_widths_and_dtypes_without_a_kernel_are_refused():
+    for D, dtype, word in ((24, torch.float32, "D of 16, 32, 64 or 128, got 24"), (32, torch.float64, "float64")):
+        x = torch.zeros(5, 2, D, dtype=dtype)
+        with pytest.raises(ValueError, match=word):
+            flash_attention.attention_triton(x, x, x, None, *[torch.tensor([0, 5], dtype=torch.int32)] * 2)
+
+
+# ---- On a GPU only --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [32, 64, 128])
+@pytest.mark.parametrize("use", [pytest.param(use, marks=needs_gpu) for use in USES])
+def test_full_size_in_the_tiles_that_ship(use, D, dtype, dropout_p):
+    """Lengths from 1 to 4096, with dropout's mask from NumPy; every gradient; repeats bit for bit."""
+    counts_q = [2048 if dropout_p else 4096, 1, 517, 64, 1023]
+    counts_k = counts_q if use != CROSS else [1, 2048, 300, 65, 128]
+    arguments = inputs(counts_q, counts_k, use, dtype, H=2, D=D)
+    masks = dropout_masks(counts_q, counts_k, 2, 3, 26) if dropout_p else None
+    check("triton", arguments, counts_q, counts_k, use, masks=masks, dropout_p=dropout_p, seed=3)
+    function = call("triton", counts_q, counts_k, use, dropout_p=dropout_p, seed=3)
+    first, second = (outputs_and_gradients(function, arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("H, D", [pytest.param(12, 64, marks=needs_gpu)])
+def test_memory_is_linear_in_length_and_the_host_never_waits(H, D):
+    peaks = []
+    for N in (2048, 4096):
+        q, k, v = (torch.randn(2 * N, H, D, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        table, where = torch.randn(32, H, device=DEVICE, requires_grad=True), cu([N, N])
+        for sync in ("default", "error"):  # the first run compiles and fills caches, which may wait
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.set_sync_debug_mode(sync)
+            o = flash_attention.attention_triton(q, k, v, table, where, where, False, 0.1, None, 128, N, N)
+            torch.autograd.grad(o, [q, k, v, table], torch.ones_like(o))
+            torch.cuda.set_sync_debug_mode("default")
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 2.2 * peaks[0]

@@ -1,4 +1,4 @@
-"""The loss is the paper's: against transformers' two padded passes, however a step is cut, and at lambda = 0."""
+"""The loss is the paper's: that of transformers' two padded passes, however a step is cut, and at lambda = 0."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(size):
 
 
 def test_lambda_0_is_standard_finetuning():
-    """Rationales in the batch, but without weight: loss and gradient of the labels alone."""
+    """With rationales in the batch, loss and gradient are those of the labels alone."""
     model, sequences = student(), dual_task(ROWS)
     labels = [s for s in sequences if s.task == LABEL]
     _, standard = gradients(model, [labels], 1.0, count_targets(labels))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, relative_error
+from comparing import DEVICE, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
@@ -54,16 +54,14 @@ def test_every_gradient_of_a_training_step(shape, monkeypatch, measured):
 
 
 def test_every_gradient_under_bfloat16_autocast(monkeypatch, measured):
-    """fp32 master weights, products in bf16: Triton is about as near to fp32 as the reference, gradients are fp32."""
+    """fp32 master weights, products in bf16: Triton is at most twice as far from fp32 as the reference."""
     model = student(V1_1)
     exact = train_step(model, monkeypatch, "reference")[1]
     ours = train_step(model, monkeypatch, "triton", bf16=True)[1]
     theirs = train_step(model, monkeypatch, "reference", bf16=True)[1]
     assert all(g.dtype == torch.float32 for g in ours.values())
     worst = max(relative_error(ours[n], exact[n]) / max(relative_error(theirs[n], exact[n]), 5e-3) for n in exact)
-    measured(
-        "Triton against reference, bf16: worst ratio of their gradients' errors against fp32", worst, 3.0
-    )  # the interpreter truncates to bf16
+    measured("Triton against reference, bf16: worst ratio of their gradients' errors against fp32", worst, 2.0)
 
 
 def test_dropout_trains_and_follows_torch_s_seed(monkeypatch):

@@ -6,84 +6,74 @@ The weights carry the method: 1 / N_label on the tokens of label targets and lam
 rationales make one weighted sum of  L_label + lambda * L_rationale,  so both tasks are one pass over one stream.
 A token whose label is -100, or whose weight is 0, adds nothing to the loss and nothing to any gradient.
 
-Two options, off by default: label smoothing e puts e / V of the target on every entry, and the z-loss adds
-zeta * logsumexp(z_t)^2, which keeps the normaliser near 1 (T5 was pretrained with 1e-4):
-
-    loss_t = lse - (1 - e) z[label] - (e / V) sum_v z_v + zeta lse^2
-
 **Rows.** One program computes one row. Up to V = 32768 the row stays in registers between the sum and the gradient, so
 the full pass, loss and gradient, reads the logits once and writes the gradient once. Longer rows (mT5 has V = 250112)
 are read twice. Everything in between is fp32.
 
 **Linear.** T x V logits would be the largest tensor of the whole model. `linear_cross_entropy` takes the tokens in
 chunks: one matrix product makes a chunk's logits, the row kernel turns them into their gradient in place, and two more
-products give d(hidden) and a summand of d(weight). Logits of one chunk are all that ever exists, LOGITS_BYTES of them:
-small chunks cost dearly, for each reads and writes all of d(weight), which is fp32 whatever the dtype of the inputs
-(sums of bfloat16 over 32 chunks are off by 7e-3, and people have seen training suffer).
+products give d(hidden) and a summand of d(weight). Only one chunk of logits exists at a time, LOGITS_BYTES of them.
+Small chunks are expensive, because each reads and writes all of d(weight), which is fp32 whatever the dtype of the
+inputs (sums of bfloat16 over 32 chunks are off by 7e-3, and people have seen training suffer).
 
 **The gradient is computed in the forward pass**, while the logits are at hand, for an upstream gradient of 1. The
 backward pass multiplies by the real one, on the device, and a kernel that finds a 1 there returns at once. It
 multiplies in place, so a second backward pass through the same graph is refused.
 
-Refused: labels outside [0, V) other than -100 (on a GPU, where looking would stall the queue, they give NaN), gradients
-for the weights. In fp16 a gradient below 6e-8 is 0, and w_t / V gets there; train in bfloat16.
+Refused: labels outside [0, V) other than -100 (on a GPU, where reading them would make the host wait, they give NaN),
+and gradients for the weights. In fp16 a gradient below 6e-8 is 0, and w_t / V gets there; train in bfloat16.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .launch import architecture, launch, next_power_of_2, tl, triton
+from .launch import launch, next_power_of_2, tl, triton
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk of logits: about 4k tokens of T5's vocabulary in bfloat16
 
-# Warps for a block of so many columns. The longest row takes 64 fp32 values a thread; with 32 warps it would take 32,
-# but a thread then has only 64 registers, and 4 to 30 values spill. gfx942 has 64 threads a warp.
-WARPS = {
-    "sm_80": {1024: 4, 8192: 8, 32768: 16},
-    "sm_90": {1024: 4, 8192: 8, 32768: 16},
-    "gfx942": {1024: 2, 8192: 4, 32768: 8},
-    "interpreter": {32768: 1},
-}
+# {columns: num_warps} of a row's block. The longest row takes 64 fp32 values a thread; with 32 warps it would take 32,
+# but a thread then has only 64 registers, and 4 to 30 values spill.
+WARPS = {1024: 4, 8192: 8, 32768: 16}
 
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy_reference(logits, labels, weights, return_token_losses=False, label_smoothing=0.0, z_loss=0.0):
+def cross_entropy_reference(
+    logits: Tensor, labels: Tensor, weights: Tensor, return_token_losses: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """sum_t weights[t] * -log softmax(logits[t])[labels[t]], computed in fp32.
 
     logits: (T, V), any float dtype; labels: (T,) int64 in [0, V), or -100 for "ignored"; weights: (T,) fp32.
-    label_smoothing: e in [0, 1) and z_loss: zeta >= 0, see the head of this file.
-    Returns a scalar fp32 tensor and, if asked, also the (T,) unweighted losses in nats, detached, 0 where ignored and
-    without smoothing and z-loss. Raises ValueError for arguments that do not fit together.
+    Returns a scalar fp32 tensor and, if asked, also the (T,) unweighted losses in nats, detached, 0 where ignored.
+    Raises ValueError for arguments that do not fit together.
     """
-    check_arguments(logits, labels, weights, label_smoothing, z_loss)
-    logits = logits.float()
-    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    losses = nll
-    if label_smoothing:
-        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing)
-    if z_loss:
-        losses = losses + z_loss * logits.logsumexp(-1).square() * (labels != IGNORE)
-    loss = (losses * weights).sum()
+    check_arguments(logits, labels, weights)
+    nll = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    loss = (nll * weights).sum()
     return (loss, nll.detach()) if return_token_losses else loss
 
 
 def linear_cross_entropy_reference(
-    hidden, weight, labels, weights, scale=1.0, return_token_losses=False, label_smoothing=0.0, z_loss=0.0
-):
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    scale: float = 1.0,
+    return_token_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy_reference` of the logits scale * hidden @ weight^T.
 
     hidden: (T, C); weight: (V, C); scale: d_model**-0.5 where T5 ties the output to the embedding, else 1.
     Other arguments, results and errors as in `cross_entropy_reference`.
     """
     check_matrices(hidden, weight)
-    logits = F.linear(hidden * scale, weight)
-    return cross_entropy_reference(logits, labels, weights, return_token_losses, label_smoothing, z_loss)
+    return cross_entropy_reference(F.linear(hidden * scale, weight), labels, weights, return_token_losses)
 
 
-def check_arguments(logits, labels, weights, label_smoothing, z_loss):
+def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
     """Raise ValueError, naming the argument, unless shapes, dtypes and values fit together."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or weights.shape != labels.shape:
         raise ValueError(
@@ -92,18 +82,14 @@ def check_arguments(logits, labels, weights, label_smoothing, z_loss):
         )
     if not logits.is_floating_point() or labels.dtype != torch.int64:
         raise ValueError(f"cross_entropy: logits must be float and labels int64, got {logits.dtype}, {labels.dtype}")
-    if not (0 <= label_smoothing < 1 and z_loss >= 0):
-        raise ValueError(
-            f"cross_entropy: label_smoothing must be in [0, 1) and z_loss 0 or more, got {label_smoothing}, {z_loss}"
-        )
     V = logits.shape[1]
-    if labels.device.type == "cpu" and len(labels):  # on a GPU reading the values would stall the queue
+    if labels.device.type == "cpu" and len(labels):  # reading values from a GPU would make the host wait
         wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= V))]
         if len(wrong):
             raise ValueError(f"cross_entropy: labels must be in [0, {V}) or {IGNORE}, got {int(wrong[0])}")
 
 
-def check_matrices(hidden, weight):
+def check_matrices(hidden: Tensor, weight: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             "linear_cross_entropy: hidden and weight must be (T, C) and (V, C), got "
@@ -113,29 +99,22 @@ def check_matrices(hidden, weight):
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 #
-# With p = softmax(z), y the label, and the loss_t above,
-#
-#     d loss_t / d z_v = p_v (1 + 2 zeta lse) - e / V - (1 - e) [v = y],
-#
-# for d lse / d z_v = p_v. At v = y a confident row has p near 1, and what is left of p - 1 is formed here, in fp32,
-# before it is rounded to the dtype of the logits.
+# With p = softmax(z) and y the label,  d loss_t / d z_v = w_t (p_v - [v = y]).  At v = y a confident row has p near 1,
+# and what is left of p - 1 is formed here, in fp32, before it is rounded to the dtype of the logits.
 
 
 @triton.jit
-def row_kernel(
+def cross_entropy_row_kernel(
     logits_ptr,
     gradient_ptr,  # may be logits_ptr: a thread writes what it has read
     labels_ptr,
     weights_ptr,
-    losses_ptr,  # weighted, smoothing and z-loss included
-    nll_ptr,  # unweighted, without them
+    losses_ptr,  # weighted
+    nll_ptr,  # unweighted
     V,
     logits_stride,
     gradient_stride,
-    smoothing,
-    zeta,
     HAS_GRADIENT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK: the row is read once
     BLOCK: tl.constexpr,
     IGNORED: tl.constexpr,
@@ -157,59 +136,43 @@ def row_kernel(
     else:
         known = (label >= 0) & (label < V)
         y = label.to(tl.int32)  # comparing in 64 bits takes more registers
-        # 1. lse = log sum exp z, the sum of z, and z[label], which is read before the first reduction: no warp writes
-        #    its gradient before all have met there.
+        # 1. lse = log sum exp z, and z[label], which is read before the first reduction: no warp writes its gradient
+        #    before all have met there.
         z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
         if ONE_BLOCK:
             z = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
             top = tl.max(z, 0)
-            if SMOOTHING:
-                z_sum = tl.sum(tl.where(columns < V, z, 0.0), 0)
             total = tl.sum(tl.exp(z - top), 0)
         else:
             top = tl.full([], float("-inf"), tl.float32)
             total = tl.full([], 0.0, tl.float32)
-            if SMOOTHING:
-                z_sum = tl.full([], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
                 inside = start + columns < V
                 z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
                 higher = tl.maximum(top, tl.max(z, 0))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
                 top = higher
-                if SMOOTHING:
-                    z_sum += tl.sum(tl.where(inside, z, 0.0), 0)
         lse = top + tl.log(total)
 
         # 2. The loss; NaN for a label that is no column.
-        nll = lse - z_label
-        loss = nll + zeta * lse * lse
-        if SMOOTHING:
-            loss += smoothing * (z_label - z_sum / V)
-        tl.store(nll_ptr + row, nll)
-        tl.store(losses_ptr + row, weight * loss)
+        tl.store(nll_ptr + row, lse - z_label)
+        tl.store(losses_ptr + row, weight * (lse - z_label))
 
         # 3. The gradient.
         if HAS_GRADIENT:
-            factor = weight * (1.0 + 2.0 * zeta * lse)
-            at_label = weight * (1.0 - smoothing)
             if ONE_BLOCK:
-                g = tl.exp(z - lse) * factor - tl.where(columns == y, at_label, 0.0)
-                if SMOOTHING:
-                    g -= weight * smoothing / V
+                g = tl.exp(z - lse) * weight - tl.where(columns == y, weight, 0.0)
                 tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), mask=columns < V)
             else:
                 for start in range(0, V, BLOCK):
                     inside = start + columns < V
                     z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-                    g = tl.exp(z - lse) * factor - tl.where(start + columns == y, at_label, 0.0)
-                    if SMOOTHING:
-                        g -= weight * smoothing / V
+                    g = tl.exp(z - lse) * weight - tl.where(start + columns == y, weight, 0.0)
                     tl.store(gradient_ptr + start + columns, g.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def multiply_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
     """x *= factor, which is on the device; nothing is read or written where it is 1, as in `loss.backward()`."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
@@ -218,13 +181,12 @@ def multiply_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
         tl.store(x_ptr + i, (x * factor).to(x_ptr.dtype.element_ty), mask=i < n)
 
 
-def launch_rows(logits, gradient, labels, weights, losses, nll, label_smoothing, z_loss, block=None):
+def launch_rows(logits, gradient, labels, weights, losses, nll, block=None):
     """Fill losses and nll (T,) fp32 and, unless it is None, gradient (T, V), which may be `logits` itself."""
     T, V = logits.shape
-    warps = WARPS[architecture(logits.device)]
-    block = block or min(max(next_power_of_2(V), 16), max(warps))
+    block = block or min(max(next_power_of_2(V), 16), max(WARPS))
     launch(
-        row_kernel,
+        cross_entropy_row_kernel,
         (T,),
         logits,
         logits if gradient is None else gradient,
@@ -235,41 +197,38 @@ def launch_rows(logits, gradient, labels, weights, losses, nll, label_smoothing,
         V,
         logits.stride(0),
         logits.stride(0) if gradient is None else gradient.stride(0),
-        float(label_smoothing),
-        float(z_loss),
         HAS_GRADIENT=gradient is not None,
-        SMOOTHING=label_smoothing > 0,
         ONE_BLOCK=block >= V,
         BLOCK=block,
         IGNORED=IGNORE,
-        num_warps=next(warps[size] for size in warps if block <= size),
+        num_warps=next(WARPS[size] for size in WARPS if block <= size),
     )
 
 
 def multiply_(x, factor):
     """x (contiguous) times a scalar tensor, in place, without a look at the scalar from the host."""
     block = 4096
-    launch(multiply_kernel, (-(-x.numel() // block),), x, factor, x.numel(), BLOCK=block, num_warps=8)
+    launch(cross_entropy_scale_kernel, (-(-x.numel() // block),), x, factor, x.numel(), BLOCK=block, num_warps=8)
     return x
 
 
 class CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, weights, label_smoothing, z_loss):
+    def forward(ctx, logits, labels, weights):
         losses, nll = (torch.empty(len(labels), device=logits.device) for _ in range(2))
         ctx.gradients = [torch.empty_like(logits)] if ctx.needs_input_grad[0] else []
-        launch_rows(logits, next(iter(ctx.gradients), None), labels, weights, losses, nll, label_smoothing, z_loss)
+        launch_rows(logits, next(iter(ctx.gradients), None), labels, weights, losses, nll)
         ctx.mark_non_differentiable(nll)
         return losses.sum(), nll
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *scaled(ctx, upstream), None, None, None, None
+        return *scaled(ctx, upstream), None, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, label_smoothing, z_loss, logits_bytes):
+    def forward(ctx, hidden, weight, labels, weights, logits_bytes):
         (T, C), V = hidden.shape, len(weight)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = None
@@ -279,9 +238,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         for chunk in (slice(start, start + rows) for start in range(0, T, rows)):
             logits = hidden[chunk] @ matrix.T  # (rows, V)
             gradient = logits if any(ctx.needs_input_grad[:2]) else None
-            of_chunk = (x[chunk] for x in (labels, weights, losses, nll))
-            launch_rows(logits, gradient, *of_chunk, label_smoothing, z_loss)  # logits are their own gradient now
-            if ctx.needs_input_grad[0]:
+            launch_rows(logits, gradient, *(x[chunk] for x in (labels, weights, losses, nll)))
+            if ctx.needs_input_grad[0]:  # from here on the logits are their own gradient
                 torch.mm(logits, matrix, out=d_hidden[chunk])
             if ctx.needs_input_grad[1]:
                 part = product_in_fp32(logits.T, hidden[chunk])  # (V, C)
@@ -294,7 +252,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *scaled(ctx, upstream), None, None, None, None, None
+        return *scaled(ctx, upstream), None, None, None
 
 
 def chunk_rows(T, row_bytes, logits_bytes):
@@ -307,13 +265,11 @@ def product_in_fp32(a, b):
     """a @ b as fp32, never rounded to the dtype of a and b on the way."""
     if a.dtype == torch.float32:
         return a @ b
-    if a.is_cuda and not torch.version.hip:  # ROCm's mm has no out_dtype
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def scaled(ctx, upstream):
-    """The gradients that the forward pass left in ctx, times upstream; they can be had once."""
+    """The gradients that the forward pass left in ctx, times upstream; they are given out once."""
     if ctx.gradients is None:
         raise RuntimeError(
             "cross_entropy: its gradient was scaled in place; a second backward pass needs a new forward"
@@ -325,40 +281,38 @@ def scaled(ctx, upstream):
 # ---- The public functions -------------------------------------------------------------------------------------------
 
 
-def cross_entropy_triton(logits, labels, weights, return_token_losses=False, label_smoothing=0.0, z_loss=0.0):
+def cross_entropy_triton(
+    logits: Tensor, labels: Tensor, weights: Tensor, return_token_losses: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy_reference` with the row kernel."""
-    check_arguments(logits, labels, weights, label_smoothing, z_loss)
-    weights = fp32_weights(weights)
+    check_arguments(logits, labels, weights)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    loss, nll = CrossEntropy.apply(logits, labels.contiguous(), weights, label_smoothing, z_loss)
+    loss, nll = CrossEntropy.apply(logits, labels.contiguous(), fp32_weights(weights))
     return (loss, nll) if return_token_losses else loss
 
 
 def linear_cross_entropy_triton(
-    hidden,
-    weight,
-    labels,
-    weights,
-    scale=1.0,
-    return_token_losses=False,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    logits_bytes=LOGITS_BYTES,
-):
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    scale: float = 1.0,
+    return_token_losses: bool = False,
+    logits_bytes: int = LOGITS_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`linear_cross_entropy_reference` chunk by chunk; logits_bytes bounds the logits of one chunk.
 
     The matrix products are in hidden's dtype, or in autocast's where it is on; weight may be fp32 beside hidden in
     half precision, and its gradient is fp32 then.
     """
     check_matrices(hidden, weight)
-    check_arguments(hidden[:, :1].expand(-1, len(weight)), labels, weights, label_smoothing, z_loss)
+    check_arguments(hidden[:, :1].expand(-1, len(weight)), labels, weights)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden = (hidden * scale).to(dtype).contiguous()
-        loss, nll = LinearCrossEntropy.apply(
-            hidden, weight, labels.contiguous(), fp32_weights(weights), label_smoothing, z_loss, logits_bytes
-        )
+        arguments = (hidden, weight, labels.contiguous(), fp32_weights(weights), logits_bytes)
+        loss, nll = LinearCrossEntropy.apply(*arguments)
     return (loss, nll) if return_token_losses else loss
 
 

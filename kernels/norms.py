@@ -14,28 +14,31 @@ programs, in a fixed order. C is at most 16384.
 """
 
 import torch
+from torch import Tensor
 
 from .dropout import draw_seed, dropout_reference, kept, threshold_of
-from .launch import architecture, launch, next_power_of_2, tl, triton
+from .launch import INTERPRETED, launch, next_power_of_2, tl, triton
 
 # {columns: (rows at a time, num_warps)}: 16 to 32 fp32 values a thread, which backward needs three times.
-TILES = {
-    "sm_80": {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)},
-    "sm_90": {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)},
-    "gfx942": {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 4), 16384: (1, 16)},
-    "interpreter": {16384: (32, 1)},
-}
+TILES = {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)}
 PROGRAMS = 256  # in backward: about two for each multiprocessor of an H100, each with a row of fp32 sums to write
 
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
 
-def rms_norm_reference(x, weight, eps=1e-6, residual=None, dropout_p=0.0, seed=None):
+def rms_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalised x; with a residual (T, C), the pair (s, normalised s) of s = residual + dropout(x).
 
     x: (T, C), any float dtype; weight: (C,). Returns (T, C) in the dtype of x, or of residual + x; the arithmetic of
-    the norm is fp32. seed: of the dropout; None draws from torch's generator. Raises ValueError if shapes do not match.
+    the norm is fp32. seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes differ.
     """
     check_arguments(x, weight, residual, dropout_p)
     s = x if residual is None else residual + dropout_reference(x, dropout_p, seed)
@@ -58,7 +61,7 @@ def check_arguments(x, weight, residual, dropout_p):
 
 
 @triton.jit(do_not_specialize=["T", "seed", "threshold"])  # these change: compile once for all
-def forward_kernel(
+def rms_norm_forward_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -101,7 +104,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "rows_each", "seed", "threshold"])
-def backward_kernel(
+def rms_norm_backward_kernel(
     dy_ptr,
     ds_ptr,  # gradient of the output s
     s_ptr,
@@ -146,24 +149,23 @@ def backward_kernel(
     tl.store(partial_ptr + tl.program_id(0) * C + columns, d_weight, mask=columns < C)
 
 
-def tile(device, C):
+def tile(C):
     """{ROWS, BLOCK, num_warps} for rows of C columns."""
-    sizes = TILES[architecture(device)]
-    rows, warps = next(sizes[size] for size in sizes if size >= C)
-    return dict(ROWS=rows, BLOCK=max(next_power_of_2(C), 16), num_warps=warps)
+    rows, warps = next(TILES[size] for size in TILES if size >= C)
+    return dict(ROWS=32 if INTERPRETED else rows, BLOCK=max(next_power_of_2(C), 16), num_warps=warps)
 
 
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual, dropout_p, seed):
         (T, C), threshold = x.shape, threshold_of(dropout_p)
-        flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(x.device, C)
+        flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(C)
         dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
         y = torch.empty(T, C, dtype=dtype, device=x.device)
         s = x if residual is None else torch.empty_like(y)
         beside = x if residual is None else residual
         sizes = (T, C, x.stride(0), beside.stride(0), eps, seed, threshold)
-        launch(forward_kernel, (-(-T // flags["ROWS"]),), x, beside, weight, s, y, *sizes, **flags)
+        launch(rms_norm_forward_kernel, (-(-T // flags["ROWS"]),), x, beside, weight, s, y, *sizes, **flags)
         ctx.save_for_backward(s, weight)
         ctx.rest = (eps, seed, threshold), flags, x.dtype, None if residual is None else residual.dtype
         return y if residual is None else (s, y)
@@ -180,11 +182,18 @@ class RMSNorm(torch.autograd.Function):
         d_residual = torch.empty_like(dx, dtype=residual_dtype) if residual_dtype else None
         partial = torch.empty(programs, C, device=s.device)
         tensors = (dy, ds, s, weight, dx, dx if d_residual is None else d_residual, partial)
-        launch(backward_kernel, (programs,), *tensors, T, C, s.stride(0), rows_each, *numbers, **flags)
+        launch(rms_norm_backward_kernel, (programs,), *tensors, T, C, s.stride(0), rows_each, *numbers, **flags)
         return dx, partial.sum(0).to(weight.dtype), None, d_residual, None, None
 
 
-def rms_norm_triton(x, weight, eps=1e-6, residual=None, dropout_p=0.0, seed=None):
+def rms_norm_triton(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`rms_norm_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
     check_arguments(x, weight, residual, dropout_p)
     if x.dim() != 2 or not 1 <= x.shape[1] <= 16384:

@@ -13,12 +13,13 @@ The backward pass keeps the inputs alone and makes gelu and the dropout mask (ke
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .dropout import draw_seed, dropout_reference, kept, threshold_of
-from .launch import architecture, launch, tl, triton
+from .launch import INTERPRETED, launch, tl, triton
 
-# (rows, columns, num_warps) of a tile: 16 values a thread, and rows long enough for whole cache lines.
-TILES = {"sm_80": (4, 512, 4), "sm_90": (4, 512, 4), "gfx942": (4, 512, 4), "interpreter": (64, 512, 1)}
+# Of a tile: 16 values a thread, and rows long enough for whole cache lines. The interpreter likes few, large tiles.
+ROWS, BLOCK, NUM_WARPS = (64 if INTERPRETED else 4), 512, 4
 TWO_ROOT_2_BY_PI = tl.constexpr(2 * (2 / torch.pi) ** 0.5)
 CUBIC = tl.constexpr(0.044715)
 
@@ -26,18 +27,18 @@ CUBIC = tl.constexpr(0.044715)
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
 
-def geglu_reference(gate, up, dropout_p=0.0, seed=None):
-    """dropout(gelu_tanh(gate) * up). gate, up: (T, F), one float dtype. Returns (T, F).
+def geglu_reference(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+    """dropout(gelu_tanh(gate) * up). gate, up: (T, F), one float dtype. Returns (T, F) in that dtype.
 
-    seed: of the dropout; None draws from torch's generator. Raises ValueError if shapes differ.
+    seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes differ.
     """
     if gate.shape != up.shape:
         raise ValueError(f"geglu: gate and up must have one shape, got {list(gate.shape)} and {list(up.shape)}")
     return dropout_reference(F.gelu(gate, approximate="tanh") * up, dropout_p, seed)
 
 
-def relu_reference(x, dropout_p=0.0, seed=None):
-    """dropout(max(x, 0)). x: (T, F), any float dtype; seed as in `geglu_reference`. Returns (T, F)."""
+def relu_reference(x: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+    """dropout(max(x, 0)). x: (T, F), any float dtype, which the result has; seed as in `geglu_reference`."""
     return dropout_reference(F.relu(x), dropout_p, seed)
 
 
@@ -51,7 +52,7 @@ def relu_reference(x, dropout_p=0.0, seed=None):
 
 @triton.jit
 def gelu(x):
-    """gelu(x) and its derivative; the caller that wants one leaves the other to the compiler."""
+    """gelu(x) and its derivative; the compiler drops the one that the caller does not use."""
     t = 1 / (1 + tl.exp(-(x + x * x * x * CUBIC) * TWO_ROOT_2_BY_PI))
     return x * t, t + x * t * (1 - t) * (1 + x * x * (3 * CUBIC)) * TWO_ROOT_2_BY_PI
 
@@ -124,15 +125,14 @@ class Activation(torch.autograd.Function):
 
 
 def launch_activation(gate, up, dy, y, d_gate, seed, threshold, backward):
-    (T, width), (rows, block, warps) = up.shape, TILES[architecture(up.device)]
-    gated, gate = gate is not None, up if gate is None else gate
-    grid = (-(-T // rows), -(-width // block))
+    (T, width), gated, gate = up.shape, gate is not None, up if gate is None else gate
+    grid = (-(-T // ROWS), -(-width // BLOCK))
     sizes = (T, width, gate.stride(0), up.stride(0), seed, threshold)
-    flags = dict(BACKWARD=backward, GATED=gated, DROPOUT=threshold > 0, ROWS=rows, BLOCK=block, num_warps=warps)
+    flags = dict(BACKWARD=backward, GATED=gated, DROPOUT=threshold > 0, ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS)
     launch(activation_kernel, grid, gate, up, dy, y, d_gate, *sizes, **flags)
 
 
-def geglu_triton(gate, up, dropout_p=0.0, seed=None):
+def geglu_triton(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
     """`geglu_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(
@@ -142,7 +142,7 @@ def geglu_triton(gate, up, dropout_p=0.0, seed=None):
     return activation("geglu: gate", gate, up, dropout_p, seed)
 
 
-def relu_triton(x, dropout_p=0.0, seed=None):
+def relu_triton(x: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
     """`relu_reference` in one pass, as `geglu_triton`."""
     return activation("relu: x", None, x, dropout_p, seed)
 

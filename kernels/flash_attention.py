@@ -1,0 +1,314 @@
+"""T5 attention over packed sequences: softmax(q k^T + bias) v.
+
+The mathematics, for one sequence of M queries and N keys and one head:
+
+    S = Q K^T + B,   P = softmax(S),   O = P V,      B[i, j] = table[bucket(j - i), head]
+
+Two things set T5 apart from other transformers. There is no 1/sqrt(D): T5 folds that factor into the initialisation
+of the query projection. And positions enter only through B, a learned scalar per head and *bucket* of the distance
+j - i from query to key (kernels/buckets.py).
+
+Sequences are packed, as in FlashAttention's varlen interface: q is (Tq, H, D), all sequences one after another,
+and sequence b owns the rows cu_seqlens_q[b] : cu_seqlens_q[b + 1]. Keys and values have their own cu_seqlens, so
+cross-attention (other lengths, no bias) and decoding (one query, many keys) are the same call.
+
+The **reference** is plain PyTorch, the oracle of every test and the path the CPU takes. It pads inside, so it needs
+memory for B x H x M x N scores.
+
+The **Triton kernels** (attention_kernels.py) keep nothing of size M x N in device memory: no scores, no bias, no mask.
+What they hold:
+
+    forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)       2 T H D + T H numbers
+    backward   reads those and do; writes dq, dk, dv, delta (T, H), and the partial sums of the table's gradient
+    recomputed in backward: S, P from S and lse, the dropout mask from its seed
+
+FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) runs over tiles of BM queries and BN keys. One
+program owns one tile of queries (or, for dk and dv, of keys) of one sequence and head, and walks along the other side.
+
+**Bias.** diag = table[bucket], (H, 2 reach + 1), holds the bias of every distance up to `reach`, where the last bucket
+of each direction begins. A tile whose distances are all beyond adds one number to all its scores ("plain"). The others,
+a band along the diagonal of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need
+a mask. Plain tiles and edge tiles have a loop each: a branch inside one loop would put both bodies into it.
+
+**Determinism.** No atomics: every number is written by one program, which adds in a fixed order. Two runs are equal bit
+for bit, on one device with one configuration.
+
+**Dropout** (kernels/dropout.py): an element's mask depends on the query's place in the stream, the head, the key's
+place in its sequence and the seed; forward and both backward kernels make the same mask in different tiles.
+
+**No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k, integers of the host; programs past the end of a
+sequence return at once. Where they are not given the device is asked for them.
+
+Limits: D of 16, 32, 64 or 128; fp32, fp16, bf16. Everything else is refused, and so are empty sequences where the host
+can see them (on CPU tensors). On a GPU nobody reads cu_seqlens: a sequence without keys gives NaN, as does M > N with
+causal.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention_kernels import (
+    CONFIGURATIONS,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+    attention_forward_kernel,
+)
+from .buckets import near_buckets, relative_position_bucket
+from .dropout import draw_seed, dropout_reference, threshold_of
+from .launch import INTERPRETED, architecture, launch, next_power_of_2
+
+# ---- Reference ------------------------------------------------------------------------------------------------------
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    max_distance: int = 128,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> Tensor:
+    """Attention within each packed sequence, with T5's relative position bias, in plain PyTorch.
+
+    q: (Tq, H, D); k, v: (Tk, H, D); any float dtype. The products have that dtype, bias and softmax are fp32.
+    table: (num_buckets, H), the bias of each bucket, or None for no bias (cross-attention).
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where sequences begin; every sequence needs a query and a key.
+    causal: the table is one-directional, and queries are the *last* M of the N positions (FlashAttention's
+        convention): query i sees keys j <= i + N - M. So a decoding step is M = 1, and M > N is refused.
+    dropout_p: of the attention weights; seed: of that dropout, None draws one from torch's generator.
+    max_distance: T5's relative_attention_max_distance.
+    max_seqlen_q, max_seqlen_k: the longest sequence, as a host integer; without it the device is asked.
+
+    Returns (Tq, H, D) in q's dtype. Raises ValueError for shapes that do not fit together.
+    """
+    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, max_seqlen_q, max_seqlen_k)
+    B = len(cu_seqlens_q) - 1
+    len_q, len_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()  # (B,)
+    M = int(len_q.max()) if max_seqlen_q is None else max_seqlen_q
+    N = int(len_k.max()) if max_seqlen_k is None else max_seqlen_k
+    slot_q = padded_slots(cu_seqlens_q, len_q, M, q.shape[0])
+    slot_k = slot_q if cu_seqlens_k is cu_seqlens_q else padded_slots(cu_seqlens_k, len_k, N, k.shape[0])
+    q, k, v = pad(q, slot_q, B, M), pad(k, slot_k, B, N), pad(v, slot_k, B, N)  # (B, H, M, D), (B, H, N, D)
+
+    scores = (q @ k.mT).float()  # (B, H, M, N); T5 does not divide by sqrt(D)
+    i = torch.arange(M, device=q.device)[:, None]
+    j = torch.arange(N, device=q.device)[None, :]
+    if causal and cu_seqlens_k is not cu_seqlens_q:
+        alike = slot_q is None and slot_k is None  # then one offset serves all sequences
+        i = i + (N - M if alike else (len_k - len_q)[:, None, None])  # (B, M, 1): queries are the last positions
+    if table is not None:
+        bucket = relative_position_bucket(j - i, table.shape[0], max_distance, bidirectional=not causal)
+        bias = F.embedding(bucket, table.float())  # (M, N, H), or (B, M, N, H) where the offset differs by sequence
+        scores += bias.movedim(-1, -3)  # in place, here and below: scores are the largest tensor by far
+    if slot_k is not None:
+        scores.masked_fill_((j >= len_k[:, None, None])[:, None], float("-inf"))  # padding is no key
+    if causal and M > 1:
+        scores.masked_fill_((j > i)[..., None, :, :], float("-inf"))
+
+    weights = dropout_reference(scores.softmax(-1), dropout_p, seed)
+    return unpad((weights.to(v.dtype) @ v), slot_q)
+
+
+def check_arguments(
+    q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance=128, max_seqlen_q=None, max_seqlen_k=None
+):
+    """Raise ValueError, naming the argument, unless shapes, dtypes and devices fit together."""
+    if q.dim() != 3 or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
+        raise ValueError(f"attention: q and k must be (Tq, H, D) and (Tk, H, D), got {list(q.shape)}, {list(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
+        raise ValueError(f"attention: q, k and v must share one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if table is not None and (table.dim() != 2 or table.shape[1] != q.shape[1]):
+        raise ValueError(f"attention: table must be (num_buckets, {q.shape[1]}), got {list(table.shape)}")
+    if max_distance < 1:
+        raise ValueError(f"attention: max_distance must be at least 1, got {max_distance}")
+    for name, x in (("q", q), ("k", k)):
+        if len(x) == 0:
+            raise ValueError(f"attention: {name} has no tokens; give at least one")
+    for name, cu, total in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
+        if cu.dim() != 1 or cu.dtype != torch.int32 or len(cu) != len(cu_seqlens_q) or len(cu) < 2:
+            raise ValueError(f"attention: {name} must be (B + 1,) int32, got {list(cu.shape)} {cu.dtype}")
+        if cu.device.type == "cpu":  # on a GPU reading the values would stall the queue
+            starts = cu.tolist()
+            if starts[0] != 0 or starts[-1] != total:
+                raise ValueError(f"attention: {name} must run from 0 to {total}, got {starts[0]} to {starts[-1]}")
+            lengths = [end - start for start, end in pairwise(starts)]
+            if min(lengths) < 1:
+                raise ValueError(f"attention: {name} holds an empty sequence; each needs at least one token")
+            given = max_seqlen_q if cu is cu_seqlens_q else max_seqlen_k
+            if given is not None and given < max(lengths):
+                raise ValueError(f"attention: max_seqlen_{name[-1]} must be at least {max(lengths)}, got {given}")
+    if causal and cu_seqlens_k is not cu_seqlens_q and cu_seqlens_q.device.type == "cpu":
+        more = (cu_seqlens_q.diff() > cu_seqlens_k.diff()).nonzero()
+        if len(more):
+            raise ValueError(
+                "attention: causal queries are the last of the positions, so no sequence may have more than keys, "
+                f"but sequence {int(more[0])} has"
+            )
+
+
+def padded_slots(cu_seqlens, lengths, longest, total):
+    """(T,) where each packed token lies in a (B * longest) padded array; None where there is no padding to add."""
+    B = len(lengths)
+    if B * longest == total:  # all equally long: packed is padded
+        return None
+    shift = torch.arange(B, device=cu_seqlens.device) * longest - cu_seqlens[:-1]
+    return torch.arange(total, device=cu_seqlens.device) + shift.repeat_interleave(lengths, output_size=total)
+
+
+def pad(x, slot, B, longest):
+    """(T, H, D) packed -> (B, H, longest, D), zeros where a sequence has ended."""
+    if slot is not None:
+        x = x.new_zeros(B * longest, *x.shape[1:]).index_copy(0, slot, x)
+    return x.unflatten(0, (B, longest)).transpose(1, 2)
+
+
+def unpad(x, slot):
+    """(B, H, longest, D) -> (T, H, D) packed."""
+    x = x.transpose(1, 2).flatten(0, 1)
+    return x if slot is None else x.index_select(0, slot)
+
+
+# ---- Launchers ------------------------------------------------------------------------------------------------------
+
+
+def configuration(kernel, q):
+    """(BM, BN, num_warps, num_stages) for a kernel on these queries."""
+    return CONFIGURATIONS[architecture(q.device)][kernel, q.element_size()][max(q.shape[2], 32)]
+
+
+def strides(*tensors):
+    """The strides of tokens and heads of each."""
+    return [x.stride(dim) for x in tensors for dim in (0, 1)]
+
+
+class Launcher:
+    """What the three launches of one call have in common."""
+
+    def __init__(self, q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, seed, max_distance, longest):
+        self.q, self.k, self.v, self.cu_q, self.cu_k = q, k, v, cu_seqlens_q, cu_seqlens_k
+        self.longest_q, self.longest_k = longest
+        self.reach, self.lut, self.diag = 0, cu_seqlens_q, q  # without a table no kernel reads them
+        if table is not None:
+            self.reach, self.lut = near_buckets(len(table), max_distance, not causal, table.device)
+            self.diag = table.float().T.index_select(1, self.lut)  # (H, 2 reach + 1)
+        self.seed, self.threshold = seed, threshold_of(dropout_p)
+        self.flags = dict(CAUSAL=causal, BIAS=table is not None, DROPOUT=self.threshold > 0, D=q.shape[2])
+        self.flags |= dict(WIDEN=INTERPRETED, PRECISION="ieee")
+
+    def sizes(self, longest, block):
+        """(the grid, the arguments that follow the pointers) for one program per `block` tokens and head."""
+        (Tq, H, _), tiles, B = self.q.shape, -(-longest // block), len(self.cu_q) - 1
+        arguments = (self.cu_q, self.cu_k, tiles, Tq, H, *strides(self.q, self.k, self.v))
+        return (B * tiles, H), (*arguments, self.reach, self.seed, self.threshold)
+
+    def forward(self):
+        """o (Tq, H, D) and lse (H, Tq)."""
+        Tq, H, _ = self.q.shape
+        BM, BN, warps, stages = configuration("forward" if self.longest_q > 16 else "decode", self.q)
+        o = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
+        lse = torch.empty(H, Tq, device=self.q.device)
+        grid, sizes = self.sizes(self.longest_q, BM)
+        options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        launch(attention_forward_kernel, grid, self.q, self.k, self.v, self.diag, o, lse, *sizes, **options)
+        return o, lse
+
+    def dq(self, o, lse, do, num_buckets):
+        """dq, delta (H, Tq), and d table (num_buckets, H) or, for num_buckets = 0, None."""
+        Tq, H, _ = self.q.shape
+        BM, BN, warps, stages = configuration("dq", self.q)
+        assert BM <= BN
+        dq, delta = torch.empty_like(o), torch.empty_like(lse)
+        buckets = next_power_of_2(num_buckets) if num_buckets else 1
+        slots = Tq // BM + len(self.cu_q) - 1 if num_buckets else 1
+        partial = torch.zeros(slots, H, buckets, device=o.device)
+        grid, sizes = self.sizes(self.longest_q, BM)
+        options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        options |= dict(BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
+        tensors = (self.q, self.k, self.v, self.diag, self.lut, o, do, dq, lse, delta, partial)
+        launch(attention_dq_kernel, grid, *tensors, *sizes, **options)
+        return dq, delta, partial.sum(0).T[:num_buckets] if num_buckets else None
+
+    def dkdv(self, lse, delta, do):
+        BM, BN, warps, stages = configuration("dkdv", self.q)
+        dk, dv = (torch.empty(self.k.shape, dtype=do.dtype, device=do.device) for _ in range(2))
+        grid, sizes = self.sizes(self.longest_k, BN)
+        options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        tensors = (self.q, self.k, self.v, self.diag, do, dk, dv, lse, delta)
+        launch(attention_dkdv_kernel, grid, *tensors, *sizes, **options)
+        return dk, dv
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, table, *rest):
+        launcher = Launcher(q, k, v, table, *rest)
+        o, lse = launcher.forward()
+        ctx.save_for_backward(q, k, v, table, o, lse)
+        ctx.rest = rest
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v, table, o, lse = ctx.saved_tensors
+        launcher, do = Launcher(q, k, v, table, *ctx.rest), do.contiguous()
+        wanted = ctx.needs_input_grad
+        dq, delta, d_table = launcher.dq(o, lse, do, len(table) if wanted[3] else 0)
+        dk, dv = launcher.dkdv(lse, delta, do) if wanted[1] or wanted[2] else (None, None)
+        return dq, dk, dv, d_table, *[None] * len(ctx.rest)
+
+
+# ---- The public function --------------------------------------------------------------------------------------------
+
+
+def attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    max_distance: int = 128,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> Tensor:
+    """`attention_reference` by the kernels above; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py).
+
+    q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The gradients are contiguous.
+    """
+    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, max_seqlen_q, max_seqlen_k)
+    if dropout_p and seed is None:
+        seed = draw_seed()
+    if q.shape[2] not in (16, 32, 64, 128):
+        raise ValueError(f"attention: the Triton kernel takes D of 16, 32, 64 or 128, got {q.shape[2]}")
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"attention: the Triton kernel takes q of float32, float16 or bfloat16, got {q.dtype}")
+    for name, x in (
+        ("k", k),
+        ("v", v),
+        ("table", table),
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+    ):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"attention: {name} must be on q's device, {q.device}, got {x.device}")
+    longest = (
+        int(cu.diff().max()) if given is None else given
+        for cu, given in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k))
+    )
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    rest = (cu_seqlens_q, cu_seqlens_k, causal, dropout_p, seed or 0, max_distance, tuple(longest))
+    return Attention.apply(q, k, v, table, *rest)

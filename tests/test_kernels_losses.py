@@ -1,0 +1,306 @@
+"""Cross-entropy, of given logits and straight from hidden states, against plain formulas: loss and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparing import DEVICE, DTYPES, both, compare, needs_gpu, needs_triton, relative_error, wide
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels import losses
+from kernels.losses import IGNORE, chunk_rows, cross_entropy_triton, launch_rows, linear_cross_entropy_triton
+
+
+def rows(T, V, seed, dtype=torch.float32, scale=3.0):
+    """Random logits (T, V), labels of which a third is ignored, weights in [0, 1)."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(T, V, generator=g) * scale).to(dtype)
+    labels = torch.randint(0, V, (T,), generator=g).masked_fill(torch.rand(T, generator=g) < 0.3, IGNORE)
+    return logits.to(DEVICE), labels.to(DEVICE), torch.rand(T, generator=g).to(DEVICE)
+
+
+def matrices(T, V, C, seed, dtype=torch.float32):
+    """Random hidden states (T, C) and output matrix (V, C)."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, C, generator=g).to(dtype).to(DEVICE) for n in (T, V)]
+
+
+def formula(logits, labels, weights):
+    keep = labels != IGNORE
+    log_p = wide(logits)[keep].log_softmax(-1)
+    return -(weights[keep] * log_p.gather(1, labels[keep, None])[:, 0]).sum()
+
+
+def check_logits(implementation, T, V, seed, dtype):
+    logits, labels, weights = rows(T, V, seed, dtype)
+    function = getattr(losses, f"cross_entropy_{implementation}")
+    compare(lambda z: function(z, labels, weights), lambda z: formula(z, labels, weights), [logits])
+
+
+def check_linear(implementation, T, V, C, seed, dtype, chunks):
+    _, labels, weights = rows(T, V, seed)
+    leaves, scale = matrices(T, V, C, seed, dtype), C**-0.5
+    function = getattr(losses, f"linear_cross_entropy_{implementation}")
+    budget = {"logits_bytes": -(-T * V * dtype.itemsize // chunks)} if implementation == "triton" else {}
+    compare(
+        lambda h, w: function(h, w, labels, weights, scale, **budget),
+        lambda h, w: formula(F.linear(h * scale, w), labels, weights),
+        leaves,
+    )
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, V", [(6, 2), (9, 33), (1, 7), (41, 300), (3, 32128)])
+def test_loss_and_gradient_of_given_logits(implementation, T, V, dtype):
+    check_logits(implementation, T, V, 0, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_too_long_for_one_block_are_read_twice(dtype):
+    """mT5's vocabulary."""
+    check_logits("triton", 2, 250112, 0, dtype)
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, V, C, chunks", [(40, 2, 1, 1), (37, 61, 8, 4), (1, 90, 33, 1), (23, 7, 16, 9)])
+def test_linear_cross_entropy_and_both_gradients(implementation, T, V, C, dtype, chunks):
+    """However many chunks the tokens are cut into, and with the scale of tied embeddings."""
+    check_linear(implementation, T, V, C, 0, dtype, chunks)
+
+
+@pytest.mark.search
+@both
+@settings(max_examples=100)
+@given(st.integers(8, 40), st.integers(2, 300), st.integers(8, 33), st.integers(0, 9999), st.sampled_from(DTYPES))
+def test_random_sizes(implementation, T, V, C, seed, dtype):
+    check_logits(implementation, T, V, seed, dtype)
+    check_linear(implementation, T, V, C, seed, dtype, chunks=1 + seed % 9)
+
+
+@needs_triton
+def test_weight_gradient_is_summed_in_fp32_however_many_chunks():
+    """bf16 sums over 32 chunks lose what a single chunk keeps; fp32 master weights beside bf16 states."""
+    T, V, C = 256, 50, 16
+    _, labels, weights = rows(T, V, 0)
+    hidden, matrix = matrices(T, V, C, 0)
+    matrix.requires_grad_()
+
+    def d_matrix(budget):
+        loss = linear_cross_entropy_triton(hidden.bfloat16(), matrix, labels, weights, logits_bytes=budget)
+        return torch.autograd.grad(loss, matrix)[0]
+
+    whole, chunked = d_matrix(10**9), d_matrix(T * V * 2 // 32)
+    assert whole.dtype == torch.float32
+    assert relative_error(chunked, whole) < 1e-6
+
+
+@both
+def test_autocast_multiplies_in_bfloat16_and_keeps_the_gradient_of_fp32_weights_in_fp32(implementation):
+    _, labels, weights = rows(30, 40, 3)
+    function = getattr(losses, f"linear_cross_entropy_{implementation}")
+
+    def in_autocast(h, w):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return function(h, w, labels, weights, 0.25)
+
+    def in_bfloat16(h, w):
+        return formula((F.linear(h.bfloat16() * 0.25, w.bfloat16())), labels, weights)
+
+    h, w = (x.requires_grad_() for x in matrices(30, 40, 16, 3))
+    loss = in_autocast(h, w)
+    got, want = (torch.autograd.grad(f, [h, w]) for f in (loss, in_bfloat16(h, w)))
+    assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in got)
+    assert all(relative_error(a, b) < 1e-2 for a, b in zip(got, want)), "two roundings to bf16 apart"
+
+
+@needs_triton
+@pytest.mark.parametrize("V, block", [(5, 16), (700, 16), (700, 64), (700, 1024)])
+def test_the_block_size_does_not_matter(V, block):
+    """Rows read once or in many blocks; the last block holds what V leaves."""
+    logits, labels, weights = rows(6, V, 1)
+    results = []
+    for size in (block, 1024):
+        gradient = torch.empty_like(logits)
+        of_rows, nll = torch.empty(6, device=DEVICE), torch.empty(6, device=DEVICE)
+        launch_rows(logits, gradient, labels, weights, of_rows, nll, block=size)
+        results.append(torch.cat([of_rows[:, None], nll[:, None], gradient], 1))
+    assert relative_error(*results) <= 2e-6
+
+
+@both
+def test_rows_of_a_larger_tensor_and_columns_that_are_not_contiguous(implementation):
+    function = getattr(losses, f"cross_entropy_{implementation}")
+    logits, labels, weights = rows(7, 40, 2)
+    wider = torch.zeros(7, 64, device=DEVICE)
+    wider[:, :40] = logits
+    want = function(logits, labels, weights)
+    assert torch.equal(function(wider[:, :40], labels, weights), want), "row stride"
+    torch.testing.assert_close(function(logits.T.contiguous().T, labels, weights), want, msg="column stride")
+    far = torch.stack([labels, labels], 1)[:, 0], torch.stack([weights, weights], 1)[:, 0]
+    assert torch.equal(function(logits, *far), want), "strides of labels and weights"
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confident_logits_and_all_ignored(implementation, dtype):
+    """+-80 overflows exp in half precision and in fp32 when squared; fp32 inside and the row maximum keep it finite."""
+    one, linear = (getattr(losses, f"{name}_{implementation}") for name in ("cross_entropy", "linear_cross_entropy"))
+    logits = torch.tensor([[80.0, -80.0, 0.0], [-80.0, 80.0, -80.0]], dtype=dtype, device=DEVICE, requires_grad=True)
+    ones, right = torch.ones(2, device=DEVICE), torch.tensor([1, 1], device=DEVICE)
+    loss, nll = one(logits, right, ones, return_token_losses=True)
+    assert loss == 160 and nll.tolist() == [160, 0] and not nll.requires_grad
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient.float().cpu(), torch.tensor([[1.0, -1, 0], [0, 0, 0]]))
+    loss, nll = one(logits, right * 0 + IGNORE, ones, return_token_losses=True)
+    assert loss == 0 and (nll == 0).all() and (torch.autograd.grad(loss, logits)[0] == 0).all()
+    weight = torch.ones(5, 3, device=DEVICE, dtype=dtype, requires_grad=True)
+    loss = linear(logits, weight, right * 0 + IGNORE, ones)
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, [logits, weight]))
+
+
+@both
+def test_a_confident_label_keeps_the_digits_of_p_minus_1(implementation):
+    """p = 1 - 1.2e-4: subtracted in bf16, whose neighbour of 1 is 1 - 4e-3, nothing would be left."""
+    logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    function = getattr(losses, f"cross_entropy_{implementation}")
+    loss = function(logits, torch.tensor([0], device=DEVICE), torch.ones(1, device=DEVICE))
+    assert torch.autograd.grad(loss, logits)[0][0, 0].item() == pytest.approx(-1.234e-4, rel=1e-2)
+
+
+@both
+@pytest.mark.parametrize("T, V", [(2, 2), (20, 50)])
+def test_weight_zero_is_a_token_that_is_not_there(implementation, T, V):
+    _, labels, weights = rows(T, V, 0)
+    weights[::2] = 0
+    hidden, matrix = (x.requires_grad_() for x in matrices(T, V, 8, 0))
+    function = getattr(losses, f"linear_cross_entropy_{implementation}")
+    results = []
+    for kept in (slice(None), slice(1, None, 2)):
+        loss = function(hidden[kept], matrix, labels[kept], weights[kept])
+        results.append([loss, *torch.autograd.grad(loss, [hidden, matrix])])
+    assert (results[0][1][::2] == 0).all()
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+@needs_triton
+def test_repeats_are_equal_bit_for_bit():
+    _, labels, weights = rows(50, 333, 0)
+    hidden, matrix = (x.requires_grad_() for x in matrices(50, 333, 24, 0))
+
+    def run():
+        loss = linear_cross_entropy_triton(hidden, matrix, labels, weights, logits_bytes=20_000)
+        return [loss, *torch.autograd.grad(loss, [hidden, matrix])]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+
+
+@both
+def test_inputs_are_left_as_they_were_and_no_gradient_is_made_that_nobody_wants(implementation):
+    one, linear = (getattr(losses, f"{name}_{implementation}") for name in ("cross_entropy", "linear_cross_entropy"))
+    logits, labels, weights = rows(5, 30, 0)
+    before = logits.clone()
+    (2 * one(logits.requires_grad_(), labels, weights)).backward()
+    assert torch.equal(logits.detach(), before)
+    hidden, matrix = matrices(5, 30, 8, 0)
+    assert not linear(hidden, matrix, labels, weights).requires_grad
+    want = linear(hidden, matrix.clone().requires_grad_(), labels, weights)
+    for frozen in ("hidden", "matrix"):
+        h, w = (x.clone().requires_grad_(name != frozen) for name, x in (("hidden", hidden), ("matrix", matrix)))
+        loss = linear(h, w, labels, weights)
+        assert torch.equal(loss, want)
+        loss.backward()
+        assert (h.grad is None) == (frozen == "hidden") and (w.grad is None) == (frozen == "matrix")
+
+
+def test_chunks_are_few_and_even():
+    assert chunk_rows(8192, 32128 * 2, 256 * 2**20) == 4096  # two halves rather than 4177 and the rest
+    assert chunk_rows(100, 10, 1) == 1 and chunk_rows(0, 10, 100) == 1 and chunk_rows(7, 10, 10**9) == 7
+
+
+@needs_triton
+def test_a_second_backward_pass_is_refused_rather_than_scaled_twice():
+    logits, labels, weights = rows(3, 5, 0)
+    loss = cross_entropy_triton(logits.requires_grad_(), labels, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+@both
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(labels=torch.zeros(2, dtype=torch.long)), "logits, labels and weights"),
+        (dict(labels=torch.zeros(3)), "labels int64"),
+        (dict(labels=torch.tensor([0, 4, -100])), r"labels must be in \[0, 4\) or -100, got 4"),
+        (dict(labels=torch.tensor([0, -1, -100])), "got -1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(implementation, change, word):
+    good = dict(labels=torch.zeros(3, dtype=torch.long), weights=torch.zeros(3)) | change
+    one, linear = (getattr(losses, f"{name}_{implementation}") for name in ("cross_entropy", "linear_cross_entropy"))
+    with pytest.raises(ValueError, match=word):
+        one(torch.zeros(3, 4), **good)
+    with pytest.raises(ValueError, match=word):
+        linear(torch.zeros(3, 2), torch.zeros(4, 2), **good)
+    with pytest.raises(ValueError, match="hidden and weight"):
+        linear(torch.zeros(3, 2), torch.zeros(4, 3), **good)
+
+
+@needs_triton
+def test_weights_that_want_a_gradient_are_refused():
+    logits, labels, weights = rows(3, 5, 0)
+    with pytest.raises(ValueError, match="weights must not require a gradient"):
+        cross_entropy_triton(logits, labels, weights.requires_grad_())
+
+
+@both
+def test_no_tokens_are_no_loss(implementation, monkeypatch):
+    monkeypatch.setenv("DSS_KERNELS", implementation)
+    hidden, matrix = torch.zeros(0, 8, device=DEVICE), torch.ones(30, 8, device=DEVICE, requires_grad=True)
+    empty = torch.zeros(0, device=DEVICE)
+    loss = kernels.linear_cross_entropy(hidden, matrix, empty.long(), empty)
+    assert loss == 0 and (torch.autograd.grad(loss, matrix)[0] == 0).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("label", [-1, 40, 2**40])
+def test_a_label_the_host_could_not_look_at_gives_nan(label):
+    """On a GPU a wrong label is not seen before the launch; counted as logit 0 it would go unnoticed."""
+    logits, labels, weights = rows(2, 40, 0)
+    of_rows, nll = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
+    launch_rows(logits, None, torch.full_like(labels, label), weights, of_rows, nll)
+    assert of_rows.isnan().all() and nll.isnan().all()
+
+
+# ---- On a GPU only --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=needs_gpu) for dtype in DTYPES])
+def test_rows_at_full_size(dtype):
+    """A step's tokens with T5's vocabulary, and with mT5's."""
+    for T, V in ((8192, 32128), (512, 250112)):
+        check_logits("triton", T, V, 0, dtype)
+
+
+@pytest.mark.parametrize("T, C, V", [pytest.param(4096, 768, 32128, marks=needs_gpu)])
+def test_full_size_without_a_look_from_the_host_and_in_a_quarter_of_the_memory(T, C, V):
+    """T5-base, bf16."""
+    hidden, matrix = (x.requires_grad_() for x in matrices(T, V, C, 0, torch.bfloat16))
+    labels, weights = torch.randint(0, V, (T,), device=DEVICE), torch.rand(T, device=DEVICE)
+    peaks = []
+    for function in (linear_cross_entropy_triton, losses.linear_cross_entropy_reference):
+        for sync in ("default", "error" if function is linear_cross_entropy_triton else "default"):
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.set_sync_debug_mode(sync)
+            torch.autograd.grad(function(hidden, matrix, labels, weights, C**-0.5), [hidden, matrix])
+            torch.cuda.set_sync_debug_mode("default")
+            peak = torch.cuda.max_memory_allocated() - before
+        peaks.append(peak)
+    assert peaks[0] < peaks[1] / 4
