@@ -16,7 +16,8 @@ from hypothesis import settings
 import tokenizer
 
 torch.set_num_threads(1)
-settings.register_profile("dss", deadline=None, max_examples=25)
+settings.register_profile("dss", deadline=None, max_examples=25, derandomize=True)  # the same examples on every run
+settings.register_profile("search", deadline=None, max_examples=100)  # --hypothesis-profile=search: new ones
 settings.load_profile("dss")
 
 FIGURES, TABLES = pytest.StashKey(), pytest.StashKey()

@@ -16,10 +16,12 @@ import tokenizer
 import train
 from data.interrupt import Interrupted, Stop
 from data.jsonl import Record, read_jsonl, write_jsonl
+from dss.batch import LABEL, RATIONALE
 from dss.config import parse_args
 from dss.rows import load_rows, rows_for, swap_rationales
 from dss.run.start import make_model
-from dss.weights import load_t5
+from dss.study.presets import PRESETS
+from dss.weights import load_t5, save_t5
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = (
@@ -243,6 +245,43 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[4] == 1.0 and rates[9] == pytest.approx(1 / 6)
     level = parse_args("--steps 10 --warmup 4 --lr 1.0 --schedule constant".split())
     assert [train.learning_rate(step, level) for step in (3, 9)] == [1.0, 1.0]
+
+
+def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_does(files, tmp_path, transformers):
+    """Linear decay without warm-up, AdamW, clipping at 1: what the released code's trainer does by default."""
+    given = PRESETS["cqa-base"]
+    names = ("lr", "schedule", "warmup", "beta2", "weight_decay")
+    settings = [word for name in names for word in (f"--{name}", given[name])]
+    ready = train.prepare(
+        parse_args([str(w) for w in [*files, *settings, "--steps", 30, "--dropout", 0, "--batch_size", 4]])
+    )
+    save_t5(ready.student.model, tmp_path / "first")
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "first").train()
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=given["lr"], weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, 30)
+    examples, _ = train.make_examples(ready.rows.train, "dss", ready.config, ready.student.tokenizer)
+    ours = train.make_optimizer(ready.student.model, ready.config)
+    first = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+    for step in range(30):
+        rows = [examples[row][0] for row, _ in train.rows_of_step(step, len(examples), ready.config)]
+        train.train_step(ready.student, ours, rows, train.learning_rate(step, ready.config), ready.config)
+        loss = 0.0
+        for task in (LABEL, RATIONALE):  # two padded passes, a mean each
+            some = [s for row in rows for s in row if s.task == task]
+            pad = torch.nn.utils.rnn.pad_sequence
+            x, y = ([torch.tensor(getattr(s, name)) for s in some] for name in ("input_ids", "target_ids"))
+            x, y = pad(x, batch_first=True), pad(y, batch_first=True, padding_value=-100)
+            loss = loss + theirs(input_ids=x, attention_mask=x.ne(0).long(), labels=y).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    save_t5(ready.student.model, tmp_path / "last")
+    last = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "last")
+    for (name, a), b in zip(last.named_parameters(), theirs.parameters()):
+        assert (a - b).norm() <= 1e-5 * b.norm(), name
+        assert (b - first[name]).norm() > 1e-5 * b.norm(), "the weights have moved"
 
 
 # ---- Bad input: one line, exit 2, nothing written -------------------------------------------------------------------
