@@ -127,8 +127,8 @@ class TrainConfig:
     threads: int = 0  # CPU threads; 0: one for a student under 5 M parameters, which more would slow down, else all
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, the weights stay float32
     out: str = ""  # output directory; none: runs/NAME_OF_DATA
-    resume: bool = False  # continue what --out holds: finished arms are kept, an unfinished one goes on
-    overwrite: bool = False  # replace the arms that --out holds
+    resume: bool = False  # continue what --out holds: finished students are kept, an unfinished one goes on
+    overwrite: bool = False  # replace the students that --out holds
 
     @property
     def learning_rate(self) -> float:
