@@ -59,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             results = [train(run, method, stop) for method in config.method]
     except Ended as end:
         return arguments.fail("train.py", end.status, end)
+    except KeyboardInterrupt:
+        return arguments.fail("train.py", 130, "interrupted; --resume goes on from the last state that was saved")
     except (OSError, ValueError) as error:
         return arguments.fail("train.py", 2, error)
     report(run.out, run.rows, config, results)
@@ -213,7 +215,7 @@ def prepare(config: TrainConfig) -> Run:
     model = make_model(config, tok)
     identity = identify(config, rows, tok)
     choose_threads(config.threads, model)
-    introduce(rows)
+    introduce(rows, config)
     size = f"{model.num_parameters():,} parameters, {tok.vocab_size:,} token ids"
     print(f"student: {config.weights or config.size}, {size}; {device}, {config.dtype}")
     lengths = {name: getattr(config, name) for name in ("max_input_length", "max_target_length", "max_new_tokens")}

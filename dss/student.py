@@ -53,6 +53,8 @@ class Student:
 
         settings: fields to set, whatever dss.json says. Raises OSError or ValueError, naming the file.
         """
+        if (Path(directory) / "student").is_dir():
+            raise ValueError(f"{directory}: this is the output of a run; its student is {directory}/student")
         directory = locate(directory)
         tokenizer, model = T5Tokenizer(directory), load_t5(directory).to(device)
         if tokenizer.vocab_size > model.config.vocab_size:

@@ -76,3 +76,15 @@ def test_each_operation_of_kernels_is_a_function_beside_two_implementations():
         assert callable(getattr(kernels, name)) and name not in modules
         reference, triton = getattr(kernels, f"{name}_reference"), getattr(kernels, f"{name}_triton")
         assert reference.__module__ == triton.__module__
+
+
+def test_public_functions_of_dss_and_kernels_have_types():
+    """The linter checks functions that have some annotations; this finds those that have none. Triton's kernels and the
+    methods that autograd calls are not for callers."""
+    for path in [ROOT / "train.py", *(ROOT / "dss").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        for node in ast.parse(path.read_text("utf-8")).body:
+            kernel = any("jit" in ast.unparse(d) for d in getattr(node, "decorator_list", ()))
+            if isinstance(node, ast.FunctionDef) and not kernel and not node.name.startswith("_"):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                missing = [a.arg for a in arguments if a.annotation is None]
+                assert node.returns and not missing, f"{path.relative_to(ROOT)}: {node.name}"

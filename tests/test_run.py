@@ -212,9 +212,9 @@ def test_resume_compares_with_every_arm_in_the_directory(files, tmp_path, capsys
     assert run(*arguments, "--method", "standard", "--resume") == 0
     assert f"nothing to resume in {tmp_path / 'out'}; starting" in capsys.readouterr().err
     assert run(*arguments, "--method", "dss", "--lr", "0.5", "--resume") == 2
-    assert last_line(capsys).endswith("standard was started with --lr 0.001, not --lr 0.5")
+    assert last_line(capsys).endswith("standard was started with --lr 0.001, not --lr 0.5; another --out starts anew")
     assert run(*arguments, "--method", "dss", "--dropout", "0.5", "--resume") == 2
-    assert last_line(capsys).endswith("was started with no --dropout, not --dropout 0.5")
+    assert last_line(capsys).endswith("was started with no --dropout, not --dropout 0.5; another --out starts anew")
     assert run(*arguments, "--method", "standard", "--lr", "0.001", "--resume") == 0, "the same rate, said aloud"
     assert "nothing to resume" not in capsys.readouterr().err
 

@@ -83,7 +83,7 @@ def require_same(directory: Path, identity: dict) -> None:
             if key not in FREE and not same_setting(key, before.get(key), now):
                 other = {"rows_sha256": "other rows", "tokenizer_sha256": "another tokenizer"}.get(key)
                 other = other or f"{setting(key, before.get(key))}, not {setting(key, now)}"
-                raise ValueError(f"--resume: {directory} was started with {other}")
+                raise ValueError(f"--resume: {directory} was started with {other}; another --out starts anew")
 
 
 def same_setting(key: str, before: object, now: object) -> bool:

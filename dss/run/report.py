@@ -22,8 +22,8 @@ from dss.run.state import Progress
 RESAMPLES = 10_000
 
 
-def introduce(rows: Rows) -> None:
-    """Print what there is to train, select and test on, and what of it is in two places."""
+def introduce(rows: Rows, config: TrainConfig) -> None:
+    """Print what there is to train, select and test on, and on stderr what looks like a mistake."""
     with_rationale = sum(r.rationale is not None for r in rows.train)
     say = f"{len(rows.train):,} training row{'s' * (len(rows.train) != 1)}, {with_rationale:,} with a rationale"
     say += f" ({rows.unlabelled:,} more without a label)" if rows.unlabelled else ""
@@ -32,6 +32,20 @@ def introduce(rows: Rows) -> None:
     shared = [f"{n:,} of {len(part):,} {name} inputs" for name, n, part in places if n]
     if shared:
         print(f"{rows.name}: {' and '.join(shared)} are training inputs too", file=sys.stderr)
+    warn(rows, config)
+
+
+def warn(rows: Rows, config: TrainConfig) -> None:
+    """Say on stderr what a run may do, but hardly on purpose."""
+    if config.warmup >= config.steps:
+        line = f"--warmup {config.warmup:,} is not over within --steps {config.steps:,}: the learning rate only rises"
+        print(f"train.py: warning: {line}", file=sys.stderr)
+    spellings = {}
+    for label in {r.label for part in (rows.train, rows.validation, rows.test) for r in part if rows.metric == "text"}:
+        spellings.setdefault(label.casefold(), []).append(label)
+    for different in [sorted(labels) for labels in spellings.values() if len(labels) > 1][:3]:
+        line = f"the labels {' and '.join(map(repr, different))} differ in case alone and count as different"
+        print(f"train.py: warning: {line}", file=sys.stderr)
 
 
 def say_what_was_cut(method: str, cut: Counter, config: TrainConfig) -> None:

@@ -192,7 +192,7 @@ def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
     return made, "" if made else "No pictures: the grid has one share and one student."
 
 
-def curves(axis, groups, x, lines):
+def curves(axis: object, groups: list[dict], x: str, lines: dict) -> None:
     """Accuracy over groups[i][x], one line a method with the deviation between seeds, and levels to compare with."""
     methods = [m for m in LOOKS if any(g["method"] == m for g in groups)]
     for number, method in enumerate(methods):
@@ -210,7 +210,7 @@ def curves(axis, groups, x, lines):
     axis.grid(alpha=0.3)
 
 
-def finish(figure, axes, path, pyplot):
+def finish(figure: object, axes: object, path: Path, pyplot: object) -> None:
     axes[0][0].set_ylabel("label accuracy on the test rows, %")
     legend = list(zip(*axes[0][0].get_legend_handles_labels()))
     legend.sort(key=lambda entry: all(entry[1] != name for *_, name in LOOKS.values()))  # methods, then levels
