@@ -162,33 +162,35 @@ def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
         from matplotlib import pyplot
     except ImportError:
         return [], "No pictures: pip install matplotlib, then the same command with --resume draws them."
+    most = max(g["share"] for g in groups)
+    shares, sizes = {}, {}  # title of a panel -> its groups
+    for g in groups:
+        shares.setdefault(f"{g['student']}, {g['labels']} labels", []).append(g)
+        if g["share"] == most:
+            sizes.setdefault(f"{g['labels']} labels, {100 * most:g} % of the training rows", []).append(g)
     made = []
-    panels = list(dict.fromkeys((g["labels"], g["student"]) for g in groups))
-    if len({g["share"] for g in groups}) > 1:
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 4.6), squeeze=False, sharey=True)
-        for axis, (labels, student) in zip(axes[0], panels):
-            mine = [g for g in groups if (g["labels"], g["student"]) == (labels, student)]
-            curves(axis, mine, "share", lines)
-            shares = sorted({g["share"] for g in mine})
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(shares, [f"{100 * s:g}" for s in shares])
-            axis.minorticks_off()
-            axis.set_xlabel("share of the training rows, %")
-            axis.set_title(f"{student}, {labels} labels", fontsize=10)
-        finish(figure, axes, out / "accuracy_by_share.png", pyplot)
-        made.append("accuracy_by_share.png")
-    if len({g["student"] for g in groups}) > 1:
-        sources = list(dict.fromkeys(g["labels"] for g in groups))
-        figure, axes = pyplot.subplots(1, len(sources), figsize=(6.4 * len(sources), 4.6), squeeze=False, sharey=True)
-        most = max(g["share"] for g in groups)
-        for axis, labels in zip(axes[0], sources):
-            mine = [g for g in groups if g["labels"] == labels and g["share"] == most]
-            curves(axis, mine, "parameters", lines)
+    for name, x, panels in (("share", "share", shares), ("size", "parameters", sizes)):
+        if len({g[x] for g in groups}) == 1:
+            continue
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 5), squeeze=False, sharey=True)
+        for axis, (title, mine) in zip(axes[0], panels.items()):
+            curves(axis, mine, x, lines)
+            axis.set_title(title, fontsize=10)
             axis.set_xscale("log")
-            axis.set_xlabel("parameters of the student")
-            axis.set_title(f"{labels} labels, {100 * most:g} % of the training rows", fontsize=10)
-        finish(figure, axes, out / "accuracy_by_size.png", pyplot)
-        made.append("accuracy_by_size.png")
+            axis.set_xlabel("parameters of the student" if x == "parameters" else "share of the training rows, %")
+            if x == "share":
+                ticks = sorted({g[x] for g in mine})
+                axis.set_xticks(ticks, [f"{100 * share:g}" for share in ticks])
+                axis.minorticks_off()
+        axes[0][0].set_ylabel("label accuracy on the test rows, %")
+        legend = list(zip(*axes[0][0].get_legend_handles_labels()))
+        legend.sort(key=lambda entry: all(entry[1] != name for *_, name in LOOKS.values()))  # methods, then levels
+        figure.legend(*zip(*legend), loc="lower center", ncols=2, fontsize=9)
+        figure.tight_layout(rect=(0, 0.05 * ((len(legend) + 1) // 2) + 0.01, 1, 1))
+        with replacing(out / f"accuracy_by_{name}.png") as file:
+            figure.savefig(file, dpi=150, format="png")
+        pyplot.close(figure)
+        made.append(f"accuracy_by_{name}.png")
     return made, "" if made else "No pictures: the grid has one share and one student."
 
 
@@ -208,14 +210,3 @@ def curves(axis: object, groups: list[dict], x: str, lines: dict) -> None:
     low, high = axis.get_ylim()
     axis.set_ylim(max(low - 2, -2), min(high + 2, 102))
     axis.grid(alpha=0.3)
-
-
-def finish(figure: object, axes: object, path: Path, pyplot: object) -> None:
-    axes[0][0].set_ylabel("label accuracy on the test rows, %")
-    legend = list(zip(*axes[0][0].get_legend_handles_labels()))
-    legend.sort(key=lambda entry: all(entry[1] != name for *_, name in LOOKS.values()))  # methods, then levels
-    figure.legend(*zip(*legend), loc="lower center", ncols=2, fontsize=9)
-    figure.tight_layout(rect=(0, 0.05 * ((len(legend) + 1) // 2) + 0.01, 1, 1))
-    with replacing(path) as file:
-        figure.savefig(file, dpi=150, format="png")
-    pyplot.close(figure)
