@@ -59,7 +59,7 @@ def argument(field, comment):
         options["nargs"] = "+"
     if get_origin(kind) is Literal:
         choices = get_args(kind)
-        few = len(choices) < 8  # argparse prints them all in place of the value, twice for a flag that takes several
+        few = len(" ".join(choices)) < 40  # argparse prints them in place of the value, twice if it takes several
         options["help"] += "" if few else "; " + " ".join(filter(None, choices))
         return dict(options, choices=choices, metavar=None if few else "NAME")
     return dict(options, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])

@@ -236,6 +236,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{arguments.flag(name)} must be at least {least}, got {value}")
     if args.scores and args.labels is None and not args.choices:
         parser.error("--scores needs a closed set: --labels A B C, or --choices for those that each input lists")
+    if args.file == "-" and args.labels and os.path.exists(args.labels[-1]):
+        parser.error(f"{args.labels[-1]} would be a label; the file stands before --labels")
     if args.labels and (len(set(args.labels)) < len(args.labels) or not all(label.strip() for label in args.labels)):
         parser.error("--labels must be different and not blank")
     return args

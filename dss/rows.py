@@ -19,7 +19,7 @@ class Rows:
     test: list[Record]  # may be empty
     metric: str  # text, choice or equation
     labels: list[str]  # all labels that training rows have, sorted, if they are a closed set; else empty
-    unlabelled: int  # training rows left out, for they have no label of the kind asked for
+    unlabelled: int  # training rows left out because they have no label of the kind asked for
 
 
 def load_rows(config: TrainConfig) -> Rows:

@@ -155,7 +155,7 @@ def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> l
     """Run the cells, `config.parallel` at a time, each as train.py. Returns the names of those that failed.
 
     Raises Interrupted on Ctrl-C, after the runs under way have saved their state, and ValueError if the very first run
-    to end finds its arguments or files wrong, for then all would.
+    to end finds its arguments or files wrong, because then all of them would.
     """
     waiting, running, failed, succeeded = list(cells), {}, [], 0
     total = sum(COST[m] for cell in cells.values() for m in cell.method)
