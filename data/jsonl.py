@@ -3,14 +3,19 @@
     {"id": "svamp-17", "input": "...", "label": "...", "rationale": "...", "teacher_label": "...", "teacher": {...}}
 
 Only `input` is required. `label` is gold, `teacher_label` and `rationale` are the teacher's, `teacher` says where those
-came from. Null, absent and blank mean the same: there is none. Keys not listed here are kept.
+came from. A rationale may be a list of texts. Null, absent and blank mean the same: there is none. Keys not listed here
+are kept.
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
+from reprlib import repr  # cut short: a value may be megabytes long
+from typing import BinaryIO
 
-from data.files import replacing
+from data.files import MOST_JSON, parse_json, replacing
 
 TEXTS = ("label", "rationale", "teacher_label")
 
@@ -29,48 +34,51 @@ class Record:
     teacher: dict = field(default_factory=dict)
     other: dict = field(default_factory=dict)  # keys of the line that are none of the above
 
-    def to_json(self):
+    def to_json(self) -> str:
         """The line of this record, without a line end. Absent texts are written as null."""
         row = {"id": self.id, "input": self.input, **{name: getattr(self, name) for name in TEXTS}}
         return to_line(row | {"teacher": self.teacher} | self.other)
 
 
-def parse_record(line, where, default_id, names=None):
+def parse_record(line: str, where: str, default_id: str, names: dict[str, str] | None = None) -> Record:
     """One line -> Record. `where` ("FILE:LINE") begins the message of the RecordError that a bad line raises.
 
     names: {"input": "question"} where the file has another name for a key of the record. A key so hidden is kept as
     "original_KEY"; an id under another name may be a number.
     """
     try:
-        row = json.loads(line)
+        row = parse_json(line, where)
     except ValueError as problem:
-        raise RecordError(f"{where}: not JSON ({problem})") from None
+        raise RecordError(problem) from None
     if not isinstance(row, dict):
         raise RecordError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
     for key, value in row.items() if "\\ud" in line.lower() else ():  # only an escape can be half a character
         if not is_unicode(key, value):
             raise RecordError(f"{where}: {json.dumps(key)} holds half a character, a lone \\ud800 to \\udfff")
     row = renamed(row, where, names or {})
-    if not isinstance(row.get("input"), str) or not row["input"].strip():
-        raise RecordError(f'{where}: "input" must be a text that is not blank, got {row.get("input")!r}')
+    if not is_text(row.get("input")):
+        raise RecordError(f'{where}: "input" must be a text that is not blank, got {repr(row.get("input"))}')
     texts = {}
     for name in TEXTS:
         value = row.pop(name, None)
-        if name == "rationale" and isinstance(value, list):
-            if not value or not all(isinstance(text, str) and text.strip() for text in value):
-                raise RecordError(f'{where}: "rationale" must be a list of texts that are not blank, got {value!r}')
+        if name == "rationale" and isinstance(value, list) and value and all(map(is_text, value)):
             texts[name] = value
-            continue
-        if value is not None and not isinstance(value, str):
-            raise RecordError(f'{where}: "{name}" must be a text or null, got {value!r}')
-        texts[name] = value if value and value.strip() else None
+        elif value is None or isinstance(value, str):
+            texts[name] = value if is_text(value) else None
+        else:
+            kinds = "a text, a list of texts or null" if name == "rationale" else "a text or null"
+            raise RecordError(f'{where}: "{name}" must be {kinds}, got {repr(value)}')
     identity, teacher = row.pop("id", None), row.pop("teacher", None)
     if identity is not None and not isinstance(identity, str):
-        raise RecordError(f'{where}: "id" must be a text, got {identity!r}')
+        raise RecordError(f'{where}: "id" must be a text, got {repr(identity)}')
     if teacher is not None and not isinstance(teacher, dict):
-        raise RecordError(f'{where}: "teacher" must be an object, got {teacher!r}')
+        raise RecordError(f'{where}: "teacher" must be an object, got {repr(teacher)}')
     identity = default_id if identity is None else identity
     return Record(id=identity, input=row.pop("input"), teacher=teacher or {}, other=row, **texts)
+
+
+def is_text(value):
+    return isinstance(value, str) and bool(value.strip())
 
 
 def is_unicode(*values):
@@ -94,25 +102,34 @@ def renamed(row, where, names):
     return {f"original_{key}" if key in taken else key: value for key, value in row.items()} | taken
 
 
-def read_jsonl(path, names=None):
+def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, int, str]]:
+    """Yield ("NAME:NUMBER", number, line without its end) for each line of a binary file, in UTF-8.
+
+    Raises RecordError for a line that is not, or too long to be a JSON text.
+    """
+    for number, line in enumerate(iter(lambda: file.readline(MOST_JSON + 1), b""), 1):
+        where = f"{name}:{number}"
+        if len(line) > MOST_JSON:
+            raise RecordError(f"{where}: longer than {MOST_JSON:,} bytes, too long for a line")
+        try:
+            yield where, number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as problem:
+            raise RecordError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
+
+
+def read_jsonl(path: str | PathLike, names: dict[str, str] | None = None) -> Iterator[Record]:
     """Yield the Records of a file, one at a time; blank lines are passed over. A row without an id gets STEM-LINE.
     `names` as in parse_record.
 
     Raises RecordError for a line that is no record, OSError for a file that cannot be read.
     """
-    path = Path(path)
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as problem:
-                raise RecordError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
-            if text.strip():
-                yield parse_record(text, where, f"{path.stem}-{number}", names)
+        for where, number, line in read_lines(file, str(path)):
+            if line.strip():
+                yield parse_record(line, where, f"{Path(path).stem}-{number}", names)
 
 
-def write_jsonl(path, records):
+def write_jsonl(path: str | PathLike, records: Iterable[Record | dict]) -> None:
     """Write Records, or dicts as they are, a line each; the file appears complete or not at all."""
     with replacing(path) as file:
         for record in records:
@@ -120,6 +137,6 @@ def write_jsonl(path, records):
             file.write(line.encode() + b"\n")
 
 
-def to_line(row):
+def to_line(row: dict) -> str:
     """The JSON of a dict, text that UTF-8 can hold: half a character, as in the name of a file, becomes its escape."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()

@@ -12,6 +12,7 @@ all, keeps an lm_head.weight where it differs, and says in the second key whethe
 
 import dataclasses
 import json
+import math
 import mmap
 import os
 import re
@@ -21,33 +22,38 @@ from pathlib import Path
 
 import torch
 
-from data.files import replacing
+from data.files import open_regular, parse_json, read_json, reason, replacing
 from dss.config import T5Config
-from dss.hub import fetch, shards
+from dss.hub import NO_WEIGHTS, fetch, shards, weight_files
 from dss.model import T5
+from tokenizer import T5Tokenizer
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one matrix, three names
+HEAD = "lm_head.weight"
+MOST_HEADER = 100_000_000  # bytes, the format's own limit
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # T5 1.0 has it, nothing reads it
 
 
-def load_t5(path_or_hub_id, dropout_rate=None):
+def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None) -> T5:
     """The T5 in a directory or on the hub (downloaded once, see dss/hub.py), in fp32 on the CPU and in eval mode.
 
     dropout_rate replaces the checkpoint's own. Raises OSError if something is missing or cannot be reached, ValueError
-    if it is damaged or not a T5 that this code computes; both name the file.
+    if it is damaged or not a T5 that this code computes; both name the file. No memory is taken for weights before
+    every shape is known to be the one in the files.
     """
     directory = locate(path_or_hub_id)
     config = read_config(directory / "config.json")
     tensors = read_tensors(directory)
-    copies = [tensors.pop(name) for name in EMBEDDING if name in tensors]
-    if not copies:
+    shared, *copies = [tensors.pop(name) for name in EMBEDDING if name in tensors] or [None]
+    if shared is None:
         raise ValueError(f"{directory}: the weights lack shared.weight")
-    tensors["shared.weight"] = copies[0]
-    head = tensors.get("lm_head.weight")
-    tied = head is None or torch.equal(head, copies[0])
+    if not all(same(copy, shared) for copy in copies):
+        raise ValueError(f"{directory}: embed_tokens.weight is not shared.weight, which this code takes for both")
+    tensors["shared.weight"] = shared
+    tied = same(tensors.get(HEAD, shared), shared)
     if tied:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(HEAD, None)
     tensors.pop(UNUSED, None)
     config = dataclasses.replace(config, tie_word_embeddings=tied)
     if dropout_rate is not None:
@@ -55,26 +61,30 @@ def load_t5(path_or_hub_id, dropout_rate=None):
 
     with torch.device("meta"):
         model = T5(config)
+    shapes = {checkpoint_name(name, model): parameter.shape for name, parameter in model.named_parameters()}
+    for key, shape in shapes.items():
+        if key not in tensors:
+            raise ValueError(f"{directory}: the weights lack {key}")
+        if tensors[key].shape != shape:
+            raise ValueError(
+                f"{directory}: {key} is {list(tensors[key].shape)}, but config.json makes it {list(shape)}"
+            )
+    if homeless := sorted(tensors.keys() - shapes):
+        raise ValueError(f"{directory}: {len(homeless)} tensors have no place in this T5: {', '.join(homeless[:3])}")
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            key = checkpoint_name(name, model)
-            tensor = tensors.pop(key, None)
-            if tensor is None:
-                raise ValueError(f"{directory}: the weights lack {key}")
-            if tensor.shape != parameter.shape:
-                raise ValueError(
-                    f"{directory}: {key} is {list(tensor.shape)}, but config.json makes it {list(parameter.shape)}"
-                )
-            parameter.copy_(tensor)
-    if tensors:
-        raise ValueError(
-            f"{directory}: {len(tensors)} tensors have no place in this T5: {', '.join(sorted(tensors)[:3])}"
-        )
+            parameter.copy_(tensors.pop(key := checkpoint_name(name, model)))
+            if not all(map(math.isfinite, parameter.aminmax())):  # takes no memory, as isfinite() of all would
+                raise ValueError(f"{directory}: {key} holds a number that is not finite")
     return model.eval()
 
 
-def save_t5(model, directory):
+def same(one, other):
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+def save_t5(model: T5, directory: str | os.PathLike) -> None:
     """Write config.json and model.safetensors (fp32) to `directory`, each complete or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -82,7 +92,7 @@ def save_t5(model, directory):
     config = dataclasses.asdict(model.config)
     if config["tie_word_embeddings"] and not config["scale_decoder_outputs"]:
         # transformers 4 cannot say "tied but not scaled"; with the output matrix written out, 4 and 5 compute the same
-        tensors["lm_head.weight"] = tensors["shared.weight"]
+        tensors[HEAD] = tensors["shared.weight"]
         config["tie_word_embeddings"] = False
     architecture = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}[config["model_type"]]
     config.update(architectures=[architecture], is_encoder_decoder=True, torch_dtype="float32")
@@ -91,7 +101,7 @@ def save_t5(model, directory):
         file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
-def checkpoint_name(name, model):
+def checkpoint_name(name: str, model: T5) -> str:
     """The name of one of our parameters in a Hugging Face checkpoint."""
     if name == "embedding.weight":
         return "shared.weight"
@@ -110,7 +120,7 @@ def checkpoint_name(name, model):
     return name
 
 
-def locate(path_or_hub_id, weights=True):
+def locate(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
     """The directory of a checkpoint: the path itself, or the download of a hub id, `weights` or tokenizer alone.
 
     Raises FileNotFoundError if it is neither, or has no config.json.
@@ -120,17 +130,24 @@ def locate(path_or_hub_id, weights=True):
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"{path / 'config.json'}: missing; a directory of T5 weights has a config.json")
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or {".", ".."} & set(name.split("/")):
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) or {".", ".."} & set(name.split("/")):
         raise FileNotFoundError(f"{name}: no such directory of weights")
-    return fetch(name, weights)
+    return fetch(name, weights, check_file)
 
 
-def read_config(path):
+def check_file(path: Path, name: str) -> None:
+    """Raise OSError or ValueError unless the file at `path` is what a checkpoint's file called `name` must be."""
+    if name == "spiece.model":
+        T5Tokenizer(path)
+    elif name.endswith((".safetensors", ".bin")):
+        (read_safetensors if name.endswith(".safetensors") else read_bin)(path)
+    else:
+        {"config.json": read_config, "tokenizer_config.json": read_json}.get(name, shards)(path)
+
+
+def read_config(path: str | os.PathLike) -> T5Config:
     """config.json -> T5Config. Raises OSError or ValueError, naming the file and the key."""
-    try:
-        raw = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as problem:
-        raise ValueError(f"{path}: not JSON ({problem})") from None
+    raw = read_json(path)
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in ("t5", "mt5"):
         raise ValueError(f"{path}: model_type is {kind!r}; this code computes 't5' and 'mt5'")
@@ -142,65 +159,86 @@ def read_config(path):
         given.setdefault("feed_forward_proj", "gated-gelu")
     else:
         given.setdefault("scale_decoder_outputs", given.get("tie_word_embeddings", True))
-    for field in dataclasses.fields(T5Config):
-        value = given.get(field.name, field.default)
-        if not isinstance(value, (int, float) if field.type is float else field.type):
-            raise ValueError(f"{path}: {field.name} is {value!r}, not {field.type.__name__}")
     config = T5Config(**given)
-    if config.feed_forward_proj not in ("relu", "gated-gelu"):
-        raise ValueError(f"{path}: feed_forward_proj is {config.feed_forward_proj!r}; known: 'relu', 'gated-gelu'")
+    try:
+        config.check()
+    except ValueError as problem:
+        raise ValueError(f"{path}: {problem}") from None
+    gated = config.feed_forward_proj == "gated-gelu"  # transformers says the same thing up to three times
+    for key, value in dict(dense_act_fn="gelu_new" if gated else "relu", is_gated_act=gated).items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {raw[key]!r}, but feed_forward_proj is {config.feed_forward_proj!r}")
     return config
 
 
-def read_tensors(directory):
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a checkpoint directory, mapped from its files. Raises FileNotFoundError or ValueError."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
-        if (directory / name).exists():
-            return read(directory / name)
-        index = directory / f"{name}.index.json"
-        if index.exists():
-            tensors = {}
-            for shard in shards(index):
-                if not (directory / shard).exists():
-                    raise FileNotFoundError(f"{directory / shard}: missing; {index.name} names it")
-                tensors.update(read(directory / shard))
-            return tensors
-    raise FileNotFoundError(f"{directory}: no model.safetensors or pytorch_model.bin, whole or in shards")
+    files = weight_files(directory, lambda name: (directory / name).exists())
+    if not files:
+        raise FileNotFoundError(f"{directory}: {NO_WEIGHTS}")
+    tensors = {}
+    for name in files:
+        tensors |= (read_safetensors if name.endswith(".safetensors") else read_bin)(directory / name)
+    return tensors
 
 
-def read_bin(path):
-    """A PyTorch checkpoint of tensors alone: weights_only refuses a pickle that would run code."""
+def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a PyTorch checkpoint: weights_only refuses a pickle that would run code."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    zipped = zipfile.is_zipfile(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed, and would be mapped as it is")
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if not isinstance(tensors, dict) or not all(map(is_dense, tensors.values())):
+            raise ValueError("it is not a dict of dense tensors of floating-point numbers")
+        # A view may say it is larger than what it views. Four names may share the embedding.
+        if sum(t.numel() * t.itemsize for name, t in tensors.items() if name not in (*EMBEDDING[1:], HEAD)) > size:
+            raise ValueError("its tensors are larger than the file")
+        return tensors
     except Exception as problem:  # torch.load documents no closed set of errors for a damaged file
-        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors ({str(problem).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors ({reason(problem)})") from None
 
 
-def read_safetensors(path):
-    """{name: tensor}, each a view of the mapped file. Raises ValueError, naming the file, if it is damaged."""
-    with open(path, "rb") as file:
+def is_dense(value):
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.dtype in DTYPES.values()
+
+
+def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """{name: tensor}, each a view of the mapped file. Raises ValueError, naming the file, if it breaks the format:
+    each byte behind the header belongs to one tensor."""
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
     try:
         (length,) = struct.unpack_from("<Q", buffer)
-        header = json.loads(buffer[8 : 8 + length])
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            count = torch.Size(shape).numel()
-            if end - start != count * dtype.itemsize or not 8 + length <= start <= end <= size:
-                raise ValueError(f"the bytes of {name} are not all there")
-            flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=start) if count else torch.empty(0)
+        if length > min(size - 8, MOST_HEADER):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        header = parse_json(buffer[8 : 8 + length].rstrip(b" "), "its header")
+        metadata = header.pop("__metadata__", {}) if buffer[8:9] == b"{" else None
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its header is not one")
+        tensors, begin = {}, 8 + length
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (start, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
+            sizes = start, end, *shape
+            if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in sizes):
+                raise ValueError(f"{name} has no shape or no place")
+            count, end = math.prod(shape), 8 + length + end
+            if 8 + length + start != begin or end - begin != count * dtype.itemsize or end > size:
+                raise ValueError(f"the bytes of {name} are not all there, or not its own")
+            flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin) if count else torch.empty(0)
             tensors[name] = flat.reshape(shape)
+            begin = end
+        if begin != size:
+            raise ValueError(f"{size - begin:,} bytes belong to no tensor")
         return tensors
-    except (ValueError, KeyError, TypeError, struct.error) as problem:
+    except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as problem:
         raise ValueError(f"{path}: not a complete safetensors file ({problem})") from None
 
 
-def write_safetensors(path, tensors):
+def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
     """{name: tensor} -> a safetensors file in fp32, complete or not at all."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():

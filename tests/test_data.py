@@ -10,7 +10,8 @@ from data import official, toy
 from data.files import replacing
 from data.jsonl import Record, RecordError, read_jsonl, write_jsonl
 
-maybe = st.none() | st.text().filter(str.strip)
+texts = st.text().filter(str.strip)
+maybe = st.none() | texts
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda v: st.lists(v) | st.dictionaries(st.text(), v),
@@ -18,7 +19,7 @@ json_values = st.recursive(
 )
 keys = st.text().filter(lambda k: k not in {"id", "input", "label", "rationale", "teacher_label", "teacher"})
 records = st.builds(
-    Record, st.text(), st.text().filter(str.strip), maybe, maybe, maybe,
+    Record, st.text(), texts, maybe, maybe | st.lists(texts, min_size=1, max_size=2), maybe,
     st.dictionaries(st.text(), json_values, max_size=2), st.dictionaries(keys, json_values, max_size=2),
 )  # fmt: skip
 
@@ -40,7 +41,14 @@ def test_records_are_read_as_written_unknown_keys_included(tmp_path_factory, row
         (b'{"input": "  "}', "not blank"),
         (b'{"input": 3}', "got 3"),
         (b'{"input": "x", "label": 3}', '"label" must be a text or null, got 3'),
-        (b'{"input": "x", "rationale": ["y"]}', '"rationale" must be'),
+        (b'{"input": "x", "rationale": []}', '"rationale" must be'),
+        (b'{"input": "x", "rationale": ["y", " "]}', '"rationale" must be'),
+        (b'{"input": "x", "label": ["y"]}', '"label" must be a text or null'),
+        (b'{"input": "x", "other": ' + b"[" * 2000 + b"]" * 2000 + b"}", "nested deeper than 100"),
+        (b'{"input": "x", "input": "y"}', "a key is there twice"),
+        (b'{"input": "x", "score": 1e400}', "1e400 is not a finite number"),
+        (b'{"input": "x", "score": NaN}', "NaN is not a finite number"),
+        (b'{"input": "x", "score": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"input": "x", "teacher_label": false}', '"teacher_label" must be'),
         (b'{"input": "x", "id": 7}', '"id" must be a text, got 7'),
         (b'{"input": "x", "teacher": "PaLM"}', '"teacher" must be an object'),
