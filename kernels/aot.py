@@ -1,12 +1,18 @@
-"""Every kernel compiled ahead of time, without a GPU: does it build, and does it fit into the registers?
+"""Every kernel compiled ahead of time, without a GPU: does it build, does it fit, and what does a loop cost?
 
-    python -m kernels.aot                      a table for sm_90
+    python -m kernels.aot                                    a table for sm_90
     python -m kernels.aot --arch sm_80 --only attention geglu --json
 
 The launches are those of the real launchers: CASES call the public Triton functions, forward and backward, on tensors
 without storage (device "meta"), and a `Recording` keeps what would have been launched, so that what is compiled here is
-what a GPU of that architecture would run. Registers, shared memory and spills (loads from and stores to local memory in
-the machine code) come from the cuobjdump in Triton's own package.
+what a GPU of that architecture would run. The figures come from the machine code, by the cuobjdump in Triton's package:
+
+    blocks      of the kernel that fit on a multiprocessor at once, by registers and shared memory
+    loops       instructions a warp executes for one tile, of each loop with matrix products (plain, then edge tiles)
+    slots       the same in issue slots of a quarter of a multiprocessor, for 8192 scores: comparable between tiles
+    exp2        powers of two a score, in the first loop; 2 means that warps compute the same scores twice
+    barriers    in the first loop
+    spills      loads from and stores to local memory, inside loops and outside
 """
 
 import argparse
@@ -124,13 +130,13 @@ def launches_of(case, architecture):
 
 
 def compile_launch(kernel, arguments, options, architecture):
-    """{registers, shared, spills} of one launch; raises what Triton raises where it does not build."""
+    """The figures of one launch, as a dict; raises what Triton raises where it does not build."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     target = GPUTarget("cuda", int(architecture[3:]), 32)
-    built_with = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+    built_with = {key: options[key] for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     constants = {key: value for key, value in options.items() if key not in built_with}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):  # as Triton specialises a call: on 1 and on multiples of 16
@@ -158,15 +164,39 @@ def compile_launch(kernel, arguments, options, architecture):
         tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.check_output([tool, "-res-usage", cubin], text=True, stderr=subprocess.STDOUT)
         machine_code = subprocess.check_output([tool, "-sass", cubin], text=True, stderr=subprocess.DEVNULL)
+    registers, shared, warps = int(re.search(r"REG:(\d+)", usage)[1]), built.metadata.shared, options["num_warps"]
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    blocks = min(by_registers, (227 if architecture == "sm_90" else 99) * 1024 // (shared + 1024), 64 // warps)
+    found = dict(registers=registers, shared=shared, blocks=blocks)
+    return found | inspect(machine_code, warps, options["BM"] * options["BN"] if "BM" in options else None)
+
+
+def inspect(machine_code, warps, scores):
+    """{loops, slots, exp2, barriers, spills} of machine code; scores: BM * BN of a kernel that has such tiles."""
+    code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", machine_code, re.M)
+    code = [(int(address, 16), text) for address, text in code]
+    count = lambda pattern, part: sum(bool(re.match(pattern, text)) for _, text in part)
+    loops, seen = [], []
+    for i, (address, text) in enumerate(code):
+        back = re.match(r"BRA.* 0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < address:
+            loop = [line for line in code[: i + 1] if line[0] >= int(back[1], 16)]
+            seen += loop
+            if scores and count(r"HGMMA|HMMA|FFMA", loop) and len(loop) > 40:
+                loops.append(loop)
+    inside, spills = count("LDL|STL", set(seen)), count("LDL|STL", code)
+    sizes = [len(loop) for loop in loops]
     return dict(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        shared=built.metadata.shared,
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", machine_code)),
+        loops=sizes,
+        slots=[round(size * warps / 4 * 8192 / scores) for size in sizes],
+        exp2=round(count("MUFU.EX2", loops[0]) * 32 * warps / scores, 2) if loops else None,
+        barriers=count("BAR", loops[0]) if loops else None,
+        spills=[inside, spills - inside],
     )
 
 
 def rows(architecture, only=("",)):
-    """A dict for each compiled launch: case, kernel, tile, warps, stages, registers, shared (bytes), spills."""
+    """A dict for each compiled launch: case, kernel, tile, and the figures of the table."""
     for case in CASES:
         if any(text in case for text in only):
             for kernel, arguments, options in launches_of(case, architecture):
@@ -176,15 +206,14 @@ def rows(architecture, only=("",)):
                 yield row | compile_launch(kernel, arguments, options, architecture)
 
 
-HEADER = (
-    "| case | kernel | tile | warps | stages | registers | shared, KiB | spills |\n|---|---|---|---|---|---|---|---|"
-)
+KEYS = "case kernel tile warps stages registers shared blocks loops slots exp2 barriers spills".split()
+HEADER = f"| {' | '.join(KEYS).replace('shared', 'shared, KiB')} |\n|{'---|' * len(KEYS)}"
 
 
 def line(row):
-    shown = row | dict(shared=f"{row['shared'] / 1024:.1f}")
-    keys = ("case", "kernel", "tile", "warps", "stages", "registers", "shared", "spills")
-    return f"| {' | '.join(str(shown[key]) for key in keys)} |"
+    joined = {key: " + ".join(map(str, row[key])) for key in ("loops", "slots", "spills")}
+    shown = row | joined | dict(shared=f"{row['shared'] / 1024:.1f}", kernel=row["kernel"].removesuffix("_kernel"))
+    return f"| {' | '.join('' if shown[key] is None else str(shown[key]) for key in KEYS)} |"
 
 
 def main(argv=None):

@@ -10,6 +10,7 @@ CHANGING = [
     "seed",
     "threshold",
 ]  # they change from call to call: one compilation serves all their values
+MARGIN = tl.constexpr(256)  # of diag past `reach` on each side; at least BM + BN
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware has a power of two only
 
 # {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`: large
@@ -20,8 +21,8 @@ CONFIGURATIONS = {
     "sm_90": {
         ("forward", 2): {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
         ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2)},
-        ("dq", 2): {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 2)},
-        ("dkdv", 2): {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
+        ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)},
+        ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
         ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
         ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
@@ -72,12 +73,15 @@ def key_tiles(p0, N, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.con
 
 @triton.jit
 def query_tiles(j0, M, shift, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Which query tiles see the keys from j0 on: (early, first, late, end). Plain tiles are 0 .. early - 1 and
-    late .. end - 1, edge tiles first .. late - 1. A tile that runs past M may be plain: its missing rows have P = 0."""
-    end = (M + BM - 1) // BM
-    early, first, late = end, end, end
+    """Which query tiles see the keys from j0 on: (early, first, late, whole, end).
+
+    Plain tiles, whole, seeing all keys and of one bias: 0 .. early - 1 and late .. whole - 1. Edge tiles:
+    first .. late - 1 and, where BM does not divide M, the last one, whole .. end - 1.
+    """
+    whole = M // BM
+    early, first, late = whole, whole, whole
     if BIAS or CAUSAL:
-        late = tl.minimum((tl.maximum(j0 + BN - 1 + reach - shift, 0) + BM - 1) // BM, end)
+        late = tl.minimum((tl.maximum(j0 + BN - 1 + reach - shift, 0) + BM - 1) // BM, whole)
         early = 0
         first = 0
     if BIAS and not CAUSAL:
@@ -85,19 +89,40 @@ def query_tiles(j0, M, shift, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, B
         first = early
     if CAUSAL:
         first = tl.minimum(tl.maximum(j0 - shift, 0) // BM, late)
-    return early, first, late, end
+    return early, first, late, whole, (M + BM - 1) // BM
 
 
 @triton.jit
-def rows_of(ptr, rows, count, stride, D: tl.constexpr, WIDEN: tl.constexpr):
-    """(len(rows), D) of a tensor whose rows are `stride` apart, 0 from row `count` on."""
-    x = tl.load(ptr + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=rows[:, None] < count, other=0.0)
+def rows_of(ptr, first, count, stride, ROWS: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, WIDEN: tl.constexpr):
+    """(ROWS, D): the rows from `first` on of a tensor whose rows are `stride` apart; MASK: 0 from row `count` on."""
+    r = tl.arange(0, ROWS)[:, None]
+    place = ptr + first.to(tl.int64) * stride + (r * stride + tl.arange(0, D)[None, :])
+    x = tl.load(place, mask=first + r < count, other=0.0) if MASK else tl.load(place)
     return x.to(tl.float32) if WIDEN else x
 
 
 @triton.jit
-def bias_of(diag_ptr, distance, reach):
-    return tl.load(diag_ptr + tl.minimum(tl.maximum(distance, -reach), reach) + reach)
+def add_bias(s, r, c, diag_ptr, corner, reach):
+    """s plus the bias of the distances corner + c - r; r, c: places in the tile, one (n, 1), the other (1, m).
+
+    A tile far out is moved to where all its distances are still past `reach`, and diag goes on for a MARGIN, so that
+    no distance needs a limit of its own.
+    """
+    corner = tl.minimum(tl.maximum(corner, -reach - MARGIN // 2), reach + MARGIN // 2)
+    return s + tl.load(diag_ptr + (corner + reach + MARGIN) + (c.to(tl.int64) - r.to(tl.int64)))
+
+
+@triton.jit
+def edge_scores(s, diag_ptr, corner, keys_left, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr):
+    """The scores s (BM, BN) of an edge tile with their bias, -inf where there is no key to see. corner: the distance at
+    the top left of the tile."""
+    r, c = tl.arange(0, s.shape[0])[:, None], tl.arange(0, s.shape[1])[None, :]
+    if BIAS:
+        s = add_bias(s, r, c, diag_ptr, corner, reach)
+    visible = c < keys_left
+    if CAUSAL:
+        visible = visible & (c - r <= -corner)
+    return tl.where(visible, s, float("-inf"))
 
 
 # ---- Forward --------------------------------------------------------------------------------------------------------
@@ -108,9 +133,10 @@ def bias_of(diag_ptr, distance, reach):
 
 
 @triton.jit
-def softmax_step(s, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    higher = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - higher[:, None])
+def softmax_step(s, bias, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc, l and m after one more tile. s: q k^T; bias: of the whole tile, times log2 e."""
+    higher = tl.maximum(m, tl.max(s, 1) * LOG2E + bias)
+    p = tl.exp2(s * LOG2E - (higher - bias)[:, None])  # one multiplication and addition, fused
     shrink = tl.exp2(m - higher)
     l = l * shrink + tl.sum(p, 1)
     if DROPOUT:
@@ -156,48 +182,42 @@ def attention_forward_kernel(
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start
     if i0 >= M:
         return
-    q_ptr += q_start.to(tl.int64) * q_stride + h * q_head
-    k_ptr += k_start.to(tl.int64) * k_stride + h * k_head
-    v_ptr += k_start.to(tl.int64) * v_stride + h * v_head
-    diag_ptr += h * (2 * reach + 1)
+    q_ptr += q_start.to(tl.int64) * q_stride + h.to(tl.int64) * q_head
+    k_ptr += k_start.to(tl.int64) * k_stride + h.to(tl.int64) * k_head
+    v_ptr += k_start.to(tl.int64) * v_stride + h.to(tl.int64) * v_head
+    diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
-    columns = tl.arange(0, BN)
     shift = N - M if CAUSAL else 0
     p0 = i0 + shift
     left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
-    q = rows_of(q_ptr, rows, M, q_stride, D, WIDEN)
+    q = rows_of(q_ptr, i0, M, q_stride, BM, D, True, WIDEN)
     acc = tl.zeros([BM, D], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
     before = tl.load(diag_ptr) * LOG2E if BIAS else 0.0
-    after = tl.load(diag_ptr + 2 * reach) * LOG2E if BIAS else 0.0
+    after = tl.load(diag_ptr + 2 * (reach + MARGIN)) * LOG2E if BIAS else 0.0
 
     for t in range(0, left + right):  # plain tiles
         j0 = tl.where(t < left, t, t - left + first_right) * BN
-        k = rows_of(k_ptr, j0 + columns, N, k_stride, D, WIDEN)
-        v = rows_of(v_ptr, j0 + columns, N, v_stride, D, WIDEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * LOG2E + tl.where(t < left, before, after)
-        acc, l, m = softmax_step(s, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False, WIDEN)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False, WIDEN)
+        bias = tl.where(t < left, before, after)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        acc, l, m = softmax_step(s, bias, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
 
     for t in range(left, left + edge):
         j0 = tl.where(t < first_right, t, t + right) * BN
-        k = rows_of(k_ptr, j0 + columns, N, k_stride, D, WIDEN)
-        v = rows_of(v_ptr, j0 + columns, N, v_stride, D, WIDEN)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True, WIDEN)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True, WIDEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        distance = (j0 + columns)[None, :] - (shift + rows)[:, None]
-        if BIAS:
-            s += bias_of(diag_ptr, distance, reach)
-        visible = (j0 + columns)[None, :] < N
-        if CAUSAL:
-            visible = visible & (distance <= 0)
-        s = tl.where(visible, s * LOG2E, float("-inf"))
-        acc, l, m = softmax_step(s, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
+        s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
+        acc, l, m = softmax_step(s, 0.0, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
 
     if DROPOUT:
         acc *= 256.0 / (256 - threshold)
     tl.store(lse_ptr + h * Tq + q_start + rows, m + tl.log2(l), mask=rows < M)
-    o_ptr += q_start.to(tl.int64) * H * D + h * D
+    o_ptr += (q_start.to(tl.int64) * H + h) * D
     o = (acc / l[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + rows[:, None] * (H * D) + tl.arange(0, D)[None, :], o, mask=rows[:, None] < M)
 
@@ -221,8 +241,8 @@ def attention_forward_kernel(
 
 @triton.jit
 def score_gradient(s, do, v, lse, delta, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
-    """dS of a tile (BM, BN) from its scores s, times log2 e; 0 where s is -inf."""
-    p = tl.exp2(s - lse[:, None])
+    """dS of a tile (BM, BN) from its scores s; 0 where s is -inf. lse: in base 2, less the bias of the whole tile."""
+    p = tl.exp2(s * LOG2E - lse[:, None])
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         dp = tl.where(kept(seed, rows, h, j0, threshold, s.shape[1]), dp * (256.0 / (256 - threshold)), 0.0)
@@ -238,10 +258,11 @@ def add_diagonals(sums, ds, lut_ptr, corner, reach):
     skewed = tl.gather(ds, (s + r) % BN, 1)
     straight = tl.sum(tl.where(s + r < BN, skewed, 0.0), 0)  # (BN,): distances corner + s
     wrapped = tl.sum(tl.where(s + r < BN, 0.0, skewed), 0)  # corner + s - BN
-    distance = corner + tl.arange(0, BN)
     bucket = tl.arange(0, sums.shape[1])[None, :]
-    here = tl.where(bias_of(lut_ptr, distance, reach)[:, None] == bucket, straight[:, None], 0.0)
-    here += tl.where(bias_of(lut_ptr, distance - BN, reach)[:, None] == bucket, wrapped[:, None], 0.0)
+    corner = tl.minimum(tl.maximum(corner, -reach - MARGIN // 2), reach + MARGIN // 2)  # as in add_bias
+    lut_ptr += corner + reach + MARGIN + tl.arange(0, BN)
+    here = tl.where(tl.load(lut_ptr)[:, None] == bucket, straight[:, None], 0.0)
+    here += tl.where(tl.load(lut_ptr - BN)[:, None] == bucket, wrapped[:, None], 0.0)
     return sums + tl.sum(here, 0)[None, :]
 
 
@@ -251,12 +272,12 @@ def attention_dq_kernel(
     k_ptr,
     v_ptr,
     diag_ptr,
-    lut_ptr,  # (2 reach + 1,) int32, the bucket of each distance
+    lut_ptr,  # (2 (reach + MARGIN) + 1,) int32, the bucket of each distance
     o_ptr,
     do_ptr,
     dq_ptr,  # o, do, dq: (Tq, H, D), contiguous
     lse_ptr,
-    delta_ptr,  # (H, Tq) fp32, written here for attention_dkdv_kernel
+    stats_ptr,  # (H, Tq, 2) fp32: lse and delta, written here for attention_dkdv_kernel
     partial_ptr,  # (slots, H, BUCKETS) fp32; a query tile has the slot  its sequence's first token // BM + b + tile
     cu_q_ptr,
     cu_k_ptr,
@@ -289,36 +310,38 @@ def attention_dq_kernel(
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start
     if i0 >= M:
         return
-    q_ptr += q_start.to(tl.int64) * q_stride + h * q_head
-    k_ptr += k_start.to(tl.int64) * k_stride + h * k_head
-    v_ptr += k_start.to(tl.int64) * v_stride + h * v_head
-    here = q_start.to(tl.int64) * H * D + h * D
-    diag_ptr += h * (2 * reach + 1)
+    q_ptr += q_start.to(tl.int64) * q_stride + h.to(tl.int64) * q_head
+    k_ptr += k_start.to(tl.int64) * k_stride + h.to(tl.int64) * k_head
+    v_ptr += k_start.to(tl.int64) * v_stride + h.to(tl.int64) * v_head
+    here = (q_start.to(tl.int64) * H + h) * D
+    diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
-    columns = tl.arange(0, BN)
     shift = N - M if CAUSAL else 0
     p0 = i0 + shift
     left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
-    q = rows_of(q_ptr, rows, M, q_stride, D, WIDEN)
-    do = rows_of(do_ptr + here, rows, M, H * D, D, WIDEN)
-    o = rows_of(o_ptr + here, rows, M, H * D, D, WIDEN)
+    q = rows_of(q_ptr, i0, M, q_stride, BM, D, True, WIDEN)
+    do = rows_of(do_ptr + here, i0, M, H * D, BM, D, True, WIDEN)
+    o = rows_of(o_ptr + here, i0, M, H * D, BM, D, True, WIDEN)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta_ptr + h * Tq + q_start + rows, delta, mask=rows < M)
     lse = tl.load(lse_ptr + h * Tq + q_start + rows, mask=rows < M, other=float("inf"))  # P = 0 past the end
+    stats_ptr += 2 * (h * Tq + q_start + rows)
+    tl.store(stats_ptr, lse, mask=rows < M)
+    tl.store(stats_ptr + 1, delta, mask=rows < M)
     dq = tl.zeros([BM, D], tl.float32)
     before = tl.load(diag_ptr) * LOG2E if BIAS else 0.0
-    after = tl.load(diag_ptr + 2 * reach) * LOG2E if BIAS else 0.0
+    after = tl.load(diag_ptr + 2 * (reach + MARGIN)) * LOG2E if BIAS else 0.0
     sum_before = tl.zeros([BM], tl.float32)
     sum_after = tl.zeros([BM], tl.float32)
     sums = tl.zeros([1, BUCKETS], tl.float32)
 
     for t in range(0, left + right):  # plain tiles
         j0 = tl.where(t < left, t, t - left + first_right) * BN
-        k = rows_of(k_ptr, j0 + columns, N, k_stride, D, WIDEN)
-        v = rows_of(v_ptr, j0 + columns, N, v_stride, D, WIDEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * LOG2E + tl.where(t < left, before, after)
-        ds = score_gradient(s, do, v, lse, delta, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False, WIDEN)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False, WIDEN)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        unbiased = lse - tl.where(t < left, before, after)
+        ds = score_gradient(s, do, v, unbiased, delta, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
         if TABLE_GRADIENT:
             of_row = tl.sum(ds, 1)
             sum_before += tl.where(t < left, of_row, 0.0)
@@ -327,16 +350,10 @@ def attention_dq_kernel(
 
     for t in range(left, left + edge):
         j0 = tl.where(t < first_right, t, t + right) * BN
-        k = rows_of(k_ptr, j0 + columns, N, k_stride, D, WIDEN)
-        v = rows_of(v_ptr, j0 + columns, N, v_stride, D, WIDEN)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True, WIDEN)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True, WIDEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        distance = (j0 + columns)[None, :] - (shift + rows)[:, None]
-        if BIAS:
-            s += bias_of(diag_ptr, distance, reach)
-        visible = (j0 + columns)[None, :] < N
-        if CAUSAL:
-            visible = visible & (distance <= 0)
-        s = tl.where(visible, s * LOG2E, float("-inf"))
+        s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
         ds = score_gradient(s, do, v, lse, delta, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
         if TABLE_GRADIENT:
             sums = add_diagonals(sums, ds, lut_ptr, j0 - p0, reach)
@@ -348,15 +365,27 @@ def attention_dq_kernel(
     if TABLE_GRADIENT:
         bucket = tl.arange(0, BUCKETS)[None, :]
         sums += tl.where(bucket == tl.load(lut_ptr), tl.sum(sum_before, 0), 0.0)
-        sums += tl.where(bucket == tl.load(lut_ptr + 2 * reach), tl.sum(sum_after, 0), 0.0)
+        sums += tl.where(bucket == tl.load(lut_ptr + 2 * (reach + MARGIN)), tl.sum(sum_after, 0), 0.0)
         slot = (q_start // BM + b + i0 // BM).to(tl.int64)
         tl.store(partial_ptr + (slot * H + h) * BUCKETS + bucket, sums)
 
 
 @triton.jit
+def stats_of(ptr, first, count, ROWS: tl.constexpr, MASK: tl.constexpr):
+    """(lse, delta) of ROWS queries; MASK: from query `count` on lse is inf, so that P = 0.
+
+    They lie side by side: loads from two arrays would be 32 copies of 4 bytes a thread (triton 3.6).
+    """
+    r = tl.arange(0, ROWS)
+    place = ptr + 2 * first + (2 * r[:, None] + tl.arange(0, 2)[None, :])
+    lse, delta = tl.split(tl.load(place, mask=first + r[:, None] < count, other=0.0) if MASK else tl.load(place))
+    return tl.where(first + r < count, lse, float("inf")) if MASK else lse, delta
+
+
+@triton.jit
 def dkdv_step(
     i0,
-    bias_before,  # of all distances of the tile, times log2 e; unless EDGE, which looks them up
+    bias,  # of the whole tile, times log2 e; an EDGE tile looks it up
     k,
     v,
     dk,
@@ -364,8 +393,7 @@ def dkdv_step(
     q_ptr,
     do_ptr,
     diag_ptr,
-    lse_ptr,
-    delta_ptr,
+    stats_ptr,
     q_stride,
     do_stride,
     j0,
@@ -386,26 +414,23 @@ def dkdv_step(
 ):
     """dk and dv with the queries from i0 on added. Scores are transposed here, (BN, BM), as both products want them."""
     BN: tl.constexpr = k.shape[0]
-    rows = i0 + tl.arange(0, BM)
-    q = rows_of(q_ptr, rows, M, q_stride, k.shape[1], WIDEN)
-    do = rows_of(do_ptr, rows, M, do_stride, k.shape[1], WIDEN)
-    lse = tl.load(lse_ptr + rows, mask=rows < M, other=float("inf"))  # P = 0 past the end
-    delta = tl.load(delta_ptr + rows, mask=rows < M, other=0.0)
+    q = rows_of(q_ptr, i0, M, q_stride, BM, k.shape[1], EDGE, WIDEN)
+    do = rows_of(do_ptr, i0, M, do_stride, BM, k.shape[1], EDGE, WIDEN)
+    lse, delta = stats_of(stats_ptr, i0, M, BM, EDGE)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if EDGE:
-        distance = (j0 + tl.arange(0, BN))[:, None] - (shift + rows)[None, :]
+        r, c = tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None]
         if BIAS:
-            s += bias_of(diag_ptr, distance, reach)
-        s *= LOG2E
+            s = add_bias(s, r, c, diag_ptr, j0 - i0 - shift, reach)
         if CAUSAL:
-            s = tl.where(distance <= 0, s, float("-inf"))
+            s = tl.where(c - r <= i0 + shift - j0, s, float("-inf"))
     else:
-        s = s * LOG2E + bias_before
-    p = tl.exp2(s - lse[None, :])
+        lse -= bias
+    p = tl.exp2(s * LOG2E - lse[None, :])
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     dropped = p
     if DROPOUT:
-        mask = tl.trans(kept(seed, q_start + rows, h, j0, threshold, BN))
+        mask = tl.trans(kept(seed, q_start + i0 + tl.arange(0, BM), h, j0, threshold, BN))
         scale = 256.0 / (256 - threshold)
         dropped = tl.where(mask, p * scale, 0.0)
         dp = tl.where(mask, dp * scale, 0.0)
@@ -424,8 +449,7 @@ def attention_dkdv_kernel(
     do_ptr,  # (Tq, H, D), contiguous
     dk_ptr,
     dv_ptr,  # dk, dv: (Tk, H, D), contiguous
-    lse_ptr,
-    delta_ptr,
+    stats_ptr,
     cu_q_ptr,
     cu_k_ptr,
     tiles,  # key tiles of the longest sequence
@@ -455,35 +479,35 @@ def attention_dkdv_kernel(
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start
     if j0 >= N:
         return
-    q_ptr += q_start.to(tl.int64) * q_stride + h * q_head
-    k_ptr += k_start.to(tl.int64) * k_stride + h * k_head
-    v_ptr += k_start.to(tl.int64) * v_stride + h * v_head
-    do_ptr += q_start.to(tl.int64) * H * D + h * D
-    lse_ptr += h * Tq + q_start
-    delta_ptr += h * Tq + q_start
-    diag_ptr += h * (2 * reach + 1)
+    q_ptr += q_start.to(tl.int64) * q_stride + h.to(tl.int64) * q_head
+    k_ptr += k_start.to(tl.int64) * k_stride + h.to(tl.int64) * k_head
+    v_ptr += k_start.to(tl.int64) * v_stride + h.to(tl.int64) * v_head
+    do_ptr += (q_start.to(tl.int64) * H + h) * D
+    stats_ptr += 2 * (h * Tq + q_start)
+    diag_ptr += h * (2 * (reach + MARGIN) + 1)
     keys = j0 + tl.arange(0, BN)
     shift = N - M if CAUSAL else 0
-    early, first, late, end = query_tiles(j0, M, shift, reach, CAUSAL, BIAS, BM, BN)
+    early, first, late, whole, end = query_tiles(j0, M, shift, reach, CAUSAL, BIAS, BM, BN)
 
-    k = rows_of(k_ptr, keys, N, k_stride, D, WIDEN)
-    v = rows_of(v_ptr, keys, N, v_stride, D, WIDEN)
+    k = rows_of(k_ptr, j0, N, k_stride, BN, D, True, WIDEN)
+    v = rows_of(v_ptr, j0, N, v_stride, BN, D, True, WIDEN)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     before = tl.load(diag_ptr) * LOG2E if BIAS else 0.0
-    after = tl.load(diag_ptr + 2 * reach) * LOG2E if BIAS else 0.0
+    after = tl.load(diag_ptr + 2 * (reach + MARGIN)) * LOG2E if BIAS else 0.0
 
-    for t in range(0, early + end - late):  # plain tiles; for early queries the keys lie far after
+    for t in range(0, early + whole - late):  # plain tiles; for early queries the keys lie far after
         i0 = tl.where(t < early, t, t - early + late) * BM
         bias = tl.where(t < early, after, before)
         dk, dv = dkdv_step(
-            i0, bias, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, lse_ptr, delta_ptr, q_stride, H * D, j0, M, shift,
-            reach, seed, q_start, h, threshold, False, CAUSAL, BIAS, DROPOUT, BM, WIDEN, PRECISION,
+            i0, bias, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, H * D, j0, M, shift, reach, seed,
+            q_start, h, threshold, False, CAUSAL, BIAS, DROPOUT, BM, WIDEN, PRECISION,
         )  # fmt: skip
-    for t in range(first, late):
+    for t in range(first, late + end - whole):
+        i0 = tl.where(t < late, t, whole) * BM
         dk, dv = dkdv_step(
-            t * BM, 0.0, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, lse_ptr, delta_ptr, q_stride, H * D, j0, M, shift,
-            reach, seed, q_start, h, threshold, True, CAUSAL, BIAS, DROPOUT, BM, WIDEN, PRECISION,
+            i0, 0.0, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, H * D, j0, M, shift, reach, seed,
+            q_start, h, threshold, True, CAUSAL, BIAS, DROPOUT, BM, WIDEN, PRECISION,
         )  # fmt: skip
 
     here = k_start.to(tl.int64) * H * D + h * D + keys[:, None] * (H * D) + tl.arange(0, D)[None, :]

@@ -41,9 +41,11 @@ def bucket_table(num_buckets, max_distance, bidirectional, device):
 
 
 @functools.cache
-def near_buckets(num_buckets, max_distance, bidirectional, device):
+def near_buckets(
+    num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device, margin: int = 0
+) -> tuple[int, Tensor]:
     """(reach, buckets): the least reach >= 1 such that all distances <= -reach share a bucket, and all >= reach
-    another, and the buckets of the distances from -reach to reach, (2 * reach + 1,) int32 on the device.
+    another, and the buckets of the distances up to reach + margin each way, (2 * (reach + margin) + 1,) int32.
 
     The last bucket of 32 begins at distance 91 of 128 (bidirectional) or 113 (causal).
     """
@@ -51,5 +53,5 @@ def near_buckets(num_buckets, max_distance, bidirectional, device):
     before, after = bucket[:max_distance].flip(0), bucket[max_distance + 1 :]  # at distance 1, 2, ...
     own = ((before != before[-1]) | (after != after[-1])).nonzero()
     reach = int(own.max()) + 2 if len(own) else 1  # own[i] is distance i + 1
-    near = bucket[max_distance - reach : max_distance + reach + 1]
-    return reach, near.to(torch.int32).to(device)
+    near = torch.arange(-reach - margin, reach + margin + 1).clamp(-max_distance, max_distance)
+    return reach, bucket[near + max_distance].to(torch.int32).to(device)

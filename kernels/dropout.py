@@ -2,9 +2,11 @@
 
 A mask is never stored. The backward pass makes it again, whatever tiles it works in, because the bits of an element
 come from Philox (Salmon et al. 2011), a generator without state: four 32-bit counters and a 64-bit key, the seed, go
-in, four random words come out. One call serves 16 neighbours in a row, which get a byte each:
+in, four random words come out. One call serves 16 elements of a row, which get a byte each. They are the 16 of 64
+columns that one thread of a matrix product holds, columns 8 k + 2 q + e with k = 0 .. 7 and e = 0, 1, so that in
+attention the mask is where the scores are:
 
-    counters (row, plane, column // 16, 0)  ->  16 bytes;   element kept  <=>  its byte >= 256 p
+    counters (row, plane, 4 (column // 64) + q, 0)  ->  byte 2 k + e;   element kept  <=>  its byte >= 256 p
 
 So p is rounded to a multiple of 1/256 (0.1 becomes 26/256 = 0.1016), and the survivors are scaled by what the rounded p
 calls for; an expectation is exact. A word per element would cost four times the arithmetic, which in attention is more
@@ -35,16 +37,27 @@ ROUNDS = tl.constexpr(7)
 
 @triton.jit
 def kept(seed, rows, plane, first_column, threshold, COLUMNS: tl.constexpr):
-    """(len(rows), COLUMNS) booleans. rows: int32 (R,); first_column: a multiple of 16; COLUMNS: 16, 32, 64, ..."""
+    """(len(rows), COLUMNS) booleans. rows: int32 (R,); first_column: a multiple of COLUMNS, which is 16, 32, 64, ..."""
     R: tl.constexpr = rows.shape[0]
-    groups = first_column // 16 + tl.arange(0, COLUMNS // 16)
+    GROUPS: tl.constexpr = 4 * ((COLUMNS + 63) // 64)
+    groups = first_column // 64 * 4 + tl.arange(0, GROUPS)
     c0 = rows[:, None] + tl.zeros_like(groups)[None, :]
     c1 = tl.zeros_like(c0) + plane
     c2 = tl.zeros_like(c0) + groups[None, :]
-    a, b, c, d = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0), ROUNDS)  # each (R, COLUMNS / 16)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, COLUMNS // 4))  # in the order a, b, c, d
-    bytes = (words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :].to(tl.uint32)) & 0xFF
-    return tl.reshape(bytes, (R, COLUMNS)).to(tl.int32) >= threshold
+    a, b, c, d = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0), ROUNDS)  # each (R, GROUPS)
+    if COLUMNS == 16:  # a quarter of the bytes, or half of them
+        part = first_column // 16 % 4
+        words = tl.where(part < 2, tl.where(part == 0, a, b), tl.where(part == 2, c, d))
+    elif COLUMNS == 32:
+        first = first_column // 32 % 2 == 0
+        words = tl.join(tl.where(first, a, c), tl.where(first, b, d))
+    else:
+        words = tl.join(tl.join(a, c), tl.join(b, d))  # in the order a, b, c, d
+    PAIRS: tl.constexpr = COLUMNS // (2 * GROUPS)  # of neighbours that a group decides
+    words = tl.reshape(words, (R, GROUPS, PAIRS // 2))
+    bytes = words[:, :, :, None] << (24 - 8 * tl.arange(0, 4))[None, None, None, :].to(tl.uint32)
+    bytes = tl.permute(tl.reshape(bytes, (R, GROUPS // 4, 4, PAIRS, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(bytes, (R, COLUMNS)) >= (threshold.to(tl.uint32) << 24)
 
 
 def threshold_of(p):

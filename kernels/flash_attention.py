@@ -52,6 +52,7 @@ from torch import Tensor
 
 from .attention_kernels import (
     CONFIGURATIONS,
+    MARGIN,
     attention_dkdv_kernel,
     attention_dq_kernel,
     attention_forward_kernel,
@@ -200,8 +201,8 @@ class Launcher:
         self.longest_q, self.longest_k = longest
         self.reach, self.lut, self.diag = 0, cu_seqlens_q, q  # without a table no kernel reads them
         if table is not None:
-            self.reach, self.lut = near_buckets(len(table), max_distance, not causal, table.device)
-            self.diag = table.float().T.index_select(1, self.lut)  # (H, 2 reach + 1)
+            self.reach, self.lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
+            self.diag = table.float().T.index_select(1, self.lut)  # (H, 2 (reach + MARGIN) + 1)
         self.seed, self.threshold = seed, threshold_of(dropout_p)
         self.flags = dict(CAUSAL=causal, BIAS=table is not None, DROPOUT=self.threshold > 0, D=q.shape[2])
         self.flags |= dict(WIDEN=INTERPRETED, PRECISION="ieee")
@@ -224,27 +225,27 @@ class Launcher:
         return o, lse
 
     def dq(self, o, lse, do, num_buckets):
-        """dq, delta (H, Tq), and d table (num_buckets, H) or, for num_buckets = 0, None."""
+        """dq, stats (H, Tq, 2), and d table (num_buckets, H) or, for num_buckets = 0, None."""
         Tq, H, _ = self.q.shape
         BM, BN, warps, stages = configuration("dq", self.q)
         assert BM <= BN
-        dq, delta = torch.empty_like(o), torch.empty_like(lse)
+        dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=o.device)
         buckets = next_power_of_2(num_buckets) if num_buckets else 1
         slots = Tq // BM + len(self.cu_q) - 1 if num_buckets else 1
         partial = torch.zeros(slots, H, buckets, device=o.device)
         grid, sizes = self.sizes(self.longest_q, BM)
         options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
         options |= dict(BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
-        tensors = (self.q, self.k, self.v, self.diag, self.lut, o, do, dq, lse, delta, partial)
+        tensors = (self.q, self.k, self.v, self.diag, self.lut, o, do, dq, lse, stats, partial)
         launch(attention_dq_kernel, grid, *tensors, *sizes, **options)
-        return dq, delta, partial.sum(0).T[:num_buckets] if num_buckets else None
+        return dq, stats, partial.sum(0).T[:num_buckets] if num_buckets else None
 
-    def dkdv(self, lse, delta, do):
+    def dkdv(self, stats, do):
         BM, BN, warps, stages = configuration("dkdv", self.q)
         dk, dv = (torch.empty(self.k.shape, dtype=do.dtype, device=do.device) for _ in range(2))
         grid, sizes = self.sizes(self.longest_k, BN)
         options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        tensors = (self.q, self.k, self.v, self.diag, do, dk, dv, lse, delta)
+        tensors = (self.q, self.k, self.v, self.diag, do, dk, dv, stats)
         launch(attention_dkdv_kernel, grid, *tensors, *sizes, **options)
         return dk, dv
 
@@ -263,8 +264,8 @@ class Attention(torch.autograd.Function):
         q, k, v, table, o, lse = ctx.saved_tensors
         launcher, do = Launcher(q, k, v, table, *ctx.rest), do.contiguous()
         wanted = ctx.needs_input_grad
-        dq, delta, d_table = launcher.dq(o, lse, do, len(table) if wanted[3] else 0)
-        dk, dv = launcher.dkdv(lse, delta, do) if wanted[1] or wanted[2] else (None, None)
+        dq, stats, d_table = launcher.dq(o, lse, do, len(table) if wanted[3] else 0)
+        dk, dv = launcher.dkdv(stats, do) if wanted[1] or wanted[2] else (None, None)
         return dq, dk, dv, d_table, *[None] * len(ctx.rest)
 
 

@@ -22,7 +22,8 @@ def philox(seed, counters, rounds=7):
 def kept(seed, rows, plane, columns, threshold):
     """(rows, columns) booleans of kernels/dropout.py, from NumPy alone: row numbers (R,), columns 0 .. columns - 1."""
     row, column = np.broadcast_arrays(np.asarray(rows)[:, None], np.arange(columns)[None, :])
-    words = philox(seed, (row, np.full_like(row, plane), column // 16, np.zeros_like(row)))
-    word = np.choose(column % 16 // 4, words)
-    byte = word >> (8 * (column % 4)).astype(np.uint64) & np.uint64(255)
+    group = 4 * (column // 64) + column % 8 // 2
+    words = philox(seed, (row, np.full_like(row, plane), group, np.zeros_like(row)))
+    place = 2 * (column % 64 // 8) + column % 2
+    byte = np.choose(place // 4, words) >> (8 * (place % 4)).astype(np.uint64) & np.uint64(255)
     return torch.from_numpy(byte.astype(np.int64) >= threshold)
