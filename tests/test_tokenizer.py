@@ -1,6 +1,7 @@
 """The tokenizer gives the ids that transformers' T5 tokenizer gives over the same spiece.model."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -94,6 +95,38 @@ def test_extra_ids_come_from_the_configuration(spiece, tmp_path):
     assert tokenizer.T5Tokenizer(tmp_path / "spiece.model").extra_ids == 0, "named as a file or by its directory"
     (tmp_path / "tokenizer_config.json").unlink()
     assert tokenizer.T5Tokenizer(tmp_path / "spiece.model").extra_ids == 100
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "[" * 100_000, *(f'{{"extra_ids": {n}}}' for n in ("-1", "1000000", "Infinity", '"9"', "true"))],
+)
+def test_a_configuration_that_is_none_is_refused_by_name(spiece, tmp_path, content):
+    tokenizer.T5Tokenizer(spiece).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match="tokenizer_config.json: (extra_ids is|not a tokenizer configuration)"):
+        tokenizer.T5Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("unit", ["a", "ab ", "</s>", "longer and longer "])
+def test_a_text_without_end_does_not_hold_up_training(tmp_path, unit):
+    """A word of a million letters took six minutes: of a text, and of a word, only the beginning is trained on."""
+    lines = [f"How many are {kind}?" for kind in ("fruit", "tools", "animals")] * 5
+    huge = unit * (1_000_000 // len(unit))
+    cut = huge[:20_000] if " " in unit else huge[:100]
+    one = tokenizer.train([*lines, huge], tmp_path / "a.model", vocab_size=60)
+    assert one.model == tokenizer.train([*lines, cut], tmp_path / "b.model", vocab_size=60).model
+    assert len(one.encode(huge)) > 60_000, "encoding, which takes no time, cuts nothing"
+
+
+def test_a_full_disk_leaves_nothing_behind(spiece, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device: .*spiece.model"):
+        tokenizer.T5Tokenizer(spiece).save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content, error", [(None, FileNotFoundError), (b"", ValueError), (b"not a model", ValueError)])

@@ -10,12 +10,14 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
 
 PAD, EOS, UNK = 0, 1, 2
 SPIECE, CONFIG = "spiece.model", "tokenizer_config.json"
+LONGEST_TEXT, LONGEST_WORD = 20_000, 100  # characters that `train` looks at: a word of a million letters takes minutes
 
 
 class T5Tokenizer:
@@ -24,7 +26,7 @@ class T5Tokenizer:
     Raises FileNotFoundError if there is no such file, ValueError if it is no SentencePiece model with T5's ids.
     """
 
-    def __init__(self, path, extra_ids=100):
+    def __init__(self, path: str | os.PathLike, extra_ids: int = 100):
         path = Path(path)
         path = path / SPIECE if path.is_dir() else path
         if not path.is_file():
@@ -45,7 +47,7 @@ class T5Tokenizer:
         self.special |= {self.pieces.id_to_piece(i): i for i in (PAD, EOS, UNK)}
         self.split = re.compile("(" + "|".join(map(re.escape, self.special)) + ")").split
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """text -> ids, ending in </s>."""
         ids = []
         for part in self.split(text.replace("\x85", " ")):  # white space to transformers, unknown to SentencePiece
@@ -55,12 +57,12 @@ class T5Tokenizer:
                 ids += self.pieces.encode(part)
         return [*ids, EOS]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """ids -> text, without special tokens."""
         first_sentinel = self.vocab_size - self.extra_ids
         return self.pieces.decode([i for i in ids if UNK < i < first_sentinel])
 
-    def save(self, directory):
+    def save(self, directory: str | os.PathLike) -> None:
         """Write spiece.model and the configuration by which transformers loads it, to an existing directory."""
         config = {
             "tokenizer_class": "T5Tokenizer",
@@ -75,20 +77,21 @@ class T5Tokenizer:
 
 def configured_extra_ids(path, default):
     try:
-        return int(json.loads(path.read_text("utf-8")).get("extra_ids", default))
-    except FileNotFoundError:
-        return default
-    except (ValueError, TypeError, AttributeError):
+        value = json.loads(path.read_text("utf-8")).get("extra_ids", default) if path.is_file() else default
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}: not a tokenizer configuration") from None
+    if type(value) is not int or not 0 <= value <= 1000:
+        raise ValueError(f"{path}: extra_ids is {value!r}, not from 0 to 1000")
+    return value
 
 
-def train(texts, path, vocab_size=8000):
+def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8000) -> T5Tokenizer:
     """Train a unigram SentencePiece model with T5's ids on an iterable of texts and write it to `path`.
 
     vocab_size is the most pieces it may have; a small text gives fewer. The same texts give the same model. Returns its
     T5Tokenizer. Raises ValueError if the texts are empty or have more characters than vocab_size.
     """
-    texts = list(texts)
+    texts = [re.sub(rf"(\S{{{LONGEST_WORD}}})\S+", r"\1", text[:LONGEST_TEXT]) for text in texts]
     # SentencePiece proposes as pieces what two different words share, so that in a small text a word always written
     # alike ("How") falls into letters. Every repeated word is therefore shown in a second form.
     words = Counter(word for text in texts for word in re.findall(r"\w+", text))
@@ -125,5 +128,9 @@ def train(texts, path, vocab_size=8000):
 
 def write(path, content):
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as problem:
+        temporary.unlink(missing_ok=True)
+        raise OSError(problem.errno, problem.strerror, str(path)) from None  # write() names no file

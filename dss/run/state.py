@@ -1,10 +1,22 @@
-"""The state of an unfinished run, in one file: what a run needs to go on as if it had not been interrupted."""
+"""The state of an unfinished run: what it needs to go on as if it had not been interrupted.
+
+state.pt is what torch.save writes and, behind it, the sha256 of that. state.before.pt is the state before it, for the
+case that state.pt is damaged.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
 
 from dataclasses import dataclass, field
 
 import torch
 
-from data.files import replacing
+from data.files import digest, reason, replacing
+
+BEFORE = "state.before.pt"
+DIGEST = 32  # bytes
 
 
 @dataclass
@@ -25,7 +37,7 @@ class StateError(ValueError):
     """A file that is not the state of the run that would go on with it; the message names it."""
 
 
-def save_state(path, model, optimizer, progress):
+def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
     """Write weights, optimizer, random generators and `progress`, a dict of tensors, numbers and the like,
     complete or not at all. Raises OSError if it cannot be written."""
     generators = {"cpu": torch.get_rng_state()}
@@ -35,26 +47,67 @@ def save_state(path, model, optimizer, progress):
     try:
         with replacing(path) as file:
             torch.save(state | {"progress": progress}, file)
+            file.flush()
+            file.write(digest(file.name))
+            path.with_name(BEFORE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is none, or a file system without hard links
+                os.link(path, path.with_name(BEFORE))
     except RuntimeError as problem:  # what torch makes of a full disk
         raise OSError(f"{path}: cannot be written ({reason(problem)})") from None
 
 
-def reason(problem):
-    """The system's reason where an error followed from one, else the error's first line."""
-    system = problem.__context__
-    return (system.strerror if isinstance(system, OSError) else None) or str(problem).splitlines()[0]
-
-
-def load_state(path, model, optimizer):
-    """Put back what `save_state` wrote; returns its `progress`. Raises StateError if the file is not such a state."""
+def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Put back what `save_state` wrote last, or, with a line on stderr, what it wrote before if that is damaged.
+    Returns its `progress`. Raises StateError if neither is sound, or the sound one not of this model and optimizer."""
     device = next(model.parameters()).device
+    sound = next((p for p in (path, path.with_name(BEFORE)) if is_sound(p)), None)
+    if sound is None:
+        raise StateError(f"{path}: not the state of this run, or damaged, and {BEFORE} is no better; try --overwrite")
+    if sound != path:
+        print(f"{path}: damaged; going on with {BEFORE}, the state before it", file=sys.stderr)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(sound, map_location="cpu", weights_only=True)
+        moments, best = state["optimizer"]["state"], state["progress"].get("best")
+        fits = [shapes(weights) == shapes(model.state_dict()) for weights in (state["model"], best) if weights]
+        if not all(fits) or (moments and {i: shapes(of) for i, of in moments.items()} != expected(optimizer)):
+            raise ValueError("its tensors have other shapes")  # given to the fused AdamW, they would crash Python
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         torch.set_rng_state(state["generators"]["cpu"])
         if device.type == "cuda" and "cuda" in state["generators"]:
             torch.cuda.set_rng_state(state["generators"]["cuda"])
         return state["progress"]
     except Exception as problem:  # torch.load documents no closed set of errors for a damaged file
-        raise StateError(f"{path}: not the state of this run ({str(problem).splitlines()[0]})") from None
+        raise StateError(f"{sound}: not the state of this run ({reason(problem)})") from None
+
+
+def remove_state(path: Path) -> None:
+    """Delete the states of a run that has ended."""
+    for file in (path, path.with_name(BEFORE)):
+        file.unlink(missing_ok=True)
+
+
+def is_sound(path):
+    """Whether a file ends in the digest of all before it."""
+    size = path.stat().st_size - DIGEST if path.is_file() else -1
+    if size < 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(size)
+        return file.read() == digest(path, size)
+
+
+def shapes(tensors):
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def expected(optimizer):
+    """{number of a parameter: the `shapes` of what AdamW or Adafactor keeps of it}."""
+    result = {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        kept = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+        if isinstance(optimizer, torch.optim.Adafactor):
+            factors = dict(row_var=(*p.shape[:-1], 1), col_var=(*p.shape[:-2], 1, p.shape[-1]))
+            kept = dict(step=()) | (factors if p.dim() > 1 else dict(variance=p.shape))
+        result[i] = {name: (tuple(shape), torch.float32) for name, shape in kept.items()}
+    return result
