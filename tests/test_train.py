@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import tokenizer
 import train
 from data.interrupt import Interrupted, Stop
 from data.jsonl import Record, read_jsonl, write_jsonl
+from dss.batch import RATIONALE
 from dss.config import parse_args
 from dss.rows import load_rows, rows_for, swap_rationales
 from dss.run.start import make_model
@@ -218,9 +220,12 @@ def test_each_epoch_trains_on_the_next_rationale_of_a_row(files, tmp_path, monke
     assert list(read_jsonl(tmp_path / "several.jsonl")) == rows
     seen, original = [], train.train_step
 
-    def spy(student, optimizer, examples, *rest):
-        seen.append([student.tokenizer.decode(s.target_ids).split()[0] for row in examples for s in row[1:]])
-        return original(student, optimizer, examples, *rest)
+    def spy(student, optimizer, work, *rest):
+        (batch,) = work.batches
+        targets = zip(batch.task.tolist(), batch.labels.tolist())
+        text = student.tokenizer.decode([token for task, token in targets if task == RATIONALE])
+        seen.append(re.findall("first|second", text))
+        return original(student, optimizer, work, *rest)
 
     monkeypatch.setattr(train, "train_step", spy)
     given = ["--data", tmp_path / "several.jsonl", "--eval_data", tmp_path / "several.jsonl", "--method", "dss"]
@@ -384,7 +389,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(files, tmp_path, capsys,
 
 def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
     out = tmp_path / "out"
-    arguments = [*files, "--steps", "100000", "--eval_every", "5", "--batch_size", "2", "--out", str(out)]
+    arguments = [*files, "--steps", "100000", "--eval_every", "5", "--save_minutes", "0", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not (out / "standard" / "state.pt").exists() and time.monotonic() < deadline:
@@ -397,12 +402,13 @@ def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
 
 
 def test_a_killed_run_leaves_a_state_to_resume_and_torn_log_lines_are_dropped(files, tmp_path, monkeypatch):
-    arguments = [*files, *QUICK, "--method", "dss"]
+    arguments = [*files, *QUICK, "--method", "dss", "--save_minutes", "0"]
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", die_after(4, train.train_step))
         with pytest.raises(SystemError):
             run(*arguments, "--out", tmp_path / "killed")
+    assert (tmp_path / "killed" / "dss" / "state.pt").exists()
     with open(tmp_path / "killed" / "dss" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     assert run(*arguments, "--out", tmp_path / "killed", "--resume") == 0

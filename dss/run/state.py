@@ -15,7 +15,6 @@ class Progress:
     evaluated: int = 0  # the step of the last look at the validation rows
     best_step: int = 0
     best_accuracy: float = -1.0
-    best: dict = field(default_factory=dict)  # the weights of best_step
     seconds: float = 0.0  # of training and evaluation
     tokens: int = 0  # trained on, inputs and targets
     window: dict = field(default_factory=dict)  # what the log has summed since its last line
