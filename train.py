@@ -18,9 +18,9 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once and without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import copy
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,36 +34,40 @@ from data import arguments
 from data.files import read_json
 from data.interrupt import Stop
 from data.jsonl import Record, write_jsonl
-from dss.batch import Sequence, count_targets, pack, sequences
+from dss.batch import Examples, Step, ahead, count_tokens, make_step, sequences
 from dss.config import TrainConfig, parse_args
 from dss.loss import distillation_loss
 from dss.model import T5
 from dss.rows import Rows, load_rows, rows_for, single_rationales
-from dss.run.ending import Ended, keeping, require_finite
-from dss.run.output import claimed, find_output, identify, write_json
+from dss.run import parallel
+from dss.run.ending import Ended, Keeper, require_finite
+from dss.run.output import claimed, find_output, forget_state, identify, write_json
 from dss.run.report import Log, introduce, progress_bar, report, say_what_was_cut
-from dss.run.start import choose_device, choose_threads, make_model, make_tokenizer
-from dss.run.state import Progress, load_state, save_state
+from dss.run.start import choose_device, choose_dtype, choose_threads, make_model, make_tokenizer
+from dss.run.state import Progress
 from dss.student import Student
 from tokenizer import T5Tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 training failed, 2 the arguments or files are wrong, 130 interrupted."""
-    config = parse_args(argv)
     try:
-        run = prepare(config)
-        notice = "stopping after this step; Ctrl-C again ends at once"
-        with claimed(run.out, config, run.identity), Stop(notice) as stop:
-            run.student.tokenizer.save(run.out)
-            results = [train(run, method, stop) for method in config.method]
+        with parallel.joined():
+            config = parse_args(argv)
+            run = prepare(config)
+            notice = "stopping after this step; Ctrl-C again ends at once"
+            with claimed(run.out, config, run.identity), Stop(notice) as stop:
+                if parallel.is_first():
+                    run.student.tokenizer.save(run.out)
+                results = [train(run, method, stop) for method in config.method]
+            if parallel.is_first():
+                report(run.out, run.rows, config, results)
     except Ended as end:
         return arguments.fail("train.py", end.status, end)
     except KeyboardInterrupt:
         return arguments.fail("train.py", 130, "interrupted; --resume goes on from the last state that was saved")
     except (OSError, ValueError) as error:
         return arguments.fail("train.py", 2, error)
-    report(run.out, run.rows, config, results)
     return 0
 
 
@@ -71,105 +75,94 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
     """Train a student by one method, select it on the validation rows, test it once. Returns its result.json."""
     config, rows, out = run.config, run.rows, run.out / method
     if (out / "result.json").exists():  # under --resume: done before
-        (out / "state.pt").unlink(missing_ok=True)
         return read_json(out / "result.json")
-    write_json(out / "config.json", run.identity | {"method": method})
-    torch.manual_seed(config.seed)
-    student = replace(run.student, model=copy.deepcopy(run.student.model).to(run.device), method=method)
+    if parallel.is_first():
+        write_json(out / "config.json", run.identity | {"method": method})
+    student = parallel.place(replace(run.student, method=method), run.device, config)
     examples, cut = make_examples(rows.train, method, config, student.tokenizer)
     say_what_was_cut(method, cut, config)
     if method == "standard-matched":
         config = replace(config, steps=matched_steps(examples, run))
-    optimizer, now = make_optimizer(student.model, config), Progress()
-    if (out / "state.pt").exists():
-        now = Progress(**load_state(out / "state.pt", student.model, optimizer))
+    optimizer = make_optimizer(student.model, config)
+    now = parallel.load_state(out, student, optimizer, config)
     log, bar = Log(out / "metrics.jsonl", now), progress_bar(method, now.step, config.steps)
+    keeper = Keeper(out, student, optimizer, now, config)
 
     def validate() -> None:
         log.means(now.step)
         require_finite(student.model, now.step)  # a diverged student is never the best, and never saved
         right, _ = evaluate(student, rows.validation, stop, "validation")
-        accuracy = sum(right) / len(right)
+        accuracy, now.evaluated = sum(right) / len(right), now.step
         if accuracy >= now.best_accuracy:  # a tie goes to the weights that have learned longer
-            now.best = {name: tensor.cpu().clone() for name, tensor in student.model.state_dict().items()}
-            now.best_accuracy, now.best_step = accuracy, now.step
-        now.evaluated = now.step
+            keeper.keep_best(accuracy)
         log.write_accuracy(now.step, accuracy)
         bar.write(f"{method}: step {now.step:,}, validation accuracy {accuracy:.1%}", file=sys.stderr)
-        save_state(out / "state.pt", student.model, optimizer, vars(now))
 
-    with keeping(out, student, optimizer, now), log, bar:
+    with keeper, log, bar:
         if now.evaluated < now.step and is_due(now.step, config):  # it was interrupted in the middle of this
             validate()
+        ahead = steps_ahead(now.step, examples, student, config)
         for step in range(now.step, config.steps):
-            rate, order = learning_rate(step, config), rows_of_step(step, len(examples), config)
-            batch = [examples[row][epoch % len(examples[row])] for row, epoch in order]
-            losses, norm, tokens = train_step(student, optimizer, batch, rate, config)
-            now.step, now.tokens = step + 1, now.tokens + tokens
-            log.add(losses, tokens)
+            work, rate = next(ahead), learning_rate(step, config)
+            parallel.seed(config.seed, step)
+            losses, norm = train_step(student, optimizer, work, rate, config)
+            now.step, now.tokens = step + 1, now.tokens + work.tokens
+            log.add(losses, work.tokens)
             bar.update()
             if now.step % config.log_every == 0 or now.step == config.steps:
                 bar.set_postfix_str(log.write_means(now.step, rate, norm), refresh=False)
             if is_due(now.step, config):
                 validate()
-            stop.check()
+            keeper.keep_state()
+            parallel.check(stop)
         bar.close()
-        student.model.load_state_dict(now.best)
+        keeper.keep_state(at_once=True)
+        parallel.load_weights(student, out / "student", config)
         return test(student, rows, now, cut, out, stop)
 
 
 def train_step(
-    student: Student, optimizer: torch.optim.Optimizer, examples: list[list[Sequence]], rate: float, config: TrainConfig
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """One optimiser step on the sequences of some rows, `micro_batch` rows at a time.
-
-    Returns the step's (L, L_label, L_rationale) as a (3,) tensor, the gradient's norm before clipping, and its tokens.
-    """
+    student: Student, optimizer: torch.optim.Optimizer, work: Step, rate: float, config: TrainConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimiser step. Returns its (L, L_label, L_rationale) as a (3,) tensor, and its gradient's norm before
+    clipping."""
     model = student.model.train()
-    device = model.embedding.weight.device
-    n_label, n_rationale = count_targets([s for row in examples for s in row])  # of the whole step
-    size = config.micro_batch or len(examples)
-    total, tokens = torch.zeros(3, device=device), 0
-    for start in range(0, len(examples), size):
-        part = [s for row in examples[start : start + size] for s in row]
-        batch = pack(part, device, model.config.decoder_start_token_id)
+    total = torch.zeros(3, device=model.embedding.weight.device)
+    for batch in work.batches:
         with student.autocast():
-            L, L_label, L_rationale = distillation_loss(model, batch, n_label, n_rationale, config.lam)
+            L, L_label, L_rationale = distillation_loss(model, batch, work.n_label, work.n_rationale, config.lam)
         L.backward()
         total += torch.stack([L.detach(), L_label, L_rationale])
-        tokens += len(batch.input_ids) + len(batch.labels)
+    parallel.sum_up([total, *parallel.gradients(model, config)])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return total, norm, tokens
+    return total, norm
 
 
 def evaluate(student: Student, rows: list[Record], stop: Stop, what: str) -> tuple[list[bool], list[tuple]]:
     """(right or not, (label, rationale)) of the student's answer to each row, by `predict:` alone."""
-    right, answers = [], []
-    for start in tqdm(range(0, len(rows), 256), desc=what, unit="batch", leave=False, delay=3):
-        stop.check()
-        some = student.evaluate(rows[start : start + 256])
-        right, answers = right + some[0], answers + some[1]
-    return right, answers
+    found, size = [], 256 * parallel.size()
+    for start in tqdm(range(0, len(rows), size), desc=what, unit="batch", leave=False, delay=3):
+        parallel.check(stop)
+        found += parallel.share_out(lambda some: list(zip(*student.evaluate(some))), rows[start : start + size])
+    return [right for right, _ in found], [answer for _, answer in found]
 
 
 def test(student: Student, rows: Rows, now: Progress, cut: Counter, out: Path, stop: Stop) -> dict:
-    """Test the selected student, this once, and write predictions, student and result. Returns the result."""
+    """Test the selected student, this once, and write predictions and result. Returns the result."""
     which, asked = ("test", rows.test) if rows.test else ("validation", rows.validation)
     right, answers = evaluate(student, asked, stop, which)
     predictions = [
         dict(id=r.id, split=which, input=r.input, label=r.label, prediction=label, correct=ok, rationale=rationale)
         for r, (label, rationale), ok in zip(asked, answers, right)
     ]
-    write_jsonl(out / "predictions.jsonl", predictions)
     samples = predictions[:3]
     if "standard" not in student.method:  # for the reader's eyes: no test needs the rationale
         for sample, rationale in zip(samples, student.explain([row.input for row in asked[:3]])):
             sample["rationale"] = rationale
-    student.save(out / "student")
     result = {
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
@@ -187,8 +180,10 @@ def test(student: Student, rows: Rows, now: Progress, cut: Counter, out: Path, s
         "torch": torch.__version__,
         "samples": samples,
     }
-    write_json(out / "result.json", result)
-    (out / "state.pt").unlink(missing_ok=True)
+    if parallel.is_first():
+        write_jsonl(out / "predictions.jsonl", predictions)
+        write_json(out / "result.json", result)
+        forget_state(out)
     return result
 
 
@@ -208,6 +203,7 @@ class Run:
 def prepare(config: TrainConfig) -> Run:
     """Raises OSError or ValueError, in one line, for whatever the user can put right."""
     device = choose_device(config.device, config.dtype)
+    config = replace(config, dtype=choose_dtype(config.dtype, device))
     kernels.choice(device)
     rows = load_rows(config)
     out = find_output(config, rows.name)
@@ -215,11 +211,9 @@ def prepare(config: TrainConfig) -> Run:
     model = make_model(config, tok)
     identity = identify(config, rows, tok)
     choose_threads(config.threads, model)
-    introduce(rows, config)
-    size = f"{model.num_parameters():,} parameters, {tok.vocab_size:,} token ids"
-    print(f"student: {config.weights or config.size}, {size}; {device}, {config.dtype}")
     lengths = {name: getattr(config, name) for name in ("max_input_length", "max_target_length", "max_new_tokens")}
     student = Student(model, tok, metric=rows.metric, labels=rows.labels, dtype=config.dtype, **lengths)
+    introduce(rows, student, config, device)
     return Run(config, rows, student, device, out, identity)
 
 
@@ -228,21 +222,33 @@ def prepare(config: TrainConfig) -> Run:
 
 def make_examples(
     rows: list[Record], method: str, config: TrainConfig, tokenizer: T5Tokenizer
-) -> tuple[list[list[list[Sequence]]], Counter]:
+) -> tuple[Examples, Counter]:
     """For each row and each of its rationales the sequences to train on, and how many of them were cut."""
-    cut = Counter()
+    examples, cut = Examples(), Counter()
     learned = "standard" if config.lam == 0 and method.startswith("dss") else method  # then L = L_label
-    rows = tqdm(rows_for(method, rows, config.seed), desc=f"{method}: tokenizing", unit="row", leave=False, delay=3)
     lengths = config.max_input_length, config.max_target_length
-    return [[sequences(one, learned, tokenizer, *lengths, cut) for one in single_rationales(row)] for row in rows], cut
+    rows = rows_for(method, rows, config.seed)
+    for row in tqdm(rows, desc=f"{method}: tokenizing", unit="row", leave=False, delay=3):
+        examples.add(sequences(one, learned, tokenizer, *lengths, cut) for one in single_rationales(row))
+    return examples, cut
 
 
-def matched_steps(examples: list, run: Run) -> int:
+def steps_ahead(first: int, examples: Examples, student: Student, config: TrainConfig) -> Iterator[Step]:
+    """The steps from `first` on, made on the host while the device computes those before."""
+    model, process = student.model, (parallel.rank(), parallel.size())
+    device, start_token = model.embedding.weight.device, model.config.decoder_start_token_id
+
+    def prepare(step: int) -> Step:
+        rows = [examples.sequences(row, epoch) for row, epoch in rows_of_step(step, len(examples), config)]
+        return make_step(rows, config.micro_batch, device, start_token, *process)
+
+    return ahead(prepare, range(first, config.steps))
+
+
+def matched_steps(examples: Examples, run: Run) -> int:
     """Steps in which `examples` of standard finetuning are as many tokens as step-by-step trains on in --steps."""
     dss, _ = make_examples(run.rows.train, "dss", run.config, run.student.tokenizer)
-    standard, matched = (
-        sum(len(s.input_ids) + len(s.target_ids) for row in some for s in row[0]) for some in (examples, dss)
-    )
+    standard, matched = (sum(count_tokens(some.sequences(row)) for row in range(len(some))) for some in (examples, dss))
     return round(run.config.steps * matched / standard)
 
 

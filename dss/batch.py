@@ -9,12 +9,15 @@ another, and `Segments` says where each sequence begins. Both tasks lie in the s
 forward and one backward pass.
 """
 
-from collections import Counter
-from collections.abc import Iterable
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from data.jsonl import Record
@@ -27,9 +30,12 @@ SEPARATOR = "<extra_id_0>"  # between label and rationale in one target; a senti
 
 
 class Sequence(NamedTuple):
-    input_ids: list[int]
+    input_ids: list[int]  # or an array of ints, as in `Examples`
     target_ids: list[int]
     task: int  # LABEL or RATIONALE
+
+
+NOTHING = Sequence([1], [1], -1)  # of no task, so of no weight in the loss: for a process with no row to compute
 
 
 class Segments(NamedTuple):
@@ -96,6 +102,39 @@ def shorten(ids: list[int], longest: int) -> list[int]:
     return ids if len(ids) <= longest else ids[: longest - 1] + ids[-1:]
 
 
+class Examples:
+    """The sequences of many rows, a few bytes a token: a list of a million rows' lists would take ten times as much."""
+
+    def __init__(self) -> None:
+        self.ids, self.ends = array("i"), array("q", [0])  # of all inputs and targets in turn, and where each ends
+        self.tasks = array("b")  # of each sequence
+        self.variants, self.rows = array("q", [0]), array("q", [0])  # a row has variants, a variant has sequences
+
+    def add(self, variants: Iterable[list[Sequence]]) -> None:
+        """Add a row: for each of its rationales the sequences to train on."""
+        for variant in variants:
+            for input_ids, target_ids, task in variant:
+                for ids in (input_ids, target_ids):
+                    self.ids.extend(ids)
+                    self.ends.append(len(self.ids))
+                self.tasks.append(task)
+            self.variants.append(len(self.tasks))
+        self.rows.append(len(self.variants) - 1)
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    def sequences(self, row: int, epoch: int = 0) -> list[Sequence]:
+        """What to train on of a row: each epoch takes the next of its rationales."""
+        first, end = self.rows[row : row + 2]
+        variant = first + epoch % (end - first)
+        numbers = range(*self.variants[variant : variant + 2])
+        return [Sequence(self.part(2 * i), self.part(2 * i + 1), self.tasks[i]) for i in numbers]
+
+    def part(self, number: int) -> array:
+        return self.ids[self.ends[number] : self.ends[number + 1]]
+
+
 def count_targets(sequences: list[Sequence]) -> tuple[int, int]:
     """(N_label, N_rationale): target tokens of each task, what the mean in each task's loss is taken over."""
     counts = [0, 0]
@@ -112,19 +151,69 @@ def segments(lengths: list[int], device: Device = "cpu") -> Segments:
 def pack(sequences: list[Sequence], device: Device = "cpu", start_token: int = 0) -> Batch:
     """A non-empty list of Sequences, each side of each non-empty, as one Batch on `device`."""
 
-    def stream(lists: Iterable[list[int]]) -> torch.Tensor:
-        return to_device(torch.tensor(list(chain.from_iterable(lists))), device)
+    def stream(ids: np.ndarray) -> torch.Tensor:
+        return to_device(torch.from_numpy(ids.astype(np.int64)), device)
 
-    inputs = [s.input_ids for s in sequences]
-    targets = [s.target_ids for s in sequences]
+    inputs, targets = ([len(s[side]) for s in sequences] for side in (0, 1))
+    labels = np.concatenate([s.target_ids for s in sequences])
+    shifted = np.roll(labels, 1)
+    shifted[[0, *accumulate(targets[:-1])]] = start_token
     return Batch(
-        input_ids=stream(inputs),
-        inputs=segments(list(map(len, inputs)), device),
-        decoder_input_ids=stream([start_token, *ids[:-1]] for ids in targets),
-        labels=stream(targets),
-        task=stream([s.task] * len(s.target_ids) for s in sequences),
-        targets=segments(list(map(len, targets)), device),
+        input_ids=stream(np.concatenate([s.input_ids for s in sequences])),
+        inputs=segments(inputs, device),
+        decoder_input_ids=stream(shifted),
+        labels=stream(labels),
+        task=stream(np.repeat([s.task for s in sequences], targets)),
+        targets=segments(targets, device),
     )
+
+
+class Step(NamedTuple):
+    """What one process computes of an optimiser step, and what it has to know of the whole step."""
+
+    batches: list[Batch]  # as many in every process
+    n_label: int  # target tokens of the whole step
+    n_rationale: int
+    tokens: int  # inputs and targets of the whole step
+
+
+def make_step(
+    rows: list[list[Sequence]], micro_batch: int, device: Device, start_token: int = 0, rank: int = 0, size: int = 1
+) -> Step:
+    """The part of process `rank` of `size` in a step: a share of the rows' tokens, `micro_batch` rows at a time."""
+    parts = share_tokens(rows, size)
+    most = max(map(len, parts))
+    passes = [parts[rank][i : i + (micro_batch or most)] for i in range(0, most, micro_batch or most)]
+    batches = [pack([s for row in part for s in row] or [NOTHING], device, start_token) for part in passes]
+    return Step(batches, *count_targets([s for row in rows for s in row]), sum(map(count_tokens, rows)))
+
+
+def ahead(prepare: Callable, items: Iterable, depth: int = 2) -> Iterator:
+    """prepare(item) for each item, by a thread that is `depth` items ahead of whoever takes the results."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque()
+        for item in items:
+            waiting.append(thread.submit(prepare, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def share_tokens(rows: list[list[Sequence]], size: int) -> list[list[list[Sequence]]]:
+    """The rows in `size` parts of about as many tokens: the longest rows first, each to the part that has least."""
+    if size == 1:
+        return [rows]
+    parts, tokens = [[] for _ in range(size)], [0] * size
+    for row in sorted(rows, key=count_tokens, reverse=True):
+        least = tokens.index(min(tokens))
+        parts[least].append(row)
+        tokens[least] += count_tokens(row)
+    return parts
+
+
+def count_tokens(row: list[Sequence]) -> int:
+    return sum(len(s.input_ids) + len(s.target_ids) for s in row)
 
 
 def to_device(tensor: torch.Tensor, device: Device) -> torch.Tensor:

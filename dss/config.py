@@ -127,7 +127,7 @@ class TrainConfig:
     # optimisation
     steps: int = 3000  # optimiser steps
     batch_size: int = 32  # rows a step; a row with a rationale is two sequences under dss
-    micro_batch: int = 0  # rows at a time, to save memory; 0: all of them; the gradient does not depend on it
+    micro_batch: int = 0  # rows a device computes at a time, to save memory; 0: all; the gradient stays the same
     lr: float | None = None  # peak learning rate; unset: 1e-3 from random weights, 5e-5 (the paper's) from --weights
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0, or level
     warmup: int = 100  # steps of linear warm-up
@@ -143,7 +143,13 @@ class TrainConfig:
     # machine and files
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     threads: int = 0  # CPU threads; 0: one for a student under 5 M parameters, which more would slow down, else all
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, the weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 (autocast) where the GPU computes it
+    shard: bool = False  # weights, gradients and optimiser in parts on all of torchrun's processes, not whole on each
+    checkpoint_activations: bool = False  # compute each layer again in the backward pass, to save memory
+    save_minutes: float = 10.0  # between writings of the state that --resume goes on from; 0: at every evaluation
+    plan: bool = False  # print the memory that the run needs on each device, and end
+    processes: int = 0  # of torchrun; for --plan as many devices, here or elsewhere; 0: those that are here
+    device_gb: float = 0.0  # memory of a device, in GB; 0: of the one that is here
     out: str = ""  # output directory; none: runs/NAME_OF_DATA
     resume: bool = False  # continue what --out holds: finished students are kept, an unfinished one goes on
     overwrite: bool = False  # replace the students that --out holds
@@ -157,7 +163,8 @@ class TrainConfig:
         positive = ("steps", "batch_size", "eval_every", "log_every", "max_new_tokens", "vocab_size")
         for name in positive:
             require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed"):
+        least = ("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed")
+        for name in (*least, "save_minutes", "processes", "device_gb"):
             require(getattr(self, name) >= 0, name, "0 or more", self)
         for name in ("max_input_length", "max_target_length"):
             require(getattr(self, name) >= 2, name, "at least 2", self)
@@ -166,7 +173,7 @@ class TrainConfig:
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)
         require(self.learning_rate > 0, "lr", "more than 0", self)
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "at least 0 and less than 1", self)
-        for name in ("lr", "lam", "weight_decay", "clip"):
+        for name in ("lr", "lam", "weight_decay", "clip", "save_minutes", "device_gb"):
             require(math.isfinite(getattr(self, name) or 0), name, "a finite number", self)
         require(self.seed < 2**63, "seed", "below 2**63", self)
         require(self.threads <= (os.cpu_count() or 1), "threads", f"at most {os.cpu_count()}, the CPUs here", self)

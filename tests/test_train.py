@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -220,9 +221,12 @@ def test_each_epoch_trains_on_the_next_rationale_of_a_row(files, tmp_path, monke
     assert list(read_jsonl(tmp_path / "several.jsonl")) == rows
     seen, original = [], train.train_step
 
-    def spy(student, optimizer, examples, *rest):
-        seen.append([student.tokenizer.decode(s.target_ids).split()[0] for row in examples for s in row[1:]])
-        return original(student, optimizer, examples, *rest)
+    def spy(student, optimizer, work, *rest):
+        (batch,) = work.batches
+        targets = zip(batch.task.tolist(), batch.labels.tolist())
+        text = student.tokenizer.decode([token for task, token in targets if task == RATIONALE])
+        seen.append(re.findall("first|second", text))
+        return original(student, optimizer, work, *rest)
 
     monkeypatch.setattr(train, "train_step", spy)
     given = ["--data", tmp_path / "several.jsonl", "--eval_data", tmp_path / "several.jsonl", "--method", "dss"]
@@ -262,9 +266,9 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
     examples, _ = train.make_examples(ready.rows.train, "dss", ready.config, ready.student.tokenizer)
     ours = train.make_optimizer(ready.student.model, ready.config)
     first = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-    for step in range(30):
-        rows = [examples[row][0] for row, _ in train.rows_of_step(step, len(examples), ready.config)]
-        train.train_step(ready.student, ours, rows, train.learning_rate(step, ready.config), ready.config)
+    for step, work in enumerate(train.steps_ahead(0, examples, ready.student, ready.config)):
+        rows = [examples.sequences(row, 0) for row, _ in train.rows_of_step(step, len(examples), ready.config)]
+        train.train_step(ready.student, ours, work, train.learning_rate(step, ready.config), ready.config)
         loss = 0.0
         for task in (LABEL, RATIONALE):  # two padded passes, a mean each
             some = [s for row in rows for s in row if s.task == task]
@@ -423,7 +427,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(files, tmp_path, capsys,
 
 def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
     out = tmp_path / "out"
-    arguments = [*files, "--steps", "100000", "--eval_every", "5", "--batch_size", "2", "--out", str(out)]
+    arguments = [*files, "--steps", "100000", "--eval_every", "5", "--save_minutes", "0", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not (out / "standard" / "state.pt").exists() and time.monotonic() < deadline:
@@ -436,12 +440,13 @@ def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
 
 
 def test_a_killed_run_leaves_a_state_to_resume_and_torn_log_lines_are_dropped(files, tmp_path, monkeypatch):
-    arguments = [*files, *QUICK, "--method", "dss"]
+    arguments = [*files, *QUICK, "--method", "dss", "--save_minutes", "0"]
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", die_after(4, train.train_step))
         with pytest.raises(SystemError):
             run(*arguments, "--out", tmp_path / "killed")
+    assert (tmp_path / "killed" / "dss" / "state.pt").exists()
     with open(tmp_path / "killed" / "dss" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     assert run(*arguments, "--out", tmp_path / "killed", "--resume") == 0

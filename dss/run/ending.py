@@ -1,16 +1,20 @@
-"""How training ends early: what is kept of it, and the one line that says why."""
+"""What is kept of training while it goes on and where it ends early, and the one line that says why it did."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 import torch
 
 from data.arguments import one_line
 from data.interrupt import Interrupted
+from dss.config import TrainConfig
 from dss.model import T5
-from dss.run.state import Progress, save_state
+from dss.run import parallel
+from dss.run.output import write_json
+from dss.run.state import Progress
 from dss.student import Student
+
+BEST = ("best_step", "best_accuracy")  # of Progress; best.json keeps them beside the student that they are of
 
 
 class Ended(Exception):
@@ -21,43 +25,58 @@ class Ended(Exception):
         self.status = status
 
 
-@contextmanager
-def keeping(out: Path, student: Student, optimizer: torch.optim.Optimizer, now: Progress) -> Iterator[None]:
-    """Keep what there is when the block ends early: the best student and, on Ctrl-C, the state to go on from.
+class Keeper:
+    """In a `with` block of training: keeps the best student so far, and from time to time the state to go on from.
 
-    Raises Ended, or what ended the block if it is a mistake of the program's.
+    The block ends early with Ended, which says what is kept, or with what a mistake of the program's raises.
     """
-    try:
-        yield
-    except Exception as error:
-        kept, error = keep(error, out, student, optimizer, now)
+
+    def __init__(
+        self, out: Path, student: Student, optimizer: torch.optim.Optimizer, now: Progress, config: TrainConfig
+    ) -> None:
+        self.out, self.student, self.optimizer, self.now, self.config = out, student, optimizer, now, config
+        self.saved, self.clock = now.step, time.monotonic()
+
+    def keep_best(self, accuracy: float) -> None:
+        """Keep the student as the best so far, with this accuracy on the validation rows."""
+        parallel.save_student(self.student, self.out / "student", self.config)
+        self.now.best_accuracy, self.now.best_step = accuracy, self.now.step
+        if parallel.is_first():
+            write_json(self.out / "best.json", {name: getattr(self.now, name) for name in BEST})
+
+    def keep_state(self, at_once: bool = False) -> None:
+        """Save the state if it is time to, after --save-minutes or an evaluation, or `at_once`."""
+        minutes = self.config.save_minutes
+        due = time.monotonic() - self.clock > 60 * minutes if minutes else self.now.evaluated == self.now.step
+        if parallel.anyone(due or at_once) and self.saved != self.now.step:
+            parallel.save_state(self.out, self.student, self.optimizer, self.now, self.config)
+            self.saved, self.clock = self.now.step, time.monotonic()
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if isinstance(error, Interrupted):
-            line = f"interrupted at step {now.step:,} of {out.name}; {kept}, --resume goes on"
-            raise Ended(130, line) from None
-        if line := describe(error):
-            raise Ended(1, f"{line}; {kept}") from None
-        raise
+            try:
+                require_finite(self.student.model, self.now.step)
+                self.keep_state(at_once=True)
+                if not self.now.best_step:
+                    parallel.save_student(self.student, self.out / "student", self.config)
+            except (FloatingPointError, OSError) as second:
+                raise Ended(1, f"{one_line(second)}; {self.kept()}") from None
+            line = f"interrupted at step {self.now.step:,} of {self.out.name}; {self.out}/student is the best so far"
+            raise Ended(130, f"{line}, --resume goes on") from None
+        if isinstance(error, Exception):
+            if line := describe(error):
+                raise Ended(1, f"{line}; {self.kept()}") from None
+            if isinstance(lost := parallel.cause(error), parallel.Lost):
+                raise Ended(1, f"{lost}; {self.kept()}, --resume goes on from step {self.saved:,}") from None
 
-
-def keep(
-    error: Exception, out: Path, student: Student, optimizer: torch.optim.Optimizer, now: Progress
-) -> tuple[str, Exception]:
-    """Save what can be saved after `error`. Returns what was kept, in words, and the error to report."""
-    if isinstance(error, Interrupted):
-        try:
-            require_finite(student.model, now.step)
-            save_state(out / "state.pt", student.model, optimizer, vars(now))
-        except (FloatingPointError, OSError) as second:
-            error = second
-    if not now.best and not isinstance(error, Interrupted):
-        return f"{out} has no student, because none was evaluated", error
-    try:
-        if now.best:
-            student.model.load_state_dict(now.best)
-        student.save(out / "student")
-    except OSError as second:
-        return f"the best student could not be saved either: {one_line(second)}", error
-    return f"{out}/student is the best so far", error
+    def kept(self) -> str:
+        """What there is of the best student, in words."""
+        if not self.now.best_step:
+            return f"{self.out} has no student, because none was evaluated"
+        return f"{self.out}/student is the best so far"
 
 
 def describe(error: Exception) -> str | None:
@@ -74,5 +93,6 @@ def diverged(what: str, step: int) -> FloatingPointError:
 
 def require_finite(model: T5, step: int) -> None:
     """Raise FloatingPointError unless all weights are finite numbers. Waits for the device, once."""
-    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    if parallel.anyone(not torch.stack([part.isfinite().all() for part in parts]).all()):
         raise diverged("a weight is no longer a finite number", step)

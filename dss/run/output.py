@@ -7,16 +7,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from data.arguments import flag
 from data.files import locked, read_json, replacing
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows
+from dss.run import parallel
 from tokenizer import T5Tokenizer
 
 # What a resumed run may change: the machine, the place of its output, and that of its rows if they are the same rows.
 FREE = {"data", "eval_data", "test_data", "spiece", "method", "device", "threads", "out", "resume", "overwrite"}
+FREE |= {"checkpoint_activations", "save_minutes", "plan", "processes", "device_gb"}
 FREE |= {"lr"}  # learning_rate says what it came to
 
 
@@ -45,11 +48,15 @@ def require_free(out: Path, config: TrainConfig) -> None:
 
 def identify(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer | None = None) -> dict:
     """What makes two runs the same: the settings, and digests of rows and tokenizer. It becomes config.json."""
-    texts = [[r.input, r.label, r.rationale] for part in (rows.train, rows.validation, rows.test) for r in part]
+    digest, before = hashlib.sha256(), "["
+    for record in chain(rows.train, rows.validation, rows.test):
+        digest.update((before + json.dumps([record.input, record.label, record.rationale])).encode())
+        before = ", "
+    digest.update(b"]")
     identity = asdict(config) | {
         "learning_rate": config.learning_rate,
         "metric": rows.metric,
-        "rows_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+        "rows_sha256": digest.hexdigest(),
     }
     return identity | ({"tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest()} if tokenizer else {})
 
@@ -57,10 +64,16 @@ def identify(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer | None = No
 @contextmanager
 def claimed(out: Path, config: TrainConfig, identity: dict) -> Iterator[None]:
     """Hold the output directory for the block: empty of what --overwrite replaces, or the same run's under --resume.
+    The first process holds it for all.
 
     Raises ValueError, naming the setting, if any method there, asked for or not, was trained with another, and
     BlockingIOError if another process trains there.
     """
+    parallel.wait_for_all()  # all have looked at what is there
+    if not parallel.is_first():
+        parallel.wait_for_all()
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / "run"):
         if config.resume:
@@ -72,6 +85,9 @@ def claimed(out: Path, config: TrainConfig, identity: dict) -> Iterator[None]:
             if config.overwrite and (out / method).exists():
                 shutil.rmtree(out / method)
             (out / method).mkdir(exist_ok=True)
+            if (out / method / "result.json").exists():
+                forget_state(out / method)
+        parallel.wait_for_all()
         yield
 
 
@@ -87,6 +103,8 @@ def require_same(directory: Path, identity: dict) -> None:
 
 
 def same_setting(key: str, before: object, now: object) -> bool:
+    if key == "dtype" and now == "auto":
+        return True
     if key != "weights" or not before or not now:
         return before == now
     return Path(before) == Path(now) or (Path(now).is_dir() and Path(before).resolve() == Path(now).resolve())
@@ -100,3 +118,9 @@ def setting(key: str, value: object) -> str:
 def write_json(path: Path, content: dict) -> None:
     with replacing(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def forget_state(out: Path) -> None:
+    """Delete from OUT/METHOD what only an unfinished run needs."""
+    for path in [*out.glob("state*"), out / "best.json"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

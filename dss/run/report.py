@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -16,14 +17,21 @@ from data.answers import same_label
 from data.files import replacing
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows, count_shared
+from dss.run import parallel
 from dss.run.ending import diverged
 from dss.run.state import Progress
+from dss.student import Student
 
 RESAMPLES = 10_000
 
 
-def introduce(rows: Rows, config: TrainConfig) -> None:
-    """Print what there is to train, select and test on, and on stderr what looks like a mistake."""
+def introduce(rows: Rows, student: Student, config: TrainConfig, device: torch.device) -> None:
+    """Print what is trained where, what there is to train, select and test it on, and what of that is in two places."""
+    where = f"{parallel.size()} x {device.type}" if parallel.size() > 1 else str(device)
+    where += f", {student.dtype}"
+    where += " (--dtype bfloat16 is faster)" if device.type == "cuda" and student.dtype == "float32" else ""
+    size = f"{student.model.num_parameters():,} parameters, {student.tokenizer.vocab_size:,} token ids"
+    print(f"student: {config.weights or config.size}, {size}; {where}")
     with_rationale = sum(r.rationale is not None for r in rows.train)
     say = f"{len(rows.train):,} training row{'s' * (len(rows.train) != 1)}, {with_rationale:,} with a rationale"
     say += f" ({rows.unlabelled:,} more without a label)" if rows.unlabelled else ""
@@ -66,6 +74,7 @@ class Log:
     def __init__(self, path: Path, now: Progress) -> None:
         """Go on behind now.step: lines of later steps, written before an interruption, are cut off."""
         self.now = now
+        path = path if parallel.is_first() else Path(os.devnull)
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         with replacing(path) as file:
             file.writelines(line.encode() for line in lines if is_before(line, now.step))

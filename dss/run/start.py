@@ -1,5 +1,6 @@
 """What stands before training: the device, the threads, the tokenizer and the untrained model."""
 
+import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -16,13 +17,30 @@ from tokenizer import T5Tokenizer, train
 
 
 def choose_device(name: str, dtype: str = "float32") -> torch.device:
-    """The device for "auto", "cpu" or "cuda". Raises ValueError for cuda where there is none, or none for dtype."""
+    """The device for "auto", "cpu" or "cuda": under torchrun, a GPU for each process of a machine.
+
+    Raises ValueError for cuda where there is none, or none for this process or dtype.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"{torch.cuda.device_count()} GPUs here, too few for torchrun's --nproc_per_node")
+        torch.cuda.set_device(device)
+    if dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"--dtype bfloat16: {torch.cuda.get_device_name()} does not compute it; --dtype float32 does")
     return device
+
+
+def choose_dtype(asked: str, device: torch.device) -> str:
+    """ "float32" or "bfloat16", as asked; for "auto" bfloat16 where a GPU computes it."""
+    if asked != "auto":
+        return asked
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
 
 
 def choose_threads(asked: int, model: T5) -> None:

@@ -7,9 +7,8 @@ case that state.pt is damaged.
 import contextlib
 import os
 import sys
-from pathlib import Path
-
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -27,7 +26,6 @@ class Progress:
     evaluated: int = 0  # the step of the last look at the validation rows
     best_step: int = 0
     best_accuracy: float = -1.0
-    best: dict = field(default_factory=dict)  # the weights of best_step
     seconds: float = 0.0  # of training and evaluation
     tokens: int = 0  # trained on, inputs and targets
     window: dict = field(default_factory=dict)  # what the log has summed since its last line

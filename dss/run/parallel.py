@@ -1,0 +1,245 @@
+"""Several processes on one run: `torchrun --nproc_per_node=N train.py ...`. torch.distributed does the work.
+
+Every process goes through the same steps. Of each step's rows it computes a part; losses and gradients are summed over
+all processes, which then take the same optimiser step. Rows to evaluate are shared out, too. The first process alone
+writes files and shows progress. A process that is alone does everything, and nothing here costs it anything.
+
+A process that dies takes the others along: each waits, in a thread, for the last word of its neighbour, whose
+connection breaks when it ends without one.
+"""
+
+import contextlib
+import copy
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from data.files import read_json
+from data.interrupt import Stop
+from dss.config import TrainConfig
+from dss.model import T5
+from dss.run import state
+from dss.run.state import Progress
+from dss.student import Student
+from dss.weights import load_t5
+
+MOMENT = 3.0  # seconds in which a process ends by itself when another has died
+STORE: list[dist.Store] = []  # torchrun's, of the run that this process has joined
+
+
+class Lost(Exception):
+    """Another process has ended, and with it the run."""
+
+    def __init__(self, number: str = "") -> None:
+        super().__init__(f"process {number} has ended" if number else "another process has ended")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did, for the block. All but the first are silent.
+
+    Where the block raises, all processes end. The first to raise says why; in the others it is a SystemExit.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    store, mine, n = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=mine, world_size=n)
+    words = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    STORE[:] = [store]
+    watcher = threading.Thread(target=watch, args=((mine + 1) % n, words, sys.stderr), daemon=True)
+    watcher.start()
+    try:
+        with contextlib.ExitStack() as stack:
+            if mine:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+        dist.send(torch.zeros(1), (mine - 1) % n, group=words)
+        watcher.join()
+        dist.destroy_process_group()
+    except BaseException as error:
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's are on their way where another process has ended
+            signal.signal(number, signal.SIG_IGN)
+        if speaks_first(str(mine)):
+            raise
+        raise SystemExit(getattr(error, "status", 1)) from None
+
+
+def watch(neighbour: int, words: dist.ProcessGroup, terminal: TextIO) -> None:
+    """Wait for the neighbour's last word. If it dies without one, so does this process, a moment later at most."""
+    try:
+        dist.recv(torch.zeros(1), neighbour, group=words)
+    except RuntimeError:
+        mine = str(rank())
+        speaks_first(f"{mine} {neighbour}")
+        time.sleep(2 * MOMENT)  # the main thread ends by itself, unless it waits for a GPU that waits for the dead
+        if speaks_first(mine):
+            kept = "--resume goes on from the last state that was saved"
+            print(f"train.py: {Lost(str(neighbour))}; {kept}", file=terminal, flush=True)
+        os._exit(1)
+
+
+def speaks_first(mine: str) -> bool:
+    """Whether this process is the first to end the run, and so the one that says why. mine: rank [who was lost]."""
+    return STORE[0].compare_set("ended", "", mine).decode().split()[0] == mine.split()[0]
+
+
+def cause(error: Exception) -> Exception:
+    """`error`, or a Lost if it followed from the end of another process."""
+    for _ in range(int(10 * MOMENT)) if size() > 1 and isinstance(error, RuntimeError) else ():
+        if STORE[0].check(["ended"]):
+            return Lost(*STORE[0].get("ended").decode().split()[1:])
+        time.sleep(0.1)
+    return error
+
+
+# ---- What all processes do together ---------------------------------------------------------------------------------
+
+
+def wait_for_all() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+def highest(number: int) -> int:
+    """The highest of the processes' numbers."""
+    if size() == 1:
+        return number
+    agreed = torch.tensor(number)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return int(agreed)
+
+
+def anyone(condition: bool) -> bool:
+    """Whether the condition holds in any process."""
+    return bool(highest(int(condition)))
+
+
+def check(stop: Stop) -> None:
+    """`stop.check()`, but all processes stop where one is asked to."""
+    if size() > 1:
+        stop.requested = anyone(stop.requested)
+    stop.check()
+
+
+def seed(number: int, step: int) -> None:
+    """Seed a step's dropout: each process draws its own, the same whenever the step is computed."""
+    torch.manual_seed(int(np.random.SeedSequence([number, step, rank()]).generate_state(1, np.uint64)[0]))
+
+
+def gradients(model: T5, config: TrainConfig) -> list[torch.Tensor]:
+    """Those that are still to be summed over the processes: FSDP2 has summed its own."""
+    return [] if config.shard else [parameter.grad for parameter in model.parameters()]
+
+
+def sum_up(tensors: list[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over all processes."""
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors] if size() > 1 else ():
+        work.wait()
+
+
+def share_out(work: Callable[[list], list], items: list) -> list:
+    """work(items), a result for each item: each process works on some of them, and has the results of all."""
+    if size() == 1:
+        return work(items)
+    results, gathered = [None] * len(items), [None] * size()
+    dist.all_gather_object(gathered, work(items[rank() :: size()]))
+    for r, part in enumerate(gathered):
+        results[r :: size()] = part
+    return results
+
+
+# ---- The student and its state, on one device or several ------------------------------------------------------------
+
+
+def place(student: Student, device: torch.device, config: TrainConfig) -> Student:
+    """A copy of a student, to train: whole on `device`, or with --shard this process's part of it."""
+    if config.shard:
+        from dss.run import shards  # a second of imports, only where it is needed
+
+        student = shards.ShardedStudent.part_of(student, device)
+    else:
+        student = replace(student, model=copy.deepcopy(student.model).to(device))
+    for layer in layers(student.model) if config.checkpoint_activations else ():
+        layer.forward = partial(recomputed, layer, layer.forward)
+    return student
+
+
+def layers(model: T5) -> list[torch.nn.Module]:
+    return [*model.encoder.layers, *model.decoder.layers]
+
+
+def recomputed(layer: torch.nn.Module, forward: Callable, *inputs: object) -> torch.Tensor:
+    """forward(*inputs), of which nothing is kept for the backward pass: it computes the layer once more."""
+    return checkpoint(forward, *inputs, use_reentrant=False) if layer.training else forward(*inputs)
+
+
+def load_weights(student: Student, directory: Path, config: TrainConfig) -> None:
+    """Put the weights of the student in `directory` into this one."""
+    source = load_t5(directory)
+    if config.shard:
+        student.load_weights(source)
+    else:
+        student.model.load_state_dict(source.state_dict())
+
+
+def save_student(student: Student, directory: Path, config: TrainConfig) -> None:
+    if config.shard or is_first():  # all processes have a part of a sharded student; the first one writes it
+        student.save(directory)
+    wait_for_all()
+
+
+def save_state(
+    out: Path, student: Student, optimizer: torch.optim.Optimizer, now: Progress, config: TrainConfig
+) -> None:
+    """Write OUT/METHOD/state.pt, or with --shard the directory state/, to which each process writes its part."""
+    if config.shard:
+        from dss.run import shards
+
+        shards.save_state(out / "state", student.model, optimizer, now)
+    elif is_first():
+        state.save_state(out / "state.pt", student.model, optimizer, vars(now))
+    wait_for_all()
+
+
+def load_state(out: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Progress:
+    """Put back what `save_state` wrote, if anything, on whatever number of processes."""
+    if config.shard:
+        from dss.run import shards
+
+        now = shards.load_state(out / "state", student.model, optimizer)
+    elif (out / "state.pt").exists():
+        now = state.load_state(out / "state.pt", student.model, optimizer)
+    else:
+        return Progress()
+    if now and (out / "best.json").exists():  # newer than the state, or as old
+        now |= read_json(out / "best.json")
+    return Progress(**now)
