@@ -41,7 +41,7 @@ class T5Config:
         """Raise ValueError, naming the key, for a value that no T5 has: a config.json may come from anywhere."""
         for key, value in vars(self).items():
             kind = type(getattr(T5Config, key))
-            if type(value) is not kind and not (kind is float and type(value) is int):
+            if type(value) is not kind and not (key == "dropout_rate" and type(value) is int):  # as in transformers
                 raise ValueError(f"{key} is {value!r}, not {kind.__name__}")
         size, layers, token, share = (1, 2**20), (1, 1000), (0, self.vocab_size - 1), (0, 0.99)
         ranges = dict(vocab_size=size, d_model=size, d_kv=size, d_ff=size, num_heads=size)

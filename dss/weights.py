@@ -31,6 +31,7 @@ from tokenizer import T5Tokenizer
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one matrix, three names
 HEAD = "lm_head.weight"
+NULLABLE = ("num_decoder_layers", "pad_token_id", "eos_token_id", "decoder_start_token_id")  # null: as if not there
 MOST_HEADER = 100_000_000  # bytes, the format's own limit
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # T5 1.0 has it, nothing reads it
 
@@ -151,7 +152,8 @@ def read_config(path: str | os.PathLike) -> T5Config:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in ("t5", "mt5"):
         raise ValueError(f"{path}: model_type is {kind!r}; this code computes 't5' and 'mt5'")
-    given = {f.name: raw[f.name] for f in dataclasses.fields(T5Config) if raw.get(f.name) is not None}
+    names = [field.name for field in dataclasses.fields(T5Config) if field.name in raw]
+    given = {name: raw[name] for name in names if raw[name] is not None or name not in NULLABLE}
     given.setdefault("num_decoder_layers", given.get("num_layers", T5Config.num_layers))
     given.setdefault("decoder_start_token_id", given.get("pad_token_id", T5Config.pad_token_id))
     if kind == "mt5":
@@ -186,13 +188,14 @@ def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """{name: tensor} of a PyTorch checkpoint: weights_only refuses a pickle that would run code."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-    zipped = zipfile.is_zipfile(path)
     try:
-        if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+        if (zipped := zipfile.is_zipfile(path)) and any(
+            entry.compress_type for entry in zipfile.ZipFile(path).infolist()
+        ):
             raise ValueError("it is compressed, and would be mapped as it is")
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        if not isinstance(tensors, dict) or not all(map(is_dense, tensors.values())):
-            raise ValueError("it is not a dict of dense tensors of floating-point numbers")
+        if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_dense(t) for n, t in tensors.items()):
+            raise ValueError("it is not a dict of named dense tensors of floating-point numbers")
         # A view may say it is larger than what it views. Four names may share the embedding.
         if sum(t.numel() * t.itemsize for name, t in tensors.items() if name not in (*EMBEDDING[1:], HEAD)) > size:
             raise ValueError("its tensors are larger than the file")
@@ -202,7 +205,8 @@ def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def is_dense(value):
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.dtype in DTYPES.values()
+    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return strided and value.dtype in DTYPES.values()
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:

@@ -31,7 +31,6 @@ class T5Tokenizer:
         path = path / SPIECE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such SentencePiece model")
-        extra_ids = configured_extra_ids(path.with_name(CONFIG), extra_ids)
         self.model = path.read_bytes()
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
@@ -40,6 +39,9 @@ class T5Tokenizer:
         ids = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
         if ids != (PAD, EOS, UNK):
             raise ValueError(f"{path}: pad, </s> and unknown have ids {ids}; T5's are {(PAD, EOS, UNK)}")
+        if not self.pieces.normalize("①").endswith("1"):  # NFKC, whose rules stand at the end of the file
+            raise ValueError(f"{path}: it does not normalize texts as T5's does; it may have been cut short")
+        extra_ids = configured_extra_ids(path.with_name(CONFIG), extra_ids, self.pieces.id_to_piece)
         first = self.pieces.vocab_size()
         self.vocab_size = first + extra_ids
         self.extra_ids = extra_ids
@@ -75,13 +77,19 @@ class T5Tokenizer:
         write(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def configured_extra_ids(path, default):
+def configured_extra_ids(path, default, id_to_piece):
+    """`extra_ids` of a tokenizer_config.json, where there is one, whose special tokens must be those of the model."""
     try:
-        value = json.loads(path.read_text("utf-8")).get("extra_ids", default) if path.is_file() else default
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        value = config.get("extra_ids", default)
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}: not a tokenizer configuration") from None
     if type(value) is not int or not 0 <= value <= 1000:
         raise ValueError(f"{path}: extra_ids is {value!r}, not from 0 to 1000")
+    for key, i in (("pad_token", PAD), ("eos_token", EOS), ("unk_token", UNK)):
+        token = config.get(key, id_to_piece(i))
+        if id_to_piece(i) not in (token, isinstance(token, dict) and token.get("content")):
+            raise ValueError(f"{path}: {key} is {token!r}, but {SPIECE} has {id_to_piece(i)!r}")
     return value
 
 
