@@ -131,14 +131,19 @@ class Stack(nn.Module):
         cache: list | None = None,
     ) -> Tensor:
         """x: (T, C) embedded tokens of `positions`; a decoder also reads memory (T_in, C) of `inputs`."""
-        x = self.dropout(x)
+        x, part = self.dropout(x), None
         for i, layer in enumerate(self.layers):
-            x = layer(x, positions, self.bias_table, memory, inputs, cache[i] if cache else None)
-        return self.dropout(self.final_norm(x))
+            x, part = layer(x, part, positions, self.bias_table, memory, inputs, cache[i] if cache else None)
+        _, y = self.final_norm(x, part)
+        return self.dropout(y)
 
 
 class Layer(nn.Module):
-    """One layer: T5 normalises the input of each part and adds its output to what came in ("pre-norm")."""
+    """One layer: T5 normalises the input of each part and adds its output to what came in ("pre-norm").
+
+    The residual stream x and the last part's output, not yet added to it, go from part to part and from layer to layer,
+    because addition and normalisation are one kernel.
+    """
 
     def __init__(self, config: T5Config, is_decoder: bool):
         super().__init__()
@@ -149,24 +154,24 @@ class Layer(nn.Module):
             self.cross_attention = Attention(config, causal=False)
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
         self,
         x: Tensor,
+        part: Tensor | None,
         positions: Segments,
         bias_table: Tensor,
         memory: Tensor | None,
         inputs: Segments | None,
         cache: Any,
-    ) -> Tensor:
-        y = self.self_attention_norm(x)
+    ) -> tuple[Tensor, Tensor]:
+        x, y = self.self_attention_norm(x, part)
         part = self.self_attention(y, positions, y, positions, bias_table, cache and cache.self_attention)
         if memory is not None:  # no position bias from target to input: their positions have nothing in common
-            x, y = self.cross_attention_norm.add(part, x)
+            x, y = self.cross_attention_norm(x, part)
             part = self.cross_attention(y, positions, memory, inputs, None, cache and cache.cross_attention)
-        x, y = self.feed_forward_norm.add(part, x)
-        return x + self.dropout(self.feed_forward(y))
+        x, y = self.feed_forward_norm(x, part)
+        return x, self.feed_forward(y)
 
 
 class Attention(nn.Module):
@@ -186,8 +191,14 @@ class Attention(nn.Module):
         self, x: Tensor, queries: Segments, memory: Tensor, keys: Segments, bias_table: Tensor | None, cache: Any
     ) -> Tensor:
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table: (num_buckets, H) or None."""
-        q = self.heads(self.q(x))
-        k, v, keys = cache.update(self, memory, keys) if cache else (*self.keys_values(memory), keys)
+        if cache:
+            q = self.heads(self.q(x))
+            k, v, keys = cache.update(self, memory, keys)
+        elif memory is x:
+            q, k, v = map(self.heads, products(x, self.q, self.k, self.v))
+        else:
+            q = self.heads(self.q(x))
+            k, v = map(self.heads, products(memory, self.k, self.v))
         y = kernels.attention(
             q,
             k,
@@ -224,8 +235,18 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout_p if self.training else 0.0
-        y = kernels.geglu(self.gate(x), self.up(x), p) if self.gated else kernels.relu(self.up(x), p)  # (T, F)
+        y = kernels.geglu(*products(x, self.gate, self.up), p) if self.gated else kernels.relu(self.up(x), p)  # (T, F)
         return self.down(y)
+
+
+def products(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """layer(x) of each of some equally large Linear layers, by one matrix product.
+
+    Where x has few tokens, as in decoding, joining the weights would take longer than it saves.
+    """
+    if len(x) < 128:
+        return tuple(layer(x) for layer in layers)
+    return F.linear(x, torch.cat([layer.weight for layer in layers])).chunk(len(layers), dim=-1)
 
 
 class RMSNorm(nn.Module):
@@ -234,10 +255,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.eps, self.dropout_p = config.layer_norm_epsilon, config.dropout_rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
-
-    def add(self, part: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x + dropout(part), and that normalised: the residual connection and the next norm are one kernel."""
+    def forward(self, x: Tensor, part: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + dropout(part), or x as it is where there is no part, and that normalised."""
+        if part is None:
+            return x, kernels.rms_norm(x, self.weight, self.eps)
         p = self.dropout_p if self.training else 0.0
         return kernels.rms_norm(part, self.weight, self.eps, residual=x, dropout_p=p)

@@ -7,6 +7,7 @@ the Triton code on CPU tensors, slowly. The model calls only what is defined her
 """
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -30,13 +31,22 @@ def choice(device: torch.device) -> str:
     """Which implementation tensors on this device get: "triton" or "reference".
 
     Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this once before it begins,
-    so that no run ends in the middle.
+    so that no run ends in the middle; on a GPU that our kernels do not fit it is told so, once.
     """
     value = os.environ.get("DSS_KERNELS", "")
     if value not in ("", "reference", "triton"):
         raise ValueError(f"DSS_KERNELS must be 'triton' or 'reference', got {value!r}")
     if value == "":
-        return "triton" if launch.INSTALLED and device.type == "cuda" else "reference"
+        if not launch.INSTALLED or device.type != "cuda":
+            return "reference"
+        if launch.architecture(device) is not None:
+            return "triton"
+        warnings.warn(
+            f"{device}: the Triton kernels need an NVIDIA GPU of compute capability 8.0 or more; "
+            "the PyTorch references compute instead",
+            stacklevel=2,
+        )
+        return "reference"
     if value == "triton" and not launch.INSTALLED:
         raise ValueError("DSS_KERNELS=triton: Triton is not installed here; unset it to use the references")
     if value == "triton" and device.type != "cuda" and not launch.INTERPRETED:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_seed, dropout_reference, kept, threshold_of
+from .dropout import dropout_reference, kept, seed_on, threshold_of
 from .launch import INTERPRETED, launch, tl, triton
 
 # Of a tile: 16 values a thread, and rows long enough for whole cache lines. The interpreter likes few, large tiles.
@@ -27,7 +27,7 @@ CUBIC = tl.constexpr(0.044715)
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
 
-def geglu_reference(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+def geglu_reference(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """dropout(gelu_tanh(gate) * up). gate, up: (T, F), one float dtype. Returns (T, F) in that dtype.
 
     seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes differ.
@@ -37,7 +37,7 @@ def geglu_reference(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int 
     return dropout_reference(F.gelu(gate, approximate="tanh") * up, dropout_p, seed)
 
 
-def relu_reference(x: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+def relu_reference(x: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """dropout(max(x, 0)). x: (T, F), any float dtype, which the result has; seed as in `geglu_reference`."""
     return dropout_reference(F.relu(x), dropout_p, seed)
 
@@ -57,18 +57,18 @@ def gelu(x):
     return x * t, t + x * t * (1 - t) * (1 + x * x * (3 * CUBIC)) * TWO_ROOT_2_BY_PI
 
 
-@triton.jit(do_not_specialize=["T", "seed", "threshold"])  # these change: compile once for all
+@triton.jit(do_not_specialize=["T", "threshold"])  # these change: compile once for all
 def activation_kernel(
     gate_ptr,
     up_ptr,  # x of relu
     dy_ptr,
     y_ptr,  # BACKWARD: d up; else y
     d_gate_ptr,  # dy, y, d gate: (T, F), contiguous
+    seed_ptr,
     T,
     F,
     gate_stride,
     up_stride,
-    seed,
     threshold,
     BACKWARD: tl.constexpr,
     GATED: tl.constexpr,
@@ -83,7 +83,7 @@ def activation_kernel(
     here = far * F + columns[None, :]
     factor = tl.full([ROWS, BLOCK], 1.0, tl.float32)
     if DROPOUT:
-        keep = kept(seed, rows, 0, tl.program_id(1) * BLOCK, threshold, BLOCK)
+        keep = kept(tl.load(seed_ptr), rows, 0, tl.program_id(1) * BLOCK, threshold, BLOCK)
         factor = tl.where(keep, 256.0 / (256 - threshold), 0.0)
     if BACKWARD:
         factor *= tl.load(dy_ptr + here, mask=inside, other=0.0).to(tl.float32)
@@ -109,30 +109,32 @@ class Activation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate, up, dropout_p, seed):
-        ctx.save_for_backward(gate, up)
-        ctx.rest = seed, threshold_of(dropout_p)
+        ctx.threshold = threshold_of(dropout_p)
+        seed = seed_on(up.device, seed) if ctx.threshold else None
+        ctx.save_for_backward(gate, up, seed)
         y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-        launch_activation(gate, up, y, y, y, *ctx.rest, backward=False)
+        launch_activation(gate, up, y, y, y, seed, ctx.threshold, backward=False)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
+        gate, up, seed = ctx.saved_tensors
         d_up = torch.empty(up.shape, dtype=up.dtype, device=up.device)
         d_gate = None if gate is None else torch.empty_like(d_up)
-        launch_activation(gate, up, dy.contiguous(), d_up, d_up if gate is None else d_gate, *ctx.rest, backward=True)
+        gradients = dy.contiguous(), d_up, d_up if gate is None else d_gate
+        launch_activation(gate, up, *gradients, seed, ctx.threshold, backward=True)
         return d_gate, d_up, None, None
 
 
 def launch_activation(gate, up, dy, y, d_gate, seed, threshold, backward):
     (T, width), gated, gate = up.shape, gate is not None, up if gate is None else gate
     grid = (-(-T // ROWS), -(-width // BLOCK))
-    sizes = (T, width, gate.stride(0), up.stride(0), seed, threshold)
+    sizes = (T, width, gate.stride(0), up.stride(0), threshold)
     flags = dict(BACKWARD=backward, GATED=gated, DROPOUT=threshold > 0, ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS)
-    launch(activation_kernel, grid, gate, up, dy, y, d_gate, *sizes, **flags)
+    launch(activation_kernel, grid, gate, up, dy, y, d_gate, up if seed is None else seed, *sizes, **flags)
 
 
-def geglu_triton(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+def geglu_triton(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """`geglu_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(
@@ -142,7 +144,7 @@ def geglu_triton(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | N
     return activation("geglu: gate", gate, up, dropout_p, seed)
 
 
-def relu_triton(x: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> Tensor:
+def relu_triton(x: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """`relu_reference` in one pass, as `geglu_triton`."""
     return activation("relu: x", None, x, dropout_p, seed)
 
@@ -150,7 +152,5 @@ def relu_triton(x: Tensor, dropout_p: float = 0.0, seed: int | None = None) -> T
 def activation(name, gate, up, dropout_p, seed):
     if up.dim() != 2 or up.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{name} must be (T, F) in float32, float16 or bfloat16, got {list(up.shape)} {up.dtype}")
-    if dropout_p and seed is None:
-        seed = draw_seed()
     gate, up = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (gate, up))
-    return Activation.apply(gate, up, dropout_p, seed or 0)
+    return Activation.apply(gate, up, dropout_p, seed)

@@ -86,23 +86,20 @@ def residual_case(C):
     (s + y).sum().backward()
 
 
-CASES = {
-    "attention D=64 encoder": lambda: attention_case(64),
-    "attention D=64 encoder, no dropout": lambda: attention_case(64, dropout_p=0.0),
-    "attention D=64 decoder": lambda: attention_case(64, causal=True),
-    "attention D=64 cross": lambda: attention_case(64, bias=False, M=256),
-    "attention D=64 encoder, fp32": lambda: attention_case(64, dtype=torch.float32),
-    "attention D=128 encoder": lambda: attention_case(128),
-    "attention D=128 decoder": lambda: attention_case(128, causal=True),
-    "attention D=128 cross": lambda: attention_case(128, bias=False, M=256),
-    "attention D=32 encoder": lambda: attention_case(32),
-    "attention D=32 decoder": lambda: attention_case(32, causal=True),
-    "attention D=32 cross": lambda: attention_case(32, bias=False, M=256),
-    "attention D=32 encoder, fp32": lambda: attention_case(32, dtype=torch.float32),
-    "attention D=128 encoder, fp32": lambda: attention_case(128, dtype=torch.float32),
-    "decoding D=64 self": lambda: decoding_case(64, causal=True),
-    "decoding D=64 cross": lambda: decoding_case(64, bias=False),
-    "decoding D=128 self": lambda: decoding_case(128, causal=True),
+CASES = {}
+for D in (64, 128, 32):
+    CASES |= {
+        f"attention D={D} encoder": lambda D=D: attention_case(D),
+        f"attention D={D} decoder": lambda D=D: attention_case(D, causal=True),
+        f"attention D={D} cross": lambda D=D: attention_case(D, bias=False, M=256),
+        f"attention D={D} encoder, no dropout": lambda D=D: attention_case(D, dropout_p=0.0),
+        f"attention D={D} decoder, no dropout": lambda D=D: attention_case(D, causal=True, dropout_p=0.0),
+        f"attention D={D} cross, no dropout": lambda D=D: attention_case(D, bias=False, dropout_p=0.0, M=256),
+        f"attention D={D} encoder, fp32": lambda D=D: attention_case(D, dtype=torch.float32),
+        f"decoding D={D} self": lambda D=D: decoding_case(D, causal=True),
+        f"decoding D={D} cross": lambda D=D: decoding_case(D, bias=False),
+    }
+CASES |= {
     "decoding D=64 self, fp32": lambda: decoding_case(64, causal=True, dtype=torch.float32),
     "cross_entropy V=32128": lambda: cross_entropy_case(32128),
     "cross_entropy V=32128, fp32": lambda: cross_entropy_case(32128, torch.float32),

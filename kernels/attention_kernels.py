@@ -13,34 +13,39 @@ CHANGING = [
 MARGIN = tl.constexpr(256)  # of diag past `reach` on each side; at least BM + BN
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware has a power of two only
 
-# {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`: large
-# tiles that neither spill nor exceed shared memory. Wider heads take smaller ones, and so does fp32, whose products do
-# without tensor cores to keep its digits. dq needs BM <= BN (see the backward pass); decoding has one query a sequence,
-# and 16 is the least a product takes.
+# {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`. In half
+# precision a chain of two products puts all warps along the rows of a tile, 16 to each: more warps than that compute
+# the same scores twice. Among the others, large tiles that do not spill inside a loop; smaller ones for wider heads,
+# and for fp32, whose products do without tensor cores to keep its digits. Decoding has one query a sequence, and 16 is
+# the least that a product takes.
 CONFIGURATIONS = {
     "sm_90": {
-        ("forward", 2): {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
+        ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)},
         ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2)},
-        ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)},
+        ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
+        ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 2)},
         ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
         ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
         ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
+        ("dq causal", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
         ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     },
     "sm_80": {
         ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
         ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
-        ("dq", 2): {32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 32, 4, 2)},
-        ("dkdv", 2): {32: (32, 64, 4, 2), 64: (32, 32, 4, 2), 128: (32, 64, 8, 2)},
+        ("dq", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
+        ("dq causal", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
+        ("dkdv", 2): {32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
         ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
         ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
+        ("dq causal", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
         ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     },
     "interpreter": {
         (kernel, size): dict.fromkeys((32, 64, 128), (16 if kernel == "decode" else 128, 128, 1, 1))
-        for kernel in ("forward", "decode", "dq", "dkdv")
+        for kernel in ("forward", "decode", "dq", "dq causal", "dkdv")
         for size in (2, 4)
     },
 }
@@ -155,6 +160,7 @@ def attention_forward_kernel(
     lse_ptr,  # (H, Tq) fp32
     cu_q_ptr,
     cu_k_ptr,
+    seed_ptr,  # (1,) int64
     tiles,  # query tiles of the longest sequence
     Tq,
     H,
@@ -165,7 +171,6 @@ def attention_forward_kernel(
     v_stride,
     v_head,
     reach,
-    seed,
     threshold,
     CAUSAL: tl.constexpr,
     BIAS: tl.constexpr,
@@ -177,6 +182,7 @@ def attention_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     i0 = tl.program_id(0) % tiles * BM
     q_start, k_start = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start
@@ -234,9 +240,9 @@ def attention_forward_kernel(
 #
 # A plain tile is one bucket. In an edge tile the bucket is a function of j - i, so first each *diagonal* is summed. The
 # tile is skewed, skewed[r, s] = dS[r, (s + r) mod BN]: the entries of column s lie on the diagonal j - i = s (from the
-# top left corner of the tile) where s + r < BN, on s - BN where the column wrapped round; BM <= BN, so it wraps once.
-# That makes 2 BN sums, which are added to their buckets by comparison with 0, 1, 2, ... A program writes the sums of
-# its query tile, PyTorch adds those of all tiles, all in fp32. A bucket that no distance has gets exactly 0.
+# top left corner of the tile), or on s - BN, s - 2 BN, ... where the column has wrapped round once, twice, ... The sums
+# are added to their buckets by comparison with 0, 1, 2, ... A program writes the sums of its query tile, PyTorch adds
+# those of all tiles, all in fp32. A bucket that no distance has gets exactly 0.
 
 
 @triton.jit
@@ -254,15 +260,15 @@ def add_diagonals(sums, ds, lut_ptr, corner, reach):
     """sums (1, BUCKETS) + those of an edge tile ds (BM, BN), whose top left corner has the distance `corner`."""
     BM: tl.constexpr = ds.shape[0]
     BN: tl.constexpr = ds.shape[1]
-    r, s = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
-    skewed = tl.gather(ds, (s + r) % BN, 1)
-    straight = tl.sum(tl.where(s + r < BN, skewed, 0.0), 0)  # (BN,): distances corner + s
-    wrapped = tl.sum(tl.where(s + r < BN, 0.0, skewed), 0)  # corner + s - BN
-    bucket = tl.arange(0, sums.shape[1])[None, :]
     corner = tl.minimum(tl.maximum(corner, -reach - MARGIN // 2), reach + MARGIN // 2)  # as in add_bias
     lut_ptr += corner + reach + MARGIN + tl.arange(0, BN)
-    here = tl.where(tl.load(lut_ptr)[:, None] == bucket, straight[:, None], 0.0)
-    here += tl.where(tl.load(lut_ptr - BN)[:, None] == bucket, wrapped[:, None], 0.0)
+    place = tl.arange(0, BM)[:, None] + tl.arange(0, BN)[None, :]  # r + s
+    skewed = tl.gather(ds, place % BN, 1)
+    bucket = tl.arange(0, sums.shape[1])[None, :]
+    here = tl.zeros([BN, sums.shape[1]], tl.float32)
+    for wraps in tl.static_range((BM + BN - 2) // BN + 1):
+        of_diagonal = tl.sum(tl.where(place // BN == wraps, skewed, 0.0), 0)  # (BN,)
+        here += tl.where(tl.load(lut_ptr - wraps * BN)[:, None] == bucket, of_diagonal[:, None], 0.0)
     return sums + tl.sum(here, 0)[None, :]
 
 
@@ -281,6 +287,7 @@ def attention_dq_kernel(
     partial_ptr,  # (slots, H, BUCKETS) fp32; a query tile has the slot  its sequence's first token // BM + b + tile
     cu_q_ptr,
     cu_k_ptr,
+    seed_ptr,  # (1,) int64
     tiles,
     Tq,
     H,
@@ -291,7 +298,6 @@ def attention_dq_kernel(
     v_stride,
     v_head,
     reach,
-    seed,
     threshold,
     CAUSAL: tl.constexpr,
     BIAS: tl.constexpr,
@@ -305,6 +311,7 @@ def attention_dq_kernel(
     PRECISION: tl.constexpr,
 ):
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     i0 = tl.program_id(0) % tiles * BM
     q_start, k_start = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start
@@ -355,9 +362,9 @@ def attention_dq_kernel(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
         ds = score_gradient(s, do, v, lse, delta, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         if TABLE_GRADIENT:
             sums = add_diagonals(sums, ds, lut_ptr, j0 - p0, reach)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_ptr += here
     dq = dq.to(dq_ptr.dtype.element_ty)
@@ -452,6 +459,7 @@ def attention_dkdv_kernel(
     stats_ptr,
     cu_q_ptr,
     cu_k_ptr,
+    seed_ptr,  # (1,) int64
     tiles,  # key tiles of the longest sequence
     Tq,
     H,
@@ -462,7 +470,6 @@ def attention_dkdv_kernel(
     v_stride,
     v_head,
     reach,
-    seed,
     threshold,
     CAUSAL: tl.constexpr,
     BIAS: tl.constexpr,
@@ -474,6 +481,7 @@ def attention_dkdv_kernel(
     PRECISION: tl.constexpr,
 ):
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
     j0 = tl.program_id(0) % tiles * BN
     q_start, k_start = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start

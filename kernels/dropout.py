@@ -15,6 +15,7 @@ than the matrix products take. Seven rounds are the fewest with which Philox pas
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .launch import tl, triton
 
@@ -28,7 +29,7 @@ def dropout_reference(x, p, seed=None):
 
 def dropout_mask(shape, p, seed, device):
     """A tensor of 0 (with probability p) and 1 / (1 - p), determined by `seed`."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(int(seed))
     return torch.empty(shape, device=device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
@@ -67,6 +68,15 @@ def threshold_of(p):
     return min(max(round(256 * p), 1), 255) if p else 0
 
 
-def draw_seed():
-    """A seed from torch's generator on the host, so that `torch.manual_seed` governs it and no device is asked."""
-    return int(torch.randint(2**31, ()))
+def seed_on(device, seed):
+    """A seed as a (1,) int64 tensor on the device, drawn there from torch's generator if it is None.
+
+    The host does not wait for it, and a CUDA graph draws a new one at every replay. A tensor is returned as it is.
+    """
+    if seed is None:
+        return torch.randint(2**31, (1,), device=device)
+    if isinstance(seed, Tensor):
+        return seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"dropout: seed must be at least 0 and less than 2^63, got {seed}")
+    return torch.full((1,), seed, device=device)

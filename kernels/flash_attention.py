@@ -58,7 +58,7 @@ from .attention_kernels import (
     attention_forward_kernel,
 )
 from .buckets import near_buckets, relative_position_bucket
-from .dropout import draw_seed, dropout_reference, threshold_of
+from .dropout import dropout_reference, seed_on, threshold_of
 from .launch import INTERPRETED, architecture, launch, next_power_of_2
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def attention_reference(
     cu_seqlens_k: Tensor,
     causal: bool = False,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     max_distance: int = 128,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
@@ -85,7 +85,8 @@ def attention_reference(
     cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where sequences begin; every sequence needs a query and a key.
     causal: the table is one-directional, and queries are the *last* M of the N positions (FlashAttention's
         convention): query i sees keys j <= i + N - M. So a decoding step is M = 1, and M > N is refused.
-    dropout_p: of the attention weights; seed: of that dropout, None draws one from torch's generator.
+    dropout_p: of the attention weights. seed: of that dropout; None draws one from torch's generator, and a (1,) int64
+        tensor on q's device is read when the kernels run (a CUDA graph may change it between replays).
     max_distance: T5's relative_attention_max_distance.
     max_seqlen_q, max_seqlen_k: the longest sequence, as a host integer; without it the device is asked.
 
@@ -183,90 +184,79 @@ def unpad(x, slot):
 # ---- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def configuration(kernel, q):
-    """(BM, BN, num_warps, num_stages) for a kernel on these queries."""
-    return CONFIGURATIONS[architecture(q.device)][kernel, q.element_size()][max(q.shape[2], 32)]
+class Call:
+    """What the launches of one call have in common. seed: (1,) int64 on the device, or None without dropout."""
 
-
-def strides(*tensors):
-    """The strides of tokens and heads of each."""
-    return [x.stride(dim) for x in tensors for dim in (0, 1)]
-
-
-class Launcher:
-    """What the three launches of one call have in common."""
-
-    def __init__(self, q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, seed, max_distance, longest):
-        self.q, self.k, self.v, self.cu_q, self.cu_k = q, k, v, cu_seqlens_q, cu_seqlens_k
-        self.longest_q, self.longest_k = longest
-        self.reach, self.lut, self.diag = 0, cu_seqlens_q, q  # without a table no kernel reads them
-        if table is not None:
-            self.reach, self.lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
-            self.diag = table.float().T.index_select(1, self.lut)  # (H, 2 (reach + MARGIN) + 1)
-        self.seed, self.threshold = seed, threshold_of(dropout_p)
-        self.flags = dict(CAUSAL=causal, BIAS=table is not None, DROPOUT=self.threshold > 0, D=q.shape[2])
+    def __init__(self, q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest):
+        self.q, self.tensors, self.longest = q, (q, k, v, q if diag is None else diag), longest
+        self.B, (self.Tq, self.H, D) = len(cu_seqlens_q) - 1, q.shape
+        self.where = (cu_seqlens_q, cu_seqlens_k, q if seed is None else seed)
+        reach = 0 if diag is None else diag.shape[1] // 2 - MARGIN.value
+        strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1)]
+        self.numbers = (self.Tq, self.H, *strides, reach, threshold)
+        self.flags = dict(CAUSAL=causal, BIAS=diag is not None, DROPOUT=threshold > 0, D=D)
         self.flags |= dict(WIDEN=INTERPRETED, PRECISION="ieee")
+        self.tiles = CONFIGURATIONS[architecture(q.device)]
 
-    def sizes(self, longest, block):
-        """(the grid, the arguments that follow the pointers) for one program per `block` tokens and head."""
-        (Tq, H, _), tiles, B = self.q.shape, -(-longest // block), len(self.cu_q) - 1
-        arguments = (self.cu_q, self.cu_k, tiles, Tq, H, *strides(self.q, self.k, self.v))
-        return (B * tiles, H), (*arguments, self.reach, self.seed, self.threshold)
+    def tile(self, name):
+        """(BM, BN, num_warps, num_stages)"""
+        return self.tiles[name, self.q.element_size()][max(self.q.shape[2], 32)]
+
+    def launch(self, kernel, name, side, *tensors, **flags):
+        """Run a kernel with a program for each tile of side 0 (queries) or 1 (keys), and head."""
+        BM, BN, warps, stages = self.tile(name)
+        tiles = -(-self.longest[side] // (BN if side else BM))
+        options = dict(self.flags, **flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        if name == "forward" and warps == 4 and not (self.flags["CAUSAL"] or self.flags["DROPOUT"]):
+            options["maxnreg"] = 168  # three blocks an SM; the others would spill
+        launch(kernel, (self.B * tiles, self.H), *self.tensors, *tensors, *self.where, tiles, *self.numbers, **options)
 
     def forward(self):
         """o (Tq, H, D) and lse (H, Tq)."""
-        Tq, H, _ = self.q.shape
-        BM, BN, warps, stages = configuration("forward" if self.longest_q > 16 else "decode", self.q)
         o = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
-        lse = torch.empty(H, Tq, device=self.q.device)
-        grid, sizes = self.sizes(self.longest_q, BM)
-        options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        launch(attention_forward_kernel, grid, self.q, self.k, self.v, self.diag, o, lse, *sizes, **options)
+        lse = torch.empty(self.H, self.Tq, device=self.q.device)
+        name = "forward" if self.Tq > 16 * self.B else "decode"  # sequences of up to 16 queries on average: small tiles
+        self.launch(attention_forward_kernel, name, 0, o, lse)
         return o, lse
 
-    def dq(self, o, lse, do, num_buckets):
+    def dq(self, o, lse, do, lut, num_buckets):
         """dq, stats (H, Tq, 2), and d table (num_buckets, H) or, for num_buckets = 0, None."""
-        Tq, H, _ = self.q.shape
-        BM, BN, warps, stages = configuration("dq", self.q)
-        assert BM <= BN
         dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=o.device)
         buckets = next_power_of_2(num_buckets) if num_buckets else 1
-        slots = Tq // BM + len(self.cu_q) - 1 if num_buckets else 1
-        partial = torch.zeros(slots, H, buckets, device=o.device)
-        grid, sizes = self.sizes(self.longest_q, BM)
-        options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        options |= dict(BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
-        tensors = (self.q, self.k, self.v, self.diag, self.lut, o, do, dq, lse, stats, partial)
-        launch(attention_dq_kernel, grid, *tensors, *sizes, **options)
+        name = "dq causal" if self.flags["CAUSAL"] else "dq"
+        slots = self.Tq // self.tile(name)[0] + self.B if num_buckets else 1
+        partial = torch.zeros(slots, self.H, buckets, device=o.device)
+        tensors = (self.where[0] if lut is None else lut, o, do, dq, lse, stats, partial)
+        self.launch(attention_dq_kernel, name, 0, *tensors, BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
         return dq, stats, partial.sum(0).T[:num_buckets] if num_buckets else None
 
     def dkdv(self, stats, do):
-        BM, BN, warps, stages = configuration("dkdv", self.q)
-        dk, dv = (torch.empty(self.k.shape, dtype=do.dtype, device=do.device) for _ in range(2))
-        grid, sizes = self.sizes(self.longest_k, BN)
-        options = dict(self.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        tensors = (self.q, self.k, self.v, self.diag, do, dk, dv, stats)
-        launch(attention_dkdv_kernel, grid, *tensors, *sizes, **options)
+        k = self.tensors[1]
+        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        self.launch(attention_dkdv_kernel, "dkdv", 1, do, dk, dv, stats)
         return dk, dv
 
 
 class Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, table, *rest):
-        launcher = Launcher(q, k, v, table, *rest)
-        o, lse = launcher.forward()
-        ctx.save_for_backward(q, k, v, table, o, lse)
-        ctx.rest = rest
+    def forward(ctx, q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, *rest):
+        diag = lut = None
+        if table is not None:  # the bias of every distance up to reach + MARGIN, (H, 2 (reach + MARGIN) + 1)
+            causal, _, max_distance, _ = rest
+            _, lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
+            diag = table.float().T.index_select(1, lut)
+        o, lse = Call(q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, *rest).forward()
+        ctx.save_for_backward(q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, o, lse, lut)
+        ctx.rest, ctx.num_buckets = rest, 0 if table is None else len(table)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        q, k, v, table, o, lse = ctx.saved_tensors
-        launcher, do = Launcher(q, k, v, table, *ctx.rest), do.contiguous()
-        wanted = ctx.needs_input_grad
-        dq, stats, d_table = launcher.dq(o, lse, do, len(table) if wanted[3] else 0)
-        dk, dv = launcher.dkdv(stats, do) if wanted[1] or wanted[2] else (None, None)
-        return dq, dk, dv, d_table, *[None] * len(ctx.rest)
+        *arguments, o, lse, lut = ctx.saved_tensors
+        call, do, wanted = Call(*arguments, *ctx.rest), do.contiguous(), ctx.needs_input_grad
+        dq, stats, d_table = call.dq(o, lse, do, lut, ctx.num_buckets if wanted[3] else 0)
+        dk, dv = call.dkdv(stats, do) if wanted[1] or wanted[2] else (None, None)
+        return dq, dk, dv, d_table, *[None] * 7
 
 
 # ---- The public function --------------------------------------------------------------------------------------------
@@ -281,7 +271,7 @@ def attention_triton(
     cu_seqlens_k: Tensor,
     causal: bool = False,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     max_distance: int = 128,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
@@ -291,8 +281,6 @@ def attention_triton(
     q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The gradients are contiguous.
     """
     check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, max_seqlen_q, max_seqlen_k)
-    if dropout_p and seed is None:
-        seed = draw_seed()
     if q.shape[2] not in (16, 32, 64, 128):
         raise ValueError(f"attention: the Triton kernel takes D of 16, 32, 64 or 128, got {q.shape[2]}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -306,10 +294,12 @@ def attention_triton(
     ):
         if x is not None and x.device != q.device:
             raise ValueError(f"attention: {name} must be on q's device, {q.device}, got {x.device}")
-    longest = (
+    longest = tuple(
         int(cu.diff().max()) if given is None else given
         for cu, given in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k))
     )
+    threshold = threshold_of(dropout_p)
+    seed = seed_on(q.device, seed) if threshold else None
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    rest = (cu_seqlens_q, cu_seqlens_k, causal, dropout_p, seed or 0, max_distance, tuple(longest))
-    return Attention.apply(q, k, v, table, *rest)
+    rest = (causal, threshold, max_distance, longest)
+    return Attention.apply(q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, *rest)

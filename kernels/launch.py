@@ -28,20 +28,48 @@ if not INSTALLED:  # what defining the kernels, as opposed to launching them, ne
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 recording = None  # a `kernels.aot.Recording` while launches are written down instead of made
+compiled = {}  # {what Triton compiles anew for: (the compiled kernel, its constexpr arguments)}
 
 
 def launch(kernel, grid, *arguments, **options):
-    """Run kernel[grid](*arguments) with options: its constexpr arguments, num_warps and num_stages."""
+    """Run kernel[grid](*arguments) with options: its constexpr arguments, num_warps, num_stages and maxnreg.
+
+    The first argument is a tensor; the kernel runs on its device. Triton's own way to a compiled kernel costs the host
+    more than many of our kernels take, so that a kernel that has run before is called directly.
+    """
+    device = arguments[0].device
     if recording is not None:
         recording.add(kernel, arguments, options)
-    elif 0 not in grid:
+    elif 0 in grid:
+        return
+    elif INTERPRETED:
         kernel[grid](*arguments, **options)
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, *arguments, **options)
+    else:
+        key = (kernel, device, *map(specialisation, arguments), *options.values())
+        found = compiled.get(key)
+        if found is None:
+            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+            compiled[key] = kernel[grid](*arguments, **options), constants
+        else:
+            found[0][(*grid, 1, 1)[:3]](*arguments, *found[1])
+
+
+def specialisation(x):
+    """What Triton tells apart in an argument: a tensor's dtype and alignment; of an integer, 1, multiples of 16 and 64
+    bits."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16
+    return None if isinstance(x, float) else (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 2**31)
 
 
 def architecture(device):
-    """The row of a table of configurations that holds for a device: "sm_90", "sm_80" or "interpreter".
+    """The row of a table of configurations that holds for a device: "sm_90", "sm_80", "interpreter", or None.
 
-    GPUs we have no row for take the nearest: datacentre Blackwell Hopper's, others Ampere's, whose tiles fit 99 KiB.
+    Datacentre Blackwell takes Hopper's, other GPUs from Ampere on take Ampere's, whose tiles fit 99 KiB of shared
+    memory. Older ones have less, and AMD's are untested: there is no row for them.
     """
     return recording.architecture if recording is not None else architecture_of(device)
 
@@ -50,7 +78,10 @@ def architecture(device):
 def architecture_of(device):
     if device.type != "cuda":
         return "interpreter"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+    capability = torch.cuda.get_device_capability(device)[0]
+    if torch.version.hip or capability < 8:
+        return None
+    return "sm_90" if capability in (9, 10) else "sm_80"
 
 
 def next_power_of_2(n):

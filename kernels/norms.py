@@ -16,7 +16,7 @@ programs, in a fixed order. C is at most 16384.
 import torch
 from torch import Tensor
 
-from .dropout import draw_seed, dropout_reference, kept, threshold_of
+from .dropout import dropout_reference, kept, seed_on, threshold_of
 from .launch import INTERPRETED, launch, next_power_of_2, tl, triton
 
 # {columns: (rows at a time, num_warps)}: 16 to 32 fp32 values a thread, which backward needs three times.
@@ -33,19 +33,26 @@ def rms_norm_reference(
     eps: float = 1e-6,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalised x; with a residual (T, C), the pair (s, normalised s) of s = residual + dropout(x).
 
-    x: (T, C), any float dtype; weight: (C,). Returns (T, C) in the dtype of x, or of residual + x; the arithmetic of
-    the norm is fp32. seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes differ.
+    x: (T, C), any float dtype; weight: (C,). s has the dtype of residual + x. The normalised result has s's dtype or,
+    under autocast, autocast's; the arithmetic of the norm is fp32. seed: of the dropout; None draws one from torch's
+    generator. Raises ValueError if shapes differ.
     """
     check_arguments(x, weight, residual, dropout_p)
     s = x if residual is None else residual + dropout_reference(x, dropout_p, seed)
     y = s.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    y = (y * weight.float()).to(s.dtype)
+    y = (y * weight.float()).to(compute_dtype(x) or s.dtype)
     return y if residual is None else (s, y)
+
+
+def compute_dtype(x):
+    """What autocast has matrix products computed in, where it is on: the norm writes it, so that nothing casts it."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def check_arguments(x, weight, residual, dropout_p):
@@ -60,19 +67,19 @@ def check_arguments(x, weight, residual, dropout_p):
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["T", "seed", "threshold"])  # these change: compile once for all
+@triton.jit(do_not_specialize=["T", "threshold"])  # these change: compile once for all
 def rms_norm_forward_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     s_ptr,
     y_ptr,  # s, y: (T, C), contiguous
+    seed_ptr,
     T,
     C,
     x_stride,
     residual_stride,
     eps,
-    seed,
     threshold,
     RESIDUAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -84,7 +91,7 @@ def rms_norm_forward_kernel(
     far = rows[:, None].to(tl.int64)
     s = tl.load(x_ptr + far * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     if DROPOUT:
-        s = tl.where(kept(seed, rows, 0, 0, threshold, BLOCK), s * (256.0 / (256 - threshold)), 0.0)
+        s = tl.where(kept(tl.load(seed_ptr), rows, 0, 0, threshold, BLOCK), s * (256.0 / (256 - threshold)), 0.0)
     if RESIDUAL:
         s += tl.load(residual_ptr + far * residual_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         rounded = s.to(s_ptr.dtype.element_ty)
@@ -103,7 +110,7 @@ def rms_norm_forward_kernel(
 #     dx = ds, dropped as x was, and d residual = ds.
 
 
-@triton.jit(do_not_specialize=["T", "rows_each", "seed", "threshold"])
+@triton.jit(do_not_specialize=["T", "rows_each", "threshold"])
 def rms_norm_backward_kernel(
     dy_ptr,
     ds_ptr,  # gradient of the output s
@@ -112,12 +119,12 @@ def rms_norm_backward_kernel(
     dx_ptr,
     d_residual_ptr,  # all five (T, C), contiguous
     partial_ptr,  # (programs, C) fp32
+    seed_ptr,
     T,
     C,
     s_stride,
     rows_each,  # of a program; a multiple of ROWS
     eps,
-    seed,
     threshold,
     RESIDUAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -144,7 +151,7 @@ def rms_norm_backward_kernel(
             d += tl.load(ds_ptr + here, mask=inside, other=0.0).to(tl.float32)
             tl.store(d_residual_ptr + here, d.to(d_residual_ptr.dtype.element_ty), mask=inside)
         if DROPOUT:
-            d = tl.where(kept(seed, rows, 0, 0, threshold, BLOCK), d * (256.0 / (256 - threshold)), 0.0)
+            d = tl.where(kept(tl.load(seed_ptr), rows, 0, 0, threshold, BLOCK), d * (256.0 / (256 - threshold)), 0.0)
         tl.store(dx_ptr + here, d.to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(partial_ptr + tl.program_id(0) * C + columns, d_weight, mask=columns < C)
 
@@ -157,22 +164,23 @@ def tile(C):
 
 class RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, residual, dropout_p, seed):
+    def forward(ctx, x, weight, eps, residual, dropout_p, seed, dtype):
         (T, C), threshold = x.shape, threshold_of(dropout_p)
         flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(C)
-        dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        y = torch.empty(T, C, dtype=dtype, device=x.device)
-        s = x if residual is None else torch.empty_like(y)
+        seed = seed_on(x.device, seed) if threshold else x  # without dropout nothing reads it
         beside = x if residual is None else residual
-        sizes = (T, C, x.stride(0), beside.stride(0), eps, seed, threshold)
-        launch(rms_norm_forward_kernel, (-(-T // flags["ROWS"]),), x, beside, weight, s, y, *sizes, **flags)
-        ctx.save_for_backward(s, weight)
-        ctx.rest = (eps, seed, threshold), flags, x.dtype, None if residual is None else residual.dtype
+        wider = torch.promote_types(x.dtype, beside.dtype)
+        s = x if residual is None else torch.empty(T, C, dtype=wider, device=x.device)
+        y = torch.empty(T, C, dtype=dtype or wider, device=x.device)
+        sizes = (T, C, x.stride(0), beside.stride(0), eps, threshold)
+        launch(rms_norm_forward_kernel, (-(-T // flags["ROWS"]),), x, beside, weight, s, y, seed, *sizes, **flags)
+        ctx.save_for_backward(s, weight, seed)
+        ctx.rest = (eps, threshold), flags, x.dtype, None if residual is None else residual.dtype
         return y if residual is None else (s, y)
 
     @staticmethod
     def backward(ctx, *upstream):
-        s, weight = ctx.saved_tensors
+        s, weight, seed = ctx.saved_tensors
         numbers, flags, x_dtype, residual_dtype = ctx.rest
         (T, C), rows = s.shape, flags["ROWS"]
         rows_each = -(-T // (PROGRAMS * rows)) * rows
@@ -181,9 +189,9 @@ class RMSNorm(torch.autograd.Function):
         dx = torch.empty(T, C, dtype=x_dtype, device=s.device)
         d_residual = torch.empty_like(dx, dtype=residual_dtype) if residual_dtype else None
         partial = torch.empty(programs, C, device=s.device)
-        tensors = (dy, ds, s, weight, dx, dx if d_residual is None else d_residual, partial)
+        tensors = (dy, ds, s, weight, dx, dx if d_residual is None else d_residual, partial, seed)
         launch(rms_norm_backward_kernel, (programs,), *tensors, T, C, s.stride(0), rows_each, *numbers, **flags)
-        return dx, partial.sum(0).to(weight.dtype), None, d_residual, None, None
+        return dx, partial.sum(0).to(weight.dtype), None, d_residual, None, None, None
 
 
 def rms_norm_triton(
@@ -192,7 +200,7 @@ def rms_norm_triton(
     eps: float = 1e-6,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rms_norm_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
     check_arguments(x, weight, residual, dropout_p)
@@ -203,7 +211,5 @@ def rms_norm_triton(
             raise ValueError(f"rms_norm: {name} must be float32, float16 or bfloat16, got {tensor.dtype}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"rms_norm: {name} must be on x's device, {x.device}, got {tensor.device}")
-    if dropout_p and seed is None:
-        seed = draw_seed()
     x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
-    return RMSNorm.apply(x, weight.contiguous(), eps, residual, dropout_p, seed or 0)
+    return RMSNorm.apply(x, weight.contiguous(), eps, residual, dropout_p, seed, compute_dtype(x))
