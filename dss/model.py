@@ -54,7 +54,7 @@ class T5(nn.Module):
         return self.encoder(self.embedding(input_ids), inputs)
 
     def decode(self, decoder_input_ids, targets, memory, inputs, cache=None):
-        """(T,) packed target tokens, reading memory (T_in, C) -> (T, C). With a cache, see dss/generate.py."""
+        """(T,) packed target tokens, reading memory (T_in, C) -> (T, C). With a cache, (B,) tokens: dss/generate.py."""
         return self.decoder(self.embedding(decoder_input_ids), targets, memory, inputs, cache)
 
     def logits(self, input_ids, decoder_input_ids):
@@ -141,10 +141,11 @@ class Layer(nn.Module):
 
     def forward(self, x, positions, bias_table, memory, inputs, cache):
         y = self.self_attention_norm(x)
-        part = self.self_attention(y, positions, y, positions, bias_table, cache and cache.self_attention)
+        own, across = cache or (None, None)
+        part = self.self_attention(y, positions, y, positions, bias_table, own)
         if memory is not None:  # no position bias from target to input: their positions have nothing in common
             x, y = self.cross_attention_norm.add(part, x)
-            part = self.cross_attention(y, positions, memory, inputs, None, cache and cache.cross_attention)
+            part = self.cross_attention(y, positions, memory, inputs, None, across)
         x, y = self.feed_forward_norm.add(part, x)
         return x + self.dropout(self.feed_forward(y))
 
@@ -165,7 +166,9 @@ class Attention(nn.Module):
     def forward(self, x, queries, memory, keys, bias_table, cache):
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table: (num_buckets, H) or None."""
         q = self.heads(self.q(x))
-        k, v, keys = cache.update(self, memory, keys) if cache else (*self.keys_values(memory), keys)
+        if cache:
+            return self.o(cache.attend(self, q, x).flatten(1))
+        k, v = self.keys_values(memory)
         dropout_p = self.dropout_p if self.training else 0.0
         y = kernels.attention(
             q,
