@@ -1,58 +1,68 @@
-"""Greedy decoding with cached keys and values, many inputs at once.
+"""Greedy decoding with cached states, many inputs at once.
 
-One step reads one token of each unfinished sequence. Every decoder layer remembers two things: `SelfCache` the keys and
-values of the tokens so far, which all sequences have equally many of, and `CrossCache` those of the encoder's output,
-computed once and packed as the encoder left them. A sequence that ends leaves the batch, and its cache with it.
+One step reads one token of each unfinished sequence. What the decoder looks back at lies in memory that is taken once:
+for self-attention each layer's keys and values of the tokens so far, for cross-attention the encoder's output, which
+all layers share. A sequence that ends leaves the batch: the last one takes its row, so that the running sequences stay
+the first rows, and no others move.
+
+With one query a sequence, attention is a few plain products on padded states; `kernels.attention` would have to be
+given a new packed stream of them in every step.
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from dss.batch import LABEL, Batch, Segments, Sequence, pack, segments
+from dss.batch import LABEL, Batch, Sequence, pack, segments
 from dss.model import T5
-
-
-class SelfCache:
-    """Keys and values of the targets so far: B sequences of t tokens each."""
-
-    def __init__(self):
-        self.k = self.v = None  # (B, t, H, D)
-
-    def update(self, attention, x, _):
-        """x: (B, C), the newest token of each sequence -> its keys, values (B * t, H, D) and Segments, grown by one."""
-        k, v = (new[:, None] for new in attention.keys_values(x))
-        self.k = k if self.k is None else torch.cat([self.k, k], dim=1)
-        self.v = v if self.v is None else torch.cat([self.v, v], dim=1)
-        B, t = self.k.shape[:2]
-        cu_seqlens = torch.arange(0, (B + 1) * t, t, dtype=torch.int32, device=x.device)
-        return self.k.flatten(0, 1), self.v.flatten(0, 1), Segments(cu_seqlens, t)
-
-    def keep(self, rows, _):
-        self.k, self.v = self.k[rows], self.v[rows]
+from kernels.buckets import relative_position_bucket
 
 
 class CrossCache:
-    """Keys and values of the inputs, packed."""
+    """The encoder's output m, (B, N, C), and a bias (B, 1, N) that hides its padding.
 
-    def __init__(self):
-        self.k = self.v = None  # (T_in, H, D)
+    Cross-attention needs no keys W_k m and values W_v m: with q (W_k m)^T = (q W_k) m^T and P (W_v m) = (P m) W_v^T
+    the matrices act on one query instead of N states, and every layer reads the same m, which stays in the CPU's cache.
+    """
 
-    def update(self, attention, memory, inputs):
-        if self.k is None:
-            self.k, self.v = attention.keys_values(memory)
-        return self.k, self.v, inputs
+    def __init__(self, memory, lengths):
+        self.memory = pad_sequence(memory.split(lengths), batch_first=True)
+        padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (B, N)
+        self.bias = torch.where(padding, float("-inf"), 0.0)[:, None].to(memory.device)
 
-    def keep(self, _, tokens):
-        self.k, self.v = self.k[tokens], self.v[tokens]
+    def attend(self, attention, q, x):
+        """Queries q (B, H, D) of the newest tokens, whose states are x (B, C) -> (B, H, D)."""
+        keys, values = (w.unflatten(0, q.shape[1:]) for w in (attention.k.weight, attention.v.weight))  # (H, D, C)
+        q = (q.transpose(0, 1) @ keys).transpose(0, 1)  # (B, H, C)
+        weights = (q @ self.memory.mT + self.bias).softmax(-1)  # (B, H, N)
+        y = weights @ self.memory  # (B, H, C)
+        return (y.transpose(0, 1) @ values.mT).transpose(0, 1)
+
+    def move(self, rows, to, B):
+        """Copy `rows` to the rows `to`, int64 indices, and keep the first B rows."""
+        for x in (self.memory, self.bias):
+            x[to] = x[rows]
+        self.memory, self.bias = self.memory[:B], self.bias[:B]
 
 
-class LayerCache:
-    def __init__(self):
-        self.self_attention, self.cross_attention = SelfCache(), CrossCache()
+class SelfCache:
+    """Keys and values of the t tokens so far, with room for N: (B, H, N, D); bias (H, 1, N), of the last query."""
 
-    def keep(self, rows, tokens):
-        """Drop all sequences but `rows`, whose input tokens are `tokens` (both int64 indices)."""
-        self.self_attention.keep(rows, tokens)
-        self.cross_attention.keep(rows, tokens)
+    def __init__(self, B, D, bias, dtype):
+        H, _, N = bias.shape
+        self.k, self.v = (torch.empty(B, H, N, D, dtype=dtype, device=bias.device) for _ in range(2))
+        self.bias, self.t = bias, 0
+
+    def attend(self, attention, q, x):
+        self.k[:, :, self.t], self.v[:, :, self.t] = attention.keys_values(x)
+        self.t += 1
+        k, v = self.k[:, :, : self.t], self.v[:, :, : self.t]
+        weights = (q[:, :, None] @ k.mT + self.bias[..., -self.t :]).softmax(-1)  # (B, H, 1, t)
+        return (weights.to(v.dtype) @ v)[:, :, 0]
+
+    def move(self, rows, to, B):
+        for x in (self.k, self.v):
+            x[to, :, : self.t] = x[rows, :, : self.t]
+        self.k, self.v = self.k[:B], self.v[:B]
 
 
 @torch.no_grad()
@@ -62,8 +72,8 @@ def generate(
     """Greedy outputs for a list of inputs (each a non-empty list of ids, ending in </s>), in their order.
 
     An output ends before </s>, before the token `stop`, or after max_new_tokens. Inputs are taken batch_size at a time,
-    longest first, so that a batch holds inputs of like length and a lack of memory shows at once. Dropout follows
-    model.training: call model.eval() first. Raises ValueError for an empty input.
+    longest first, so that a batch holds inputs of like length and a lack of memory shows at once. Call model.eval()
+    first. Raises ValueError for an empty input.
     """
     if not all(map(len, inputs)):
         raise ValueError(f"generate: input {[len(i) for i in inputs].index(0)} is empty")
@@ -77,32 +87,37 @@ def generate(
 
 
 def generate_batch(model: T5, inputs: list[list[int]], max_new_tokens: int, stop: int | None) -> list[list[int]]:
-    device, config = model.embedding.weight.device, model.config
-    lengths = [len(ids) for ids in inputs]
-    where = segments(lengths, device)
-    memory = model.encode(torch.tensor([token for ids in inputs for token in ids], device=device), where)
-    cache = [LayerCache() for _ in range(config.num_decoder_layers)]
-    outputs = [[] for _ in inputs]
-    running = list(range(len(inputs)))  # the sequences in the batch, as indices of `inputs`
-    token = torch.full((len(inputs),), config.decoder_start_token_id, device=device)
+    device, config, lengths = model.embedding.weight.device, model.config, list(map(len, inputs))
+    memory = model.encode(torch.tensor([t for ids in inputs for t in ids], device=device), segments(lengths, device))
+    distance = torch.arange(1 - max_new_tokens, 1, device=device)
+    shape = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    bias = model.decoder.bias_table[relative_position_bucket(distance, *shape, bidirectional=False)]  # (N, H)
+    across = CrossCache(memory, lengths)
+    own = [SelfCache(len(inputs), config.d_kv, bias.T[:, None], memory.dtype) for _ in model.decoder.layers]
+    cache = [(one, across) for one in own]
 
+    outputs = [[] for _ in inputs]
+    running = list(range(len(inputs)))  # the sequence, as an index of `inputs`, in each row
+    token = torch.full((len(inputs),), config.decoder_start_token_id, device=device)
     for _ in range(max_new_tokens):
-        hidden = model.decode(token, segments([1] * len(running), device), memory, where, cache)  # (B, C)
-        token = model.read_out(hidden).argmax(-1)  # (B,)
+        token = model.read_out(model.decode(token, None, memory, None, cache)).argmax(-1)  # (B,)
         drawn = token.tolist()
         going = [row for row, t in enumerate(drawn) if t not in (config.eos_token_id, stop)]
         for row in going:
             outputs[running[row]].append(drawn[row])
-        if not going:
+        B = len(going)
+        if B == 0:
             break
-        if len(going) < len(running):
-            rows = torch.tensor(going, device=device)
-            starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-            tokens = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in going]).to(device)
-            for layer in cache:
-                layer.keep(rows, tokens)
-            token, running, lengths = token[rows], [running[r] for r in going], [lengths[r] for r in going]
-            where = segments(lengths, device)
+        if len(running) > B:
+            rows = [row for row in going if row >= B]
+            to = sorted(set(range(B)).difference(going))  # as many as `rows`
+            for i, j in zip(to, rows):
+                running[i] = running[j]
+            rows, to = torch.tensor([rows, to], dtype=torch.int64, device=device)
+            for part in (across, *own):
+                part.move(rows, to, B)
+            token[to] = token[rows]
+            token, running = token[:B], running[:B]
     return outputs
 
 

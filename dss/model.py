@@ -59,7 +59,7 @@ class T5(nn.Module):
     def decode(
         self, decoder_input_ids: Tensor, targets: Segments, memory: Tensor, inputs: Segments, cache: list | None = None
     ) -> Tensor:
-        """(T,) packed target tokens, reading memory (T_in, C) -> (T, C). With a cache, see dss/generate.py."""
+        """(T,) packed target tokens, reading memory (T_in, C) -> (T, C). With a cache, (B,) tokens: dss/generate.py."""
         return self.decoder(self.embedding(decoder_input_ids), targets, memory, inputs, cache)
 
     def logits(self, input_ids: list[list[int]], decoder_input_ids: list[list[int]]) -> list[Tensor]:
@@ -166,10 +166,11 @@ class Layer(nn.Module):
         cache: Any,
     ) -> tuple[Tensor, Tensor]:
         x, y = self.self_attention_norm(x, part)
-        part = self.self_attention(y, positions, y, positions, bias_table, cache and cache.self_attention)
+        own, across = cache or (None, None)
+        part = self.self_attention(y, positions, y, positions, bias_table, own)
         if memory is not None:  # no position bias from target to input: their positions have nothing in common
             x, y = self.cross_attention_norm(x, part)
-            part = self.cross_attention(y, positions, memory, inputs, None, cache and cache.cross_attention)
+            part = self.cross_attention(y, positions, memory, inputs, None, across)
         x, y = self.feed_forward_norm(x, part)
         return x, self.feed_forward(y)
 
@@ -192,9 +193,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table: (num_buckets, H) or None."""
         if cache:
-            q = self.heads(self.q(x))
-            k, v, keys = cache.update(self, memory, keys)
-        elif memory is x:
+            return self.o(cache.attend(self, self.heads(self.q(x)), x).flatten(1))
+        if memory is x:
             q, k, v = map(self.heads, products(x, self.q, self.k, self.v))
         else:
             q = self.heads(self.q(x))
