@@ -1,6 +1,8 @@
 """Several processes, each with a part of every step: the same run as one process, whatever ends it."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -32,8 +34,8 @@ def files(tmp_path):
     return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl"), "--method", "dss"]
 
 
-def weights(out):
-    return load_t5(out / "dss" / "student").state_dict()
+def weights(arm):
+    return load_t5(arm / "student").state_dict()
 
 
 def apart(a, b):
@@ -116,21 +118,68 @@ def test_the_gradient_of_a_step_is_that_of_one_process(files, tmp_path, measured
 # ---- Whole runs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n, extra", [(2, []), (3, ["--micro_batch", "1"]), (2, ["--shard", "--micro_batch", "2"])])
+@pytest.mark.parametrize(
+    "n, extra", [(2, ["--micro_batch", "2"]), (3, []), (2, ["--shard", "--checkpoint_activations"])]
+)
 def test_the_student_of_several_processes_is_that_of_one(files, tmp_path, measured, n, extra):
     """Also its answers, put together in order; and nothing is written or said twice."""
     assert go([*files, *QUICK, "--out", tmp_path / "one"]) == 0
-    arguments = [*files, *QUICK, *extra, "--method", "dss", "label_first"]
-    assert several.run(n, tmp_path, go, [*arguments, "--out", tmp_path / "all"]) == [0] * n, said(tmp_path)
-    measured(
-        f"student of {n} processes {' '.join(extra)}", apart(weights(tmp_path / "all"), weights(tmp_path / "one")), 1e-5
-    )
+    assert several.run(n, tmp_path, go, [*files, *QUICK, *extra, "--out", tmp_path / "all"]) == [0] * n, said(tmp_path)
     one, together = (tmp_path / name / "dss" for name in ("one", "all"))
+    measured(f"student of {n} processes {' '.join(extra)}", apart(weights(together), weights(one)), 1e-5)
     assert (one / "predictions.jsonl").read_text() == (together / "predictions.jsonl").read_text()
     assert {p.name for p in one.iterdir()} == {p.name for p in together.iterdir()}
     losses, theirs = (read_losses(arm / "metrics.jsonl") for arm in (one, together))
     assert losses == pytest.approx(theirs, rel=1e-4)
     assert said(tmp_path).count("13 test; metric") == 1 and all(not said(tmp_path, r) for r in range(1, n))
+
+
+@pytest.mark.parametrize("extra", [[], ["--shard"]])
+def test_a_run_whose_process_dies_ends_with_a_line_and_goes_on_with_fewer(files, tmp_path, measured, extra):
+    """Process 1 of 2 is killed in the middle of step 14, and one process goes on from step 10."""
+    arguments = [*files, *QUICK, *extra, "--save_minutes", "0"]
+    assert go([*files, *QUICK, "--out", tmp_path / "whole"]) == 0
+    cut = [*arguments, "--out", tmp_path / "cut"]
+    assert several.run(2, tmp_path, at_step, 14, 1, signal.SIGKILL, cut) == [1, -signal.SIGKILL]
+    kept = f"{tmp_path / 'cut' / 'dss'}/student is the best so far, --resume goes on from step 10"
+    assert said(tmp_path).splitlines()[-1] == f"train.py: process 1 has ended; {kept}"
+    assert several.run(1, tmp_path, go, [*cut, "--resume"]) == [0]
+    whole, cut = (weights(tmp_path / name / "dss") for name in ("whole", "cut"))
+    measured(f"student that one process ended for two {' '.join(extra)}", apart(whole, cut), 1e-5)
+
+
+@pytest.mark.parametrize("extra", [[], ["--shard"]])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path, extra):
+    """They save their state, and go on to the student of an undisturbed run, dropout and all."""
+    arguments = [*files, *QUICK, "--dropout", "0.1", *extra]
+    assert several.run(2, tmp_path, go, [*arguments, "--out", tmp_path / "whole"]) == [0, 0]
+    cut = [*arguments, "--out", tmp_path / "cut"]
+    assert several.run(2, tmp_path, at_step, 6, 1, signal.SIGTERM, cut) == [130, 130]
+    assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: interrupted at step 7 of dss") == 1
+    assert several.run(2, tmp_path, go, [*cut, "--resume"]) == [0, 0]
+    whole, cut = (weights(tmp_path / name / "dss") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def at_step(step, rank, number, arguments):
+    """A run in which process `rank` gets the signal `number` in the middle of a step."""
+    calls, original = iter(range(1000)), train.distillation_loss
+
+    def spy(*inputs):
+        if next(calls) == step and parallel.rank() == rank:
+            os.kill(os.getpid(), number)
+        return original(*inputs)
+
+    train.distillation_loss = spy
+    return go(arguments)
+
+
+def test_what_is_wrong_is_said_once(files, tmp_path):
+    arguments = [*files, *QUICK, "--lr", "1e38", "--clip", "0", "--out", tmp_path / "out"]
+    assert several.run(2, tmp_path, go, arguments) == [1, 1]
+    assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: the loss is") == 1
+    assert several.run(2, tmp_path, go, ["--data", tmp_path / "none.jsonl"]) == [2, 2]
+    assert (said(tmp_path) + said(tmp_path, 1)).count("none.jsonl: No such file") == 1
 
 
 def said(directory, rank=0):
