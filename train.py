@@ -135,6 +135,7 @@ def train_step(
         total += torch.stack([L.detach(), L_label, L_rationale])
     parallel.sum_up([total, *parallel.gradients(model, config)])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+    norm = norm.full_tensor() if config.shard else norm
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

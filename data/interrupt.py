@@ -1,8 +1,10 @@
 """Ctrl-C and SIGTERM as a request to end at a clean point, for train.py and extract.py alike."""
 
 import contextlib
+import os
 import signal
 import sys
+import time
 
 
 class Interrupted(Exception):
@@ -27,8 +29,10 @@ class Stop:
 
     def handle(self, *_):
         if self.requested:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() < self.since + 1:
+                return  # torchrun passes on the Ctrl-C that its processes have had from the terminal
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.since = True, time.monotonic()
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
             if self.notice:
                 print(f"\n{self.notice}", file=sys.stderr, flush=True)

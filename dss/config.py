@@ -178,6 +178,8 @@ class TrainConfig:
         require(self.seed < 2**63, "seed", "below 2**63", self)
         require(self.threads <= (os.cpu_count() or 1), "threads", f"at most {os.cpu_count()}, the CPUs here", self)
         require(not (self.resume and self.overwrite), "resume", "given without --overwrite", self)
+        if self.shard and self.optimizer == "adafactor":
+            raise ValueError("--shard goes with --optimizer adamw: torch's Adafactor cannot work on parts")
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)
 
 

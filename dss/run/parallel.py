@@ -90,7 +90,7 @@ def joined() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         if speaks_first(str(mine)):
             raise
-        raise SystemExit(getattr(error, "status", 1)) from None
+        raise SystemExit(2 if isinstance(error, (OSError, ValueError)) else getattr(error, "status", 1)) from None
 
 
 def watch(neighbour: int, words: dist.ProcessGroup, terminal: TextIO) -> None:
