@@ -3,7 +3,8 @@
     {"id": "svamp-17", "input": "...", "label": "...", "rationale": "...", "teacher_label": "...", "teacher": {...}}
 
 Only `input` is required. `label` is gold, `teacher_label` and `rationale` are the teacher's, `teacher` says where those
-came from. Null, absent and blank mean the same: there is none. Keys not listed here are kept.
+came from; several rationales for one label are a list of texts. Null, absent and blank mean the same: there is none.
+Keys not listed here are kept.
 """
 
 import json
@@ -24,7 +25,7 @@ class Record:
     id: str
     input: str
     label: str | None = None
-    rationale: str | None = None
+    rationale: str | list[str] | None = None
     teacher_label: str | None = None
     teacher: dict = field(default_factory=dict)
     other: dict = field(default_factory=dict)  # keys of the line that are none of the above
@@ -39,7 +40,7 @@ def parse_record(line, where, default_id, names=None):
     """One line -> Record. `where` ("FILE:LINE") begins the message of the RecordError that a bad line raises.
 
     names: {"input": "question"} where the file has another name for a key of the record. A key so hidden is kept as
-    "original_KEY"; an id under another name may be a number.
+    "original_KEY"; an id or a label may then be a number.
     """
     try:
         row = json.loads(line)
@@ -56,6 +57,11 @@ def parse_record(line, where, default_id, names=None):
     texts = {}
     for name in TEXTS:
         value = row.pop(name, None)
+        if name == "rationale" and isinstance(value, list):
+            if not value or not all(isinstance(text, str) and text.strip() for text in value):
+                raise RecordError(f'{where}: "rationale" must be a text or a list of texts, none blank, got {value!r}')
+            texts[name] = value
+            continue
         if value is not None and not isinstance(value, str):
             raise RecordError(f'{where}: "{name}" must be a text or null, got {value!r}')
         texts[name] = value if value and value.strip() else None
@@ -78,14 +84,15 @@ def is_unicode(*values):
 
 
 def renamed(row, where, names):
-    """The row with the keys of the record in place of the file's own."""
+    """The row with the keys of the record in place of the file's own. With names, an id or label may be a number."""
+    for name in (names[key] for key in ("id", "label") if key in names):
+        if isinstance(row.get(name), int) and not isinstance(row[name], bool):
+            row[name] = str(row[name])
     names = {key: name for key, name in names.items() if key != name}
     for name in names.values():
         if name not in row:
             raise RecordError(f'{where}: there is no "{name}"; the line has {", ".join(row) or "nothing"}')
     taken = {key: row.pop(name) for key, name in names.items()}
-    if isinstance(taken.get("id"), int):
-        taken["id"] = str(taken["id"])
     return {f"original_{key}" if key in taken else key: value for key, value in row.items()} | taken
 
 

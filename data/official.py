@@ -20,11 +20,11 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data import arguments
-from data.answers import choice_answer, class_answer, cut, equation_answer
-from data.equation import same_value
+from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
 from data.jsonl import Record, RecordError, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
@@ -47,33 +47,29 @@ def nli_answer(text):
     return class_answer(text, NLI)
 
 
-def same_text(a, b):
-    return a.strip() == b.strip()
-
-
 @dataclass(frozen=True)
 class Format:
     """How one dataset's rows and outputs are written."""
 
     read: Callable  # a row of the release -> (input, gold label)
     next_example: str  # begins the invented next example
-    marker: str  # regular expression between rationale and answer
+    markers: list[str]  # between rationale and answer, in order of preference
     answer: Callable  # what follows the marker -> teacher label or None
-    right: Callable = same_text  # (teacher label, gold label) -> bool
+    label_type: str  # how labels compare, as in data/answers.py
 
 
 FORMATS = {
-    "cqa": Format(read_cqa, "Q:", r"So the answer is", choice_answer),
-    "svamp": Format(read_svamp, "Q:", r"The answer is", equation_answer, same_value),
-    "anli1": Format(read_nli, "Premise:", r"(So the|The) answer is", nli_answer),
-    "esnli": Format(read_nli, "Premise:", r"Answer:", nli_answer),
+    "cqa": Format(read_cqa, "Q:", ["So the answer is"], choice_answer, "choice"),
+    "svamp": Format(read_svamp, "Q:", ["The answer is"], equation_answer, "equation"),
+    "anli1": Format(read_nli, "Premise:", ["So the answer is", "The answer is"], nli_answer, "class"),
+    "esnli": Format(read_nli, "Premise:", ["Answer:"], nli_answer, "class"),
 }
 
 
-def parse_output(output, form):
-    """One raw output -> (rationale or None, teacher label or None)."""
-    rationale, answer = cut(output, [form.next_example], form.marker)
-    return rationale, None if answer is None else form.answer(answer)
+def parse_output(output, form, text=""):
+    """One raw output for the question `text` -> (rationale or None, teacher label or None)."""
+    same = partial(same_label, label_type=form.label_type, input=text)
+    return read_answer(output, [form.next_example], form.markers, form.answer, same)[:2]
 
 
 def import_split(path, outputs, form, teacher):
@@ -95,14 +91,15 @@ def import_split(path, outputs, form, teacher):
         except (ValueError, KeyError, TypeError) as problem:
             raise RecordError(f"{path}:{number}: not a row of this dataset ({problem!r})") from None
         output, where = outputs[index] if index < len(outputs) else (None, None)
-        rationale, answer = parse_output(output, form) if output is not None else (None, None)
+        rationale, answer = parse_output(output, form, text) if output is not None else (None, None)
         counts["rows"] += 1
         counts["rationale"] += rationale is not None
         counts["teacher label"] += answer is not None
         counts["no output"] += output is None
         counts["not parsed"] += output is not None and rationale is None
         counts["no usable answer"] += rationale is not None and answer is None
-        counts["teacher right"] += answer is not None and label is not None and form.right(answer, label)
+        if answer is not None and label is not None:
+            counts["teacher right"] += same_label(answer, label, form.label_type, text)
         provenance = {"model": teacher, "output": where} if output is not None else {}
         records.append(Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance))
     return records, counts

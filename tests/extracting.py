@@ -36,6 +36,11 @@ def arguments(folder, url, line=""):
     return [str(a) for a in [*places, "--model", "stub-1", "--base-url", url, *line.split()]]
 
 
+for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):  # no test depends on what the environment holds
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
+
+
 def run(folder, url, line="", scale=FAST):
     return extract.main(arguments(folder, url, line), scale)
 

@@ -91,7 +91,7 @@ class Stub:
         self.behave, self.latency, self.idle, self.lock = behave, latency, idle, threading.Lock()
         self.requests, self.attempts, self.actions = [], Counter(), Counter()
         self.flying = self.most = self.connections = 0
-        self.stalled = set()
+        self.stalled, self.paths = set(), set()
 
     def __enter__(self):
         self.server = Server(("127.0.0.1", 0), Handler)
@@ -143,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         stub = self.server.stub
+        stub.paths.add(self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"].split("\n\n")[-1]
         action = stub.arrive(question, body, dict(self.headers))

@@ -26,12 +26,11 @@ from data.teacher.settings import ExtractConfig
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, capsys, endpoint):
+def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": "odd", "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}, "correct": "old"}
     (files / "in.jsonl").write_text(json.dumps(line) + "\n" + '{"input": "What is 1 + 2?"}\n')
     with Stub() as stub:
-        url = stub.url.replace("127", "user:hunter2hunter2@127")
-        assert run(files, url, f'--endpoint {endpoint} --seed 5 --top-p 0.5 --extra-body {{"top_k":3}}') == 0
+        assert run(files, stub.url, f'--endpoint {endpoint} --seed 5 --top-p 0.5 --extra-body {{"top_k":3}}') == 0
     first, second = rows(files)
     teacher = first.pop("teacher")
     assert first == {
@@ -40,16 +39,20 @@ def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, capsys,
     }  # fmt: skip
     assert re.fullmatch("[0-9a-f]{64}", teacher["request_sha256"]) and len(teacher["prompt_sha256"]) == 64
     assert (teacher["model"], teacher["model_served"], teacher["base_url"]) == ("stub-1", "stub-1", stub.url)
-    assert teacher["endpoint"] == endpoint and teacher["rationalize"] is False and teacher["attempts"] == 1
+    assert (
+        teacher["endpoint"] == endpoint
+        and teacher["keep"] == "all"
+        and teacher["rationalize"] is False
+        and teacher["attempts"] == 1
+    )
     params = {"temperature": 0.0, "max_tokens": 256, "top_p": 0.5, "seed": 5, "stop": ["\nQ:"], "top_k": 3}
     assert teacher["params"] == params | {"n": 1, "reasoning": "drop"}
     assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100} and teacher["latency_s"] >= 0
     assert teacher["version"] and teacher["created_at"].endswith("+00:00") and "samples" not in teacher
     assert second["id"] == "in-2" and second["correct"] is None
     for question, body, headers, _ in stub.requests:
-        assert question.endswith("?\nA:") and headers["Authorization"].startswith("Basic ")
+        assert question.endswith("?\nA:") and "Authorization" not in headers
         assert body == {"model": "stub-1", **params} | {k: body[k] for k in ("messages", "prompt") if k in body}
-    assert "hunter2" not in "".join(p.read_text() for p in files.iterdir()) + "".join(capsys.readouterr())
 
 
 def test_what_is_printed(files, capsys):
@@ -60,7 +63,8 @@ def test_what_is_printed(files, capsys):
     assert re.search(r"prompt:  \S+p.json \(sha256 [0-9a-f]{12}\), 1 exemplars", said)
     assert f"rows:    6 in {files / 'in.jsonl'}" in said
     assert said.count("warning: asked for 'other', served by 'stub-1'") == 1
-    assert "5 ok, 1 unparsed, 0 failed, 0 retries" in said and "tok/s, $0.01" in said
+    assert "5 ok, 1 failed, 0 retries" in said and "tok/s, $0.01" in said
+    assert all(len(line) < 80 for line in re.findall(r"\d+/6 \[.*", said)), "the progress bar"
     assert re.search(r"asked 6 rows in 0m0\ds: 5 ok, 1 failed \(unparsed 1\); 0 retries", said)
     assert "teacher right on 3 of 5 answered rows with a gold label (60.0%)" in said
     assert "tokens: 1,200 in (600 of them cached), 120 out; $0.01" in said
@@ -129,12 +133,12 @@ def test_help_groups_the_flags_and_gives_each_default(capsys):
     with pytest.raises(SystemExit) as stop:
         extract.main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and re.findall(r"^([a-z]+):$", text, re.MULTILINE) == [
-        "options", "rows", "teacher", "sampling", "choice", "limits",
+    assert stop.value.code == 0 and re.findall(r"^([a-z ]+):$", text, re.MULTILINE) == [
+        "options", "rows", "teacher", "sampling", "choice", "limits", "batch files",
     ]  # fmt: skip
     words = " ".join(text.split())
     for field in dataclasses.fields(ExtractConfig):
-        shown = "" if field.default in ("", None, False) else f"[{field.default}]"
+        shown = "" if field.default in ("", None, False, ()) else f"[{field.default}]"
         assert f"{flag(field.name)} " in words and shown in words
     assert "3 aborted, the teacher cannot go on; 130 interrupted" in words
 
@@ -233,7 +237,15 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
         ("--model ", "--model: expected one argument"),
         ("--base-url ftp://x/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
         ("--base-url http://a..b/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
-        ("--base-url http://x/v1?key=abc", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
+        ("--base-url http://x/v1?key=abc", "--base-url must not hold a key"),
+        ("--base-url http://me:secret@x/v1", "a password or key goes into --header"),
+        ("--header api-key:123", "--header api-key: a key must not stand on the command line"),
+        ("--header X-Id:sk-123456", "--header X-Id: a key must not stand on the command line"),
+        ("--header api-key:$NOT_SET", "the environment variable NOT_SET is not set"),
+        ("--header api-key", "--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'"),
+        ("--keep samples", "--keep must be another without --n"),
+        ("--batch-requests b --batch-replies c", "--batch-replies must be given without --batch-requests"),
+        ("--input /dev/null", "--input must be a regular file"),
         ("--prompt nowhere.json", "nowhere.json"),
         ("--input nowhere.jsonl", "nowhere.jsonl"),
         ("--output nowhere/out.jsonl", "--output must be in a directory that exists"),
@@ -315,15 +327,15 @@ def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):
         completed(None, model=KEY, refusal=KEY) | {"model": KEY},
     ]
     with Stub(lambda q, attempt: echoes[int(re.search(r"\d+", q)[0]) % len(echoes)]) as stub:
-        url = stub.url.replace("//", f"//me:{KEY}@")
-        line = f'--api-key-env MY_KEY --max-retries 1 --extra-body {{"user":"{KEY}"}}'
-        assert run(tmp_path, url, line) == 1
+        assert run(tmp_path, stub.url, f'--api-key-env MY_KEY --extra-body {{"user":"{KEY}"}}') == 2
+        line = "--api-key-env MY_KEY --max-retries 1 --header X-Other:${MY_KEY}"
+        assert run(tmp_path, stub.url, line) == 1
         assert all(headers["Authorization"] == f"Bearer {KEY}" for _, _, headers, _ in stub.requests)
         for status in (401, 404, 500, 400):
             stub.behave = always((status, {"error": {"message": f"bad key {KEY}", "param": KEY}}, {}))
-            run(tmp_path, url, line + " --retry-failed --max-retries 0")
+            run(tmp_path, stub.url, line + " --retry-failed --max-retries 0")
         stub.behave = always((302, "", {"Location": f"http://x/{KEY}"}))
-        assert run(tmp_path, url, line + " --retry-failed") == 3
+        assert run(tmp_path, stub.url, line + " --retry-failed") == 3
     said = "".join(capsys.readouterr())
     assert "[key]" in said and "key" in said
     for text in [said, *(p.read_text("utf-8") for p in tmp_path.iterdir())]:
@@ -334,11 +346,39 @@ def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):
 def test_a_key_that_cannot_be_sent_is_refused_without_quoting_it(files, capsys, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     assert run(files, "http://127.0.0.1:9/v1") == 2
-    assert "sk-" not in (said := capsys.readouterr().err) and "the key has a space" in said
+    assert "sk-" not in (said := capsys.readouterr().err) and "has a space" in said
 
 
-def test_a_stand_in_for_a_key_is_not_hidden_from_texts(files, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "more")
-    with Stub() as stub:
-        assert run(files, stub.url) == 0
-    assert rows(files)[1]["rationale"] == "1 and 2 more."
+@pytest.mark.parametrize("key", ["more", "anything"])
+def test_a_stand_in_for_a_key_is_not_hidden_from_texts(files, monkeypatch, key):
+    """LiteLLM's own README says OPENAI_API_KEY=anything."""
+    line = {"id": "anything-1", "input": "anything: what is 1 + 2?", "anything": 3}
+    (files / "in.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with Stub(always(completed("1 and 2 more than anything. The answer is (1 + 2)."))) as stub:
+        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 1
+    (row,) = rows(files)
+    assert {name: row[name] for name in line} == line and row["rationale"] == "1 and 2 more than anything."
+
+
+def test_headers_come_from_the_environment_and_a_query_goes_with_every_request(files, monkeypatch, capsys):
+    monkeypatch.setenv("AZURE_KEY", KEY)
+    with Stub(always((422, {"detail": f"{KEY} is bad"}, {}), lambda q: "4 + 2" in q)) as stub:
+        url = stub.url + "/chat/completions?api-version=2024-06-01"
+        assert run(files, url, "--header api-key:$AZURE_KEY X-Title:mine") == 1
+        assert stub.paths == {"/v1/chat/completions?api-version=2024-06-01"}
+        assert all((h["api-key"], h["X-Title"]) == (KEY, "mine") for _, _, h, _ in stub.requests)
+    assert rows(files)[0]["teacher"]["base_url"] == f"{stub.url}?api-version=2024-06-01"
+    for text in ["".join(capsys.readouterr()), *(p.read_text("utf-8") for p in files.iterdir())]:
+        assert KEY not in text
+
+
+def test_a_proxy_is_used_except_for_hosts_that_no_proxy_names(files, monkeypatch):
+    with Stub() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:secret12@"))
+        assert run(files, "http://teacher.invalid/v1") == 0
+        assert proxy.paths == {"http://teacher.invalid/v1/chat/completions"}
+        assert {h["Proxy-Authorization"] for _, _, h, _ in proxy.requests} == {"Basic bWU6c2VjcmV0MTI="}
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with Stub() as stub:
+            assert run(files, stub.url, "--overwrite") == 0 and len(stub.requests) == len(proxy.requests) == 6

@@ -27,16 +27,18 @@ RETRIED += ["not json", "html", "no choices", "error in 200", "stall", "late", "
 
 @pytest.mark.parametrize("action", RETRIED)
 def test_what_may_pass_is_asked_again(files, action):
+    """A 429 is no failure of the row."""
     patience = 0.8 if action in ("stall", "late", "drip") else 30
+    attempts = 1 if action.startswith("429") or action == "date" else 2
     with Stub(once(action)) as stub:
         assert run(files, stub.url, f"--limit 3 --timeout {patience}") == 0
-    assert [r["teacher"]["attempts"] for r in rows(files)] == [2, 2, 2] and len(stub.requests) == 6
+    assert [r["teacher"]["attempts"] for r in rows(files)] == [attempts] * 3 and len(stub.requests) == 6
 
 
 ROW_FAILS = {
     "context": "context_exceeded", "context, llama.cpp": "context_exceeded", "filter": "content_filter",
     "filtered": "content_filter", "refusal": "content_filter", "413": "http_413", "422": "http_422", "400": "http_400",
-    "null": "empty", "empty": "empty", "cut short": "truncated", "no marker": "unparsed", "no sum": "label_invalid",
+    "cut short": "truncated", "no marker": "unparsed", "no sum": "label_invalid",
 }  # fmt: skip
 
 
@@ -154,14 +156,14 @@ def test_a_pause_does_not_save_up_requests_for_a_burst(tmp_path):
 
 
 def test_back_off_doubles_up_to_a_minute_with_jitter(monkeypatch):
-    from data.teacher.endpoint import Pace
+    from data.teacher.pace import Pace
 
     pace, pauses = Pace(), []
     monkeypatch.setattr(pace, "sleep", pauses.append)
-    for attempt in range(10):
+    for attempt in range(1, 11):
         pace.back_off(attempt, None)
-    for attempt, pause in enumerate(pauses):
-        assert 0.75 * min(60, 0.5 * 2**attempt) <= pause <= min(60, 0.5 * 2**attempt)
+    for attempt, pause in enumerate(pauses, 1):
+        assert 0.75 * min(60, 0.25 * 2**attempt) <= pause <= min(60, 0.25 * 2**attempt)
 
 
 def test_never_more_in_flight_than_concurrency(tmp_path):

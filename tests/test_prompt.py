@@ -33,7 +33,7 @@ def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_in
     for e in p.exemplars:
         for text in (p.reply(e), p.reply(e).strip(), p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0])):
             read = p.parse(text, e["input"])
-            assert (read.rationale, read.label, read.problem) == (e["rationale"], e["label"], None)
+            assert (read.rationale, read.label, read.error) == (e["rationale"], e["label"], None)
 
 
 @pytest.mark.parametrize("name", ["anli", "esnli", "toy"])
@@ -79,9 +79,10 @@ def test_the_prompt_file_in_the_readme_works(tmp_path):
 def test_a_question_is_put_as_chat_and_as_completion():
     p = prompt("esnli")
     chat, text = p.chat("A dog runs.</s>An animal moves."), p.completion("A dog runs.</s>An animal moves.")
-    assert [m["role"] for m in chat] == ["system"] + ["user", "assistant"] * 9 + ["user"]
+    assert [m["role"] for m in chat] == ["user", "assistant"] * 9 + ["user"], "some templates refuse a system message"
+    assert chat[0]["content"].startswith(p.instruction + "\n\nPremise: ")
     assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
-    assert chat[2]["content"].endswith("\nAnswer: entailment") and text.endswith("\n\n" + chat[-1]["content"])
+    assert chat[1]["content"].endswith("\nAnswer: entailment") and text.endswith("\n\n" + chat[-1]["content"])
     assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9 and "known" not in text
 
 
@@ -134,14 +135,14 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
 )
 def test_an_answer_is_read_or_its_problem_named(name, text, short, rationale, label, problem):
     read = prompt(name).parse(text, Q, short)
-    assert (read.rationale, read.label, read.problem) == (rationale, label, problem)
+    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
     assert bool(read.detail) == bool(problem)
 
 
 @given(st.sampled_from(NAMES), st.text(), st.booleans())
 def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
     read = prompt(name).parse(text, Q, short)
-    assert read.problem or read.rationale.strip() and read.label.strip()
+    assert read.error or read.rationale.strip() and read.label.strip()
 
 
 def test_texts_are_labels_too_and_labels_compare_by_their_kind():
@@ -183,7 +184,7 @@ def test_the_smallest_file(tmp_path):
         ({"question": None}, '"question" must be a text, got None'),
         ({"shots": []}, 'unknown key "shots"'),
         ({"answer_marker": ""}, '"answer_marker" must be a list of texts that are not blank'),
-        ({"answer_marker": []}, '"answer_marker" must not be empty'),
+        ({"answer_marker": []}, '"answer_marker" must be a list of texts that are not blank'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),
         ({"stop": ["a", "b", "c", "d", "e"]}, "4 texts"),
@@ -191,9 +192,12 @@ def test_the_smallest_file(tmp_path):
         ({"question": "{input} {premise}"}, '{premise} means nothing in "question"'),
         ({"answer": "{label}"}, '{rationale} is missing from "answer"'),
         ({"exemplars": [{"input": "x"}]}, "exemplar 1 must have input, rationale and label"),
-        ({"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]}, "exemplar 1: input, rationale and label"),
+        (
+            {"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]},
+            "exemplar 1 must have input, rationale and label",
+        ),
         ({"answer_marker": "Therefore"}, "exemplar 1: its answer does not read back as itself"),
-        ({"exemplars": [{"input": "x", "rationale": "It is so.", "label": "2"}]}, "does not read back"),
+        ({"exemplars": [{"input": "x", "rationale": "It is 3.", "label": "2"}]}, "does not read back"),
         ({"input_parts": ["a", "b"], "question": "{a} {b}"}, "exemplar 1: the prompt wants 2 parts (a, b)"),
     ],
 )
