@@ -20,6 +20,7 @@ import queue
 import random
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -263,11 +264,10 @@ class Sample:
 def work(run, jobs, results):
     """A worker: takes (record, body) and gives (record, body, samples) until it takes None. In place of the samples
     stands None if the run ended first, or an exception that is a bug of ours."""
-    teacher = None if run.replies else Teacher(run.address)
+    teacher = run.replies or Teacher(run.address)
     while job := jobs.get():
         try:
-            numbers = range(run.config.n if job[1] else 0)
-            samples = [look_up(run, *job, i) if run.replies else ask(run, teacher, *job, i) for i in numbers]
+            samples = [ask(run, teacher, *job, number) for number in range(run.config.n if job[1] else 0)]
         except Stopped:
             samples = None
         except RequestError as error:
@@ -277,22 +277,25 @@ def work(run, jobs, results):
         except Exception as error:
             samples = error
         results.put((*job, samples))
-    if teacher:
-        teacher.close()
+    teacher.close()
 
 
 def ask(run, teacher, record, body, number):
-    """Sample `number` of a row: ask until there is a reply, read it. Raises Stopped, or RequestError if the run must
-    end."""
-    pace, sample, body = run.pace, Sample(), seeded(body, number)
+    """Sample `number` of a row: ask until there is a reply, read it. Raises Stopped where there will be none, and
+    RequestError if the run must end."""
+    pace, sample, identity = run.pace, Sample(), custom_id(record.id, request_hash(run, body), number)
+    body = seeded(body, number)
     while True:
         sent = pace.wait()
         try:
-            reply = teacher.ask(body)
+            reply = teacher.ask(body, identity)
+            sample.seconds = time.monotonic() - sent
             run.answered = body
             pace.let_through(answered=True)
             return take(run, record, reply, sample)
         except RequestError as error:
+            if run.replies and error.then not in ("row", "denied"):  # the batch has failed here, not the row
+                raise Stopped from None
             if error.then == "pace":
                 run.tally.warn("429", f"{error}; requests slow down to the server's pace, which --rpm gives beforehand")
                 pace.slow_down(sent, error)
@@ -300,10 +303,10 @@ def ask(run, teacher, record, body, number):
             pace.let_through(answered=False)
             sample.attempts += 1
             sample.answer, sample.raw = Answer(error=error.kind, detail=str(error)), error.raw
-            if error.then == "stop" or error.then == "denied" and not answers(run, teacher):
-                raise
-            if error.then != "retry":
+            if run.replies or error.then == "row" or error.then == "denied" and answers(run, teacher):
                 return sample
+            if error.then in ("stop", "denied"):
+                raise
             if sample.attempts <= run.config.max_retries:
                 pace.back_off(sample.attempts, error.wait)
             elif not run.answered:
@@ -324,20 +327,6 @@ def answers(run, teacher):
     except RequestError as error:
         return error.then == "pace"
     return True
-
-
-def look_up(run, record, body, number):
-    """Sample `number` of a row from the batch files. Raises Stopped where they have none, or a passing failure."""
-    sample = Sample()
-    try:
-        reply = run.replies.get(custom_id(record.id, request_hash(run, body), number), body)
-        return take(run, record, reply, sample)
-    except RequestError as error:
-        if error.then not in ("row", "denied"):
-            raise Stopped from None
-        sample.attempts, sample.raw = 1, error.raw
-        sample.answer = Answer(error=error.kind, detail=str(error))
-        return sample
 
 
 def take(run, record, reply, sample):
@@ -361,24 +350,11 @@ def take(run, record, reply, sample):
     if answer.error and another_may_do and not reply.cut_short:
         raise RequestError(answer.error, answer.detail, "retry", reply.text)
     sample.attempts += 1
-    sample.answer, sample.raw = answer, reply.text or reply.reasoning
-    sample.model, sample.seconds = reply.model, reply.seconds
+    sample.answer, sample.raw, sample.model = answer, reply.text or reply.reasoning, reply.model
     return sample
 
 
 # ---- Check -----------------------------------------------------------------------------------------------------------
-
-
-def vote(run, record, samples):
-    """(best, winners): the samples with the label that most have, and the first of them; without any label, the first
-    sample and none."""
-
-    def with_label_of(sample):
-        return [s for s in usable if run.prompt.same(s.answer.label, sample.answer.label, record.input)]
-
-    usable = [s for s in samples if not s.answer.error]
-    winners = max(map(with_label_of, usable), key=len, default=[])
-    return (winners or samples)[0], winners
 
 
 def provenance(run):
@@ -402,7 +378,10 @@ def check(run, record, body, samples):
     config = run.config
     if body is None:
         return replace(record, teacher=None), None
-    best, winners = vote(run, record, samples)
+    usable = [s for s in samples if not s.answer.error]
+    alike = [[t for t in usable if run.prompt.same(s.answer.label, t.answer.label, record.input)] for s in usable]
+    winners = max(alike, key=len, default=[])  # the samples with the label that most have
+    best = (winners or samples)[0]
     answer, correct = best.answer, None
     if record.label is not None and winners:
         correct = run.prompt.same(answer.label, record.label, record.input)

@@ -52,7 +52,7 @@ class Replies:
                 offset += len(line)
 
     def parse(self, line, where):
-        """(custom id, response, error) of one line."""
+        """(custom id, response, error) of a line. Raises RecordError."""
         try:
             row = json.loads(line)
             identity, response = row["custom_id"], row.get("response") or {}
@@ -62,7 +62,7 @@ class Replies:
             pass
         raise RecordError(f'{where}: not a reply of a batch, which has a "custom_id" and a "response"')
 
-    def get(self, identity: str, body: dict) -> Reply:
+    def ask(self, body: dict, identity: str) -> Reply:
         """The reply to one request. Raises RequestError."""
         if identity not in self.places:
             raise RequestError("missing", "the batch files have no reply", "retry")
@@ -74,3 +74,7 @@ class Replies:
         status = response.get("status_code")
         status = status if isinstance(status, int) else 200
         return read_reply(status, {}, json.dumps(response.get("body")), body, self.address)
+
+    def close(self):
+        for file in self.files:
+            file.close()

@@ -24,6 +24,7 @@ import ssl
 import time
 import urllib.request
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 LONGEST_WAIT = 120  # seconds of Retry-After that are waited for
@@ -31,13 +32,17 @@ CONNECT = 30  # seconds for a connection to be made
 LARGEST_REPLY = 32 << 20  # bytes
 RAW = 20_000  # characters of a failed reply that are kept
 CREDENTIAL = r"(?i)key|token|secret|auth|cookie|password|signature"  # in a name: what it holds must not be shown
+HINTS = {  # what to look at after a status
+    401: "is the key right, and in the variable that --api-key-env names?",
+    402: "the account has nothing left to spend",
+    403: "is the key right, and in the variable that --api-key-env names?",
+    404: "are --base-url, --endpoint and --model right?",
+}
 FLAGS = {  # what to do about a parameter that the server refuses
-    "max_tokens": "--max-tokens-field max_completion_tokens",
-    "max_completion_tokens": "--max-tokens-field max_tokens",
-    "stop": "--no-stop",
-    "temperature": "--temperature 1",
-    "top_p": "a command line without --top-p",
-    "seed": "a command line without --seed",
+    "max_tokens": "use --max-tokens-field max_completion_tokens",
+    "max_completion_tokens": "use --max-tokens-field max_tokens",
+    "stop": "use --no-stop",
+    "temperature": "use --temperature 1",
 }
 UNSUPPORTED = r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs"
 CONTEXT = r"context.{0,20}(length|size|window)|too many tokens|(prompt|input) is too long|maximum.{0,20}context"
@@ -52,14 +57,12 @@ class RequestError(Exception):
         self.kind, self.then, self.raw, self.wait = kind, then, raw[:RAW], wait
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     text: str
     reasoning: str  # from a field of its own; "" where there is none
     cut_short: bool  # it ended at the token limit
     model: str  # that served it, as the server says
     usage: dict  # tokens: prompt, completion, cached
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -83,55 +86,47 @@ class Address:
 def make_address(base_url: str, endpoint: str, key: str, headers: list[str], timeout: float) -> Address:
     """The Address of a base URL, or of none. Raises ValueError, which never quotes a secret."""
     sent = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
+    sent |= {"Authorization": f"Bearer {key}"} if key else {}
     secrets = [key]
-    if key:
-        sent["Authorization"] = f"Bearer {key}"
     for header in headers:
         name, value, hidden = read_header(header)
         sent = {n: v for n, v in sent.items() if n.casefold() != name.casefold()} | {name: value}
         secrets += hidden
-    if not all(re.fullmatch(r"[ -~]*", value) for value in sent.values()) or " " in key:
-        raise ValueError(
-            "the key, or a header's value, has a space, a line end or another character that cannot be sent"
-        )
+    if " " in key or not all(re.fullmatch("[ -~]*", value) for value in sent.values()):
+        raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
     try:
         parts = urlsplit(base_url)
         good = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment and "@" not in parts.netloc
-        (parts.hostname or "").encode("idna")  # as the socket will; http://a..b is refused here, not in a worker
-        parts.port  # noqa: B018  raises for a port that is none
+        good = good and (parts.port or True) and parts.hostname.encode("idna")  # raises, as the socket would later
     except ValueError:
         good = False
     if base_url and not good:
-        raise ValueError(
-            "--base-url must be http(s)://HOST[:PORT][/PATH][?QUERY], such as http://localhost:11434/v1; a password "
-            "or key goes into --header 'NAME: $VARIABLE'"
-        )
+        form = "http(s)://HOST[:PORT][/PATH][?QUERY], such as http://localhost:11434/v1"
+        raise ValueError(f"--base-url must be {form}; a password or key goes into --header 'NAME: $VARIABLE'")
     if any(re.search(CREDENTIAL, name) for name, _ in parse_qsl(parts.query)):
         raise ValueError("--base-url must not hold a key; --header 'NAME: $VARIABLE' sends one")
     path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
-    url = parts._replace(path=path).geturl() if base_url else ""
     proxy = None
-    where = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
-    if base_url and where.hostname and not urllib.request.proxy_bypass(parts.netloc):
-        password = unquote(where.password or "")
-        login = base64.b64encode(f"{unquote(where.username or '')}:{password}".encode()).decode()
+    through = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
+    if through.hostname and not urllib.request.proxy_bypass(parts.netloc):
+        password = unquote(through.password or "")
+        login = base64.b64encode(f"{unquote(through.username or '')}:{password}".encode()).decode()
         secrets += [password, login]
-        proxy = (where.hostname, where.port or 80, {"Proxy-Authorization": f"Basic {login}"} if where.username else {})
+        proxy_headers = {"Proxy-Authorization": f"Basic {login}"} if through.username else {}
+        proxy = (through.hostname, through.port or 80, proxy_headers)
     tls = ssl.create_default_context() if parts.scheme == "https" else None
-    secrets += [json.dumps(secret)[1:-1] for secret in secrets]  # as a line of JSON has them
-    return Address(
-        url, endpoint, sent, tuple(sorted(filter(is_secret, set(secrets)), key=len, reverse=True)), timeout, proxy, tls
-    )
+    longest_first = tuple(sorted(filter(is_secret, set(secrets)), key=len, reverse=True))
+    return Address(parts._replace(path=path).geturl(), endpoint, sent, longest_first, timeout, proxy, tls)
 
 
 def read_header(header):
     """`api-key: $AZURE_KEY` -> (name, value, [the secret in it])."""
-    name, colon, value = header.partition(":")
-    name, value = name.strip(), value.strip()
-    if not colon or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name):
+    name, value = (text.strip() for text in (header + ":").split(":", 1))
+    value = value.removesuffix(":").strip()
+    if not value or not re.fullmatch(r"[\w-]+", name):
         raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
     variables = re.findall(r"\$\{?(\w+)\}?", value)
-    if not variables and re.search(rf"{CREDENTIAL}|\b(sk|pk)-|\b(Bearer|Basic) |[\w+/=-]{{32}}", f"{name} {value}"):
+    if not variables and re.search(rf"{CREDENTIAL}|\b[sp]k-|\b(bearer|basic) |[\w+/=-]{{32}}", f"{name} {value}"):
         raise ValueError(f"--header {name}: a key must not stand on the command line; give '{name}: $VARIABLE'")
     for variable in variables:
         if not os.environ.get(variable, "").strip():
@@ -141,7 +136,7 @@ def read_header(header):
 
 
 def is_secret(text):
-    """Whether a text looks like a key: a stand-in (EMPTY, ollama, anything) is one word, and hiding it spoils texts."""
+    """Whether a text looks like a key. A stand-in (EMPTY, ollama, anything) is a word, and hiding it spoils texts."""
     return len(text) >= 16 or len(text) >= 8 and bool(re.search(r"\d", text))
 
 
@@ -192,28 +187,24 @@ class Teacher:
             self.path = f"http://{self.parts.netloc}{self.path}"
             self.headers = address.headers | address.proxy[2]
 
-    def ask(self, body: dict) -> Reply:
-        """Send one request. Raises RequestError."""
-        start = time.monotonic()
+    def ask(self, body: dict, identity: str = "") -> Reply:
+        """Send one request. Raises RequestError. (Its `identity` is for batch files, which are asked alike.)"""
+        start, url = time.monotonic(), self.address.url
         try:
             status, headers, content = self.exchange(json.dumps(body).encode(), start + self.address.timeout)
         except TimeoutError:
             self.close()  # a reply that comes later has nowhere to go
             waited = f"{time.monotonic() - start:.3g} s (--timeout {self.address.timeout:g})"
-            raise RequestError("timeout", f"{self.address.url}: no whole reply within {waited}", "retry") from None
+            raise RequestError("timeout", f"{url}: no whole reply within {waited}", "retry") from None
         except ssl.SSLCertVerificationError as error:
-            what = (
-                f"its certificate is not trusted ({error.verify_message}); SSL_CERT_FILE names a file of those that are"
-            )
-            raise RequestError("certificate", f"{self.address.url}: {what}", "stop") from None
+            what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
+            raise RequestError("certificate", f"{url}: {what}", "stop") from None
         except (OSError, http.client.HTTPException) as error:
             self.close()
             what = "the reply was cut off" if isinstance(error, http.client.IncompleteRead) else str(error)
             what = self.address.hide(what or type(error).__name__)
-            raise RequestError("disconnect", f"{self.address.url}: {what}", "retry") from None
-        return read_reply(
-            status, headers, content.decode("utf-8", "replace"), body, self.address, time.monotonic() - start
-        )
+            raise RequestError("disconnect", f"{url}: {what}", "retry") from None
+        return read_reply(status, headers, content.decode("utf-8", "replace"), body, self.address)
 
     def exchange(self, content, until):
         """(status, headers, body as bytes), all of it before the time `until` or TimeoutError."""
@@ -265,73 +256,55 @@ def dropped(sock):
         return bool(selector.select(0))  # nothing is expected, so what can be read is the end
 
 
-def read_reply(status: int, headers, text: str, body: dict, address: Address, seconds: float = 0.0) -> Reply:
+def read_reply(status: int, headers, text: str, body: dict, address: Address) -> Reply:
     """The reply that a response with `status` and the JSON `text` is. Raises RequestError for one that is none.
 
     body: the request, for the parameters in it that a server may refuse.
     """
-    try:
-        content = json.loads(text)
+    text = address.hide(text)
+    try:  # half a character (a lone surrogate) can't be written to a file, and an escaped key must be hidden, too
+        text = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode()
+        content = json.loads(text := address.hide(text))
     except (ValueError, RecursionError):
         content = None
     if not 200 <= status < 300:
-        raise status_error(status, headers, address.hide(text), content, body, address)
+        raise status_error(status, headers, text, content, body, address)
     try:
         choice = content["choices"][0]
         message = choice if address.endpoint == "completions" else choice["message"]
         said = message.get("text" if address.endpoint == "completions" else "content")
-        finish = shown(choice.get("finish_reason") or "stop").lower()
-        failed = choice.get("error")
+        finish, failed = shown(choice.get("finish_reason") or "stop").lower(), choice.get("error")
     except (LookupError, TypeError, AttributeError):
         what = "is not JSON" if content is None else "has no choices"
-        raise bad_reply(f"a reply with status 200 {what}: {shown(text)[:100]!r}", text, address) from None
+        raise RequestError("bad_reply", f"a reply {what}: {shown(text)[:100]!r}", "retry", text) from None
     if isinstance(said, list):  # content in parts
         said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
     if finish in ("content_filter", "safety") or message.get("refusal") and not said:
-        why = "the teacher's content filter held the reply back"
-        raise RequestError("content_filter", why, "row", address.hide(text))
+        raise RequestError("content_filter", "the teacher's content filter held the reply back", "row", text)
     cut_short = finish in ("length", "max_tokens")
     if failed or not (cut_short or finish.startswith(("stop", "eos", "end"))):
-        why = f"the reply ended in an error: {shown(failed or 'finish_reason ' + finish)[:200]}"
-        raise bad_reply(why, text, address)
-    said, thoughts = whole(said), whole(message.get("reasoning_content") or message.get("reasoning"))
+        why = shown(failed or f"finish_reason {finish}")[:200]
+        raise RequestError("bad_reply", f"the reply ended in an error: {why}", "retry", text)
     usage = content.get("usage")
-    return Reply(
-        text=address.hide(said),
-        reasoning=address.hide(thoughts).strip(),
-        cut_short=cut_short,
-        model=address.hide(whole(content.get("model"))),
-        usage={
-            "prompt": count(usage, "prompt_tokens"),
-            "completion": count(usage, "completion_tokens"),
-            "cached": count(usage, "prompt_tokens_details", "cached_tokens"),
-        },
-        seconds=seconds,
-    )
+    counts = {
+        "prompt": count(usage, "prompt_tokens"),
+        "completion": count(usage, "completion_tokens"),
+        "cached": count(usage.get("prompt_tokens_details") if isinstance(usage, dict) else None, "cached_tokens"),
+    }
+    texts = said, message.get("reasoning_content") or message.get("reasoning"), content.get("model")
+    said, reasoning, model = (text if isinstance(text, str) else "" for text in texts)
+    return Reply(said, reasoning.strip(), cut_short, model, counts)
 
 
-def bad_reply(message, text, address):
-    return RequestError("bad_reply", address.hide(message), "retry", address.hide(text))
-
-
-def count(value, *path):
-    """A number of tokens somewhere in a reply's `usage`; 0 where there is none that makes sense."""
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
+def count(usage, name):
+    """A number of tokens; 0 where there is none that makes sense."""
+    value = usage.get(name) if isinstance(usage, dict) else None
     return value if type(value) is int and 0 <= value < 1e9 else 0
 
 
-def whole(text):
-    """A text that UTF-8 can write: JSON may hold half of a surrogate pair."""
-    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
-
-
-def shown(value):
-    """Anything from a server as one line that a terminal can be given: without control characters."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        text = "..."
+def shown(value) -> str:
+    """Anything from a server as one line for a terminal, which no control character in it may reach."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
@@ -340,18 +313,16 @@ def status_error(status, headers, text, content, body, address):
     error = content.get("error", content) if isinstance(content, dict) else content or text
     fields = error if isinstance(error, dict) else {}
     code = f"{shown(fields.get('code'))} {shown(fields.get('type'))}"
-    message = address.hide(shown(fields.get("message") or fields.get("detail") or error or "no message"))[:300]
+    message = shown(fields.get("message") or fields.get("detail") or error or "no message")[:300]
     said, kind, wait = f"{status} from {address.url}: {message}", f"http_{status}", retry_after(headers)
     if 300 <= status < 400:
         where = address.hide(shown(headers.get("Location") or "nowhere").split("?")[0])
         return RequestError(kind, f"{status}: {address.url} redirects to {where}; use that as --base-url", "stop")
-    if status in (401, 403):
-        what = f"{said}; is the key right, and in the variable that --api-key-env names?"
-        return RequestError(kind, what, "stop" if status == 401 else "denied", text)
-    if status == 404:
-        return RequestError(kind, f"{said}; are --base-url, --endpoint and --model right?", "stop")
-    if status == 402 or status == 429 and re.search(r"insufficient_quota|billing", code):
-        return RequestError("insufficient_quota", f"{said}; the account has nothing left to spend", "stop")
+    if status == 429 and re.search(r"insufficient_quota|billing", code):
+        status = 402
+    if status in HINTS:
+        kind = "insufficient_quota" if status == 402 else kind
+        return RequestError(kind, f"{said}; {HINTS[status]}", "denied" if status == 403 else "stop", text)
     if re.search("context_length|exceed_context", code) or status == 400 and re.search(CONTEXT, message, re.I):
         return RequestError("context_exceeded", said, "row", text)
     if re.search("content_filter|content_policy", code) or status == 400 and "content management policy" in message:
@@ -359,12 +330,13 @@ def status_error(status, headers, text, content, body, address):
     if status == 400 and re.search(UNSUPPORTED, f"{code} {message}", re.I):
         named = {shown(fields.get("param"))} | set(re.findall(r"\w+", message.split(". ")[0]))
         for name in [n for n in body if n in named and n not in ("model", "messages", "prompt")]:
-            flag = FLAGS.get(name, "another --extra-body")
-            return RequestError("unsupported", f"{said}; the server refuses {name}: use {flag}", "stop")
-    if (status in (408, 409, 429) or status >= 500) and wait is not None and wait > LONGEST_WAIT:
+            hint = FLAGS.get(name, f"do without --{name.replace('_', '-')}, or give another --extra-body")
+            return RequestError("unsupported", f"{said}; the server refuses {name}: {hint}", "stop")
+    if not (status in (408, 409, 429) or status >= 500):
+        return RequestError(kind, said, "row", text)
+    if wait is not None and wait > LONGEST_WAIT:
         return RequestError(kind, f"{said}; it wants a pause of {wait:.0f} s; start again then", "stop")
-    then = "pace" if status == 429 else "retry" if status in (408, 409) or status >= 500 else "row"
-    return RequestError(kind, said, then, text, wait)
+    return RequestError(kind, said, "pace" if status == 429 else "retry", text, wait)
 
 
 def retry_after(headers):

@@ -80,6 +80,8 @@ class Pace:
         """After a request of time `sent` has failed: return when the teacher has answered since, another worker's
         request or that of `answers()`. Returns whether it was gone meanwhile. Raises the error if it is gone for too
         long. `tell` prints a line."""
+        if self.heard >= sent:  # it answers others
+            return False
         with self.search:
             pause = 0.5
             while self.heard < sent:
