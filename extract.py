@@ -36,7 +36,7 @@ from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
 from data.teacher.endpoint import Address, RequestError, Teacher, make_address, shown
-from data.teacher.output import Appender, State, put_in_order, read_state, what_changed
+from data.teacher.output import State, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
@@ -205,7 +205,8 @@ def write_batch(run):
         if to_ask(run, record.id) and (body := render(run, record))
         for i in range(config.n)
     )
-    for path, count in write_requests(config.batch_requests, requests, config.endpoint, config.batch_rows):
+    url = "/v1/chat/completions" if config.endpoint == "chat" else "/v1/completions"
+    for path, count in write_requests(config.batch_requests, requests, url, config.batch_rows):
         print_line(f"{path}: {count:,} requests")
     print_line("next: the same command with --batch-replies REPLIES.jsonl in place of --batch-requests")
     return 0
@@ -277,7 +278,8 @@ def work(run, jobs, results):
         except Exception as error:
             samples = error
         results.put((*job, samples))
-    teacher.close()
+    if not run.replies:
+        teacher.close()
 
 
 def ask(run, teacher, record, body, number):
@@ -292,7 +294,7 @@ def ask(run, teacher, record, body, number):
             sample.seconds = time.monotonic() - sent
             run.answered = body
             pace.let_through(answered=True)
-            return take(run, record, reply, sample)
+            return take(run, record, body, reply, sample)
         except RequestError as error:
             if run.replies and error.then not in ("row", "denied"):  # the batch has failed here, not the row
                 raise Stopped from None
@@ -329,14 +331,13 @@ def answers(run, teacher):
     return True
 
 
-def take(run, record, reply, sample):
+def take(run, record, body, reply, sample):
     """The Sample with a reply and what it says. Raises RequestError for a text that another attempt may better."""
     config = run.config
     if reply.model and reply.model != config.model:
         run.tally.warn("model", f"asked for {config.model!r}, served by {reply.model!r}")
-    size = characters(render(run, record))
-    if 0 < reply.usage["prompt"] * 8 < size:
-        seen = f"{reply.usage['prompt']:,} tokens of {size:,} characters"
+    if 0 < reply.usage["prompt"] * 8 < characters(body):
+        seen = f"{reply.usage['prompt']:,} tokens of {characters(body):,} characters"
         run.tally.warn("cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
     sample.usage.update(reply.usage)
     thoughts, said = split_thinking(reply.text)
@@ -424,7 +425,7 @@ def ask_all(run, stop):
     workers = 1 if run.replies else min(config.concurrency, total)
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
-    files, ending = (Appender(config.output), Appender(config.errors_path)), run.pace.stopped
+    ending = run.pace.stopped
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
     told, flying, in_a_row = False, 0, 0
     layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # fits into 80 columns
@@ -453,11 +454,9 @@ def ask_all(run, stop):
                 if config.max_consecutive_failures and in_a_row == config.max_consecutive_failures:
                     last = row.other["error"]["message"]
                     run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer; the last: {last}"
-            write(run, files, ready, bar)
+            write(run, ready, bar)
     for _ in range(workers):
         jobs.put(None)
-    for file in files:
-        file.close()
     if not ending.is_set():
         put_in_order(config.output, run.ids)
         put_in_order(config.errors_path, run.ids, leave_out=run.state.done)
@@ -474,10 +473,10 @@ def drain(results):
     return ready
 
 
-def write(run, files, rows, bar):
+def write(run, rows, bar):
     """Write (Record, kind of error or None) pairs into the output or the errors file, then count them."""
-    for file, failed in zip(files, (False, True)):
-        file.write([row.to_json() for row, kind in rows if bool(kind) == failed])
+    append(run.config.output, [row.to_json() for row, kind in rows if not kind])
+    append(run.config.errors_path, [row.to_json() for row, kind in rows if kind])
     for row, kind in rows:
         run.state.add(row.id, kind, row.other.get("correct"))
         if row.teacher:

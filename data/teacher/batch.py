@@ -21,9 +21,8 @@ def custom_id(name: str, request_hash: str, sample: int) -> str:
     return f"{name}-{request_hash[:12]}-{sample}"
 
 
-def write_requests(path: str, requests: Iterable[tuple[str, dict]], endpoint: str, most: int) -> list[tuple[Path, int]]:
+def write_requests(path: str, requests: Iterable[tuple[str, dict]], url: str, most: int) -> list[tuple[Path, int]]:
     """Write (custom id, body) pairs, at most `most` a file: F.jsonl, F-2.jsonl, ... Returns files and row counts."""
-    url = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
     path, requests, files = Path(path), iter(requests), []
     while part := list(islice(requests, most)):
         name = path.with_stem(f"{path.stem}-{len(files) + 1}") if files else path
@@ -36,45 +35,41 @@ def write_requests(path: str, requests: Iterable[tuple[str, dict]], endpoint: st
 
 
 class Replies:
-    """The replies of batch files, by custom id. In memory is only where each lies."""
+    """The replies of batch files, asked for as a Teacher is. In memory is only where each lies."""
 
     def __init__(self, paths: list[str], address: Address):
         """Raises OSError, or RecordError for a line that is no reply."""
-        self.files, self.places, self.address = [open(path, "rb") for path in paths], {}, address
-        for file, path in zip(self.files, paths):
-            offset = 0
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    identity, response, _ = self.parse(line, f"{path}:{number}")
-                    good = response.get("status_code") == 200
-                    if good or identity not in self.places:  # an error never hides an answer
-                        self.places[identity] = file, offset, f"{path}:{number}"
-                offset += len(line)
-
-    def parse(self, line, where):
-        """(custom id, response, error) of a line. Raises RecordError."""
-        try:
-            row = json.loads(line)
-            identity, response = row["custom_id"], row.get("response") or {}
-            if isinstance(identity, str) and isinstance(response, dict):
-                return identity, response, row.get("error")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            pass
-        raise RecordError(f'{where}: not a reply of a batch, which has a "custom_id" and a "response"')
+        self.places, self.address = {}, address  # custom id -> (file, where its line begins)
+        for path in paths:
+            with open(path, "rb") as file:
+                offset = 0
+                for number, line in enumerate(file, 1):
+                    try:
+                        identity, response, _ = parse(line)
+                    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                        what = 'not a reply of a batch, which has a "custom_id" and a "response"'
+                        raise RecordError(f"{path}:{number}: {what}") from None
+                    if identity not in self.places or response.get("status_code") == 200:  # no error hides an answer
+                        self.places[identity] = path, offset
+                    offset += len(line)
 
     def ask(self, body: dict, identity: str) -> Reply:
         """The reply to one request. Raises RequestError."""
         if identity not in self.places:
             raise RequestError("missing", "the batch files have no reply", "retry")
-        file, offset, where = self.places[identity]
-        file.seek(offset)
-        _, response, error = self.parse(file.readline(), where)
+        path, offset = self.places[identity]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            _, response, error = parse(file.readline())
         if not response:
             raise RequestError("missing", f"the batch has no response: {shown(error)[:200]}", "retry")
-        status = response.get("status_code")
-        status = status if isinstance(status, int) else 200
-        return read_reply(status, {}, json.dumps(response.get("body")), body, self.address)
+        return read_reply(int(response["status_code"]), {}, json.dumps(response["body"]), body, self.address)
 
-    def close(self):
-        for file in self.files:
-            file.close()
+
+def parse(line):
+    """(custom id, response or {}, error) of a line."""
+    row = json.loads(line)
+    response = row.get("response") or {}
+    if not isinstance(row["custom_id"], str) or response and not (int(response["status_code"]) and "body" in response):
+        raise ValueError
+    return row["custom_id"], response, row.get("error")

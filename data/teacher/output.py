@@ -1,6 +1,6 @@
 """A file that is written row by row and is its own state: what is in it is done, whatever happened to the writer.
 
-One process writes (`locked`), a row counts as done when it is on the disk (`Appender`), a last line torn by a crash is
+One process writes (`locked`), a row counts as done when it is on the disk (`append`), a last line torn by a crash is
 cut off (`read_state`), and at the end the lines are put in order (`put_in_order`).
 """
 
@@ -82,26 +82,14 @@ def read_state(output: str, errors: str) -> State:
     return state
 
 
-class Appender:
-    """Appends lines to a file."""
-
-    def __init__(self, path: str):
-        self.path, self.file = path, None
-
-    def write(self, lines: list[str]):
-        """All of them are on the disk when this returns."""
-        if not lines:
-            return
-        if self.file is None:  # no file for no rows
-            self.file = open(self.path, "ab", buffering=0)  # a full disk must not leave a rest to be flushed later
-        rest = memoryview("".join(f"{line}\n" for line in lines).encode())
-        while rest:
-            rest = rest[self.file.write(rest) :]
-        os.fsync(self.file.fileno())
-
-    def close(self):
-        if self.file is not None:
-            self.file.close()
+def append(path: str, lines: list[str]):
+    """Append lines to a file; they are on the disk when this returns."""
+    if lines:  # no file for no rows
+        with open(path, "ab", buffering=0) as file:  # a full disk must not leave a rest to be flushed later
+            rest = memoryview("".join(f"{line}\n" for line in lines).encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
 
 
 def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = ()):

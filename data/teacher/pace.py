@@ -1,9 +1,8 @@
 """When the next request may go out, for all workers together.
 
 A reply with status 429 is the server's pace and no row's failure. Requests then go out one after another, at an even
-`interval` a little shorter than the time that each answer has taken so far, and every answer shortens it: the stream
-follows the rate that the server allows, and a 429 now and then is what tells. A Retry-After stops all workers for as
-long.
+interval that is a little shorter than the time each answer has taken of late, and every answer shortens it: the stream
+follows the rate that the server allows, and a 429 now and then is what tells. A Retry-After stops all workers.
 
 A teacher that answers nobody any more (gone, restarting, overloaded) is no row's failure either: `await_teacher` has
 one worker look for it while the others wait. Both waits end after `patience`.
@@ -29,8 +28,7 @@ class Pace:
         self.stopped, self.lock = threading.Event(), threading.Lock()
         self.turn = threading.Lock()  # held by the one worker that sends next; the others queue for it
         self.search = threading.Lock()  # held by the one worker that looks for a teacher that is gone
-        now = time.monotonic()
-        self.heard = self.since = now  # when the teacher answered last; since when `passed` is counted
+        self.heard = self.since = time.monotonic()  # when the teacher answered last; since when `passed` is counted
         self.open = self.sent = 0.0  # no request goes out before `open`; the last one did at `sent`
         self.slowed = self.missed = 0.0  # when a 429 last changed the interval; when a search was last in vain
         self.passed = self.refused = 0  # requests that were let through, of late; 429s, ever
@@ -49,8 +47,7 @@ class Pace:
         with self.lock:
             self.passed += 1
             self.interval = max(self.shortest, 0.97 * self.interval)
-            if answered:
-                self.heard = time.monotonic()
+            self.heard = time.monotonic() if answered else self.heard
 
     def slow_down(self, sent: float, error: RequestError):
         """A 429 for the request that went out at time `sent`. Raises the error if nothing else came for too long."""
@@ -60,11 +57,9 @@ class Pace:
             self.open = max(self.open, now + (error.wait or 0) * self.scale)
             if sent >= self.slowed:  # an earlier request tells nothing about the pace of now
                 took = now - self.since
-                if self.passed >= 1:
-                    interval = min(0.8 * took / self.passed, 3 * self.scale)
-                else:
-                    interval = min(max(2 * self.interval, 0.5 * self.scale), 60 * self.scale)
-                self.interval = max(self.shortest, interval)
+                slower = min(max(2 * self.interval, 0.5 * self.scale), 60 * self.scale)
+                measured = min(0.8 * took / max(self.passed, 1), 3 * self.scale)
+                self.interval = max(self.shortest, measured if self.passed >= 1 else slower)
                 self.slowed, self.since, self.passed = now, now - took / 2, self.passed / 2  # the past counts less
         self.lose_patience(error)
 
@@ -89,9 +84,9 @@ class Pace:
                 if answers():
                     self.let_through(answered=True)
                     break
-                self.missed = time.monotonic()
                 if pause == 0.5:
                     tell(f"the teacher is gone ({error}); waiting for it, {self.patience:,.0f} s at most (--patience)")
+                self.missed = time.monotonic()
                 self.lose_patience(error)
                 self.sleep(pause * self.scale)
                 pause = min(10, 2 * pause)

@@ -1,19 +1,6 @@
 """A prompt file: the few-shot exemplars of one task, how a question is put, and how an answer is read.
 
-One JSON object (data/prompts/ has five):
-
-    exemplars      [{"input", "rationale", "label"}]
-    question       template of a question:  "Q: {input}{hint}\\nA:"
-    answer         template of an answer:   " {rationale} So the answer is {label}."
-    answer_marker  what stands between rationale and label, in any case of letters: a text, or a list, the best first
-    label_type     "choice" (one of the lines "(a) park" of the input), "class" (one of `labels`), "equation", "text"
-    labels         the labels of "class"
-    stop           texts that begin an invented next question; asked for as `stop`, and cut off here in any case
-and, where needed,
-    instruction    said first, before the first exemplar
-    hint           template that stands for {hint} under --rationalize:  "\\n(The answer is {label}.)"
-    separator      between exemplars of a completion; a blank line if not given
-    input_parts    names for the parts of an input that `input_separator` divides, for use in `question`
+data/prompts/ has five; data/README.md describes them and says how to write one.
 """
 
 import dataclasses
@@ -47,18 +34,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Prompt:
-    exemplars: list
-    question: str
-    answer: str
-    answer_marker: str | list[str]
-    label_type: str
-    labels: list[str] = ()
-    stop: list[str] = ()
-    instruction: str = ""
-    hint: str = ""
-    separator: str = "\n\n"
-    input_parts: list[str] = ()
-    input_separator: str = "</s>"
+    exemplars: list  # [{"input", "rationale", "label"}]
+    question: str  # template:  "Q: {input}{hint}\nA:"
+    answer: str  # template:  " {rationale} So the answer is {label}."
+    answer_marker: str | list[str]  # between rationale and label, in any case of letters; of several the best first
+    label_type: str  # "choice" (one of the lines "(a) park" of the input), "class", "equation", "text"
+    labels: list[str] = ()  # of "class"
+    stop: list[str] = ()  # what begins an invented next question; asked for as `stop`, and cut off here in any case
+    instruction: str = ""  # said before the first exemplar
+    hint: str = ""  # template that stands for {hint} under --rationalize:  "\n(The answer is {label}.)"
+    separator: str = "\n\n"  # between the exemplars of a completion
+    input_parts: list[str] = ()  # names, for use in `question`, of the parts of an input
+    input_separator: str = "</s>"  # that this divides
     sha256: str = field(default="", kw_only=True)  # of the file
 
     # ---- Putting the question ----------------------------------------------------------------------------------------
@@ -68,13 +55,11 @@ class Prompt:
 
         The instruction is in the first user turn: some chat templates (Gemma's) refuse a system message.
         """
-        turns = [*self.shots[gold is not None], (self.ask(input, gold), "")]
+        turns = [*self.shots[gold is not None], (self.ask(input, gold), None)]
         if self.instruction:
             turns[0] = f"{self.instruction}\n\n{turns[0][0]}", turns[0][1]
-        roles = [
-            {"role": role, "content": text.strip()} for turn in turns for role, text in zip(("user", "assistant"), turn)
-        ]
-        return roles[:-1]
+        texts = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
+        return [{"role": role, "content": text.strip() if role == "assistant" else text} for role, text in texts[:-1]]
 
     def completion(self, input: str, gold: str | None = None) -> str:
         """The text of a completion, which the teacher goes on from."""

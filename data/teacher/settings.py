@@ -73,35 +73,23 @@ class ExtractConfig:
             require(getattr(self, name), name, "given", self)
         for name in ("max_tokens", "n", "concurrency", "batch_rows"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
-        numbers = (
-            "limit",
-            "sample",
-            "max_retries",
-            "rpm",
-            "max_consecutive_failures",
-            "patience",
-            "price_in",
-            "price_out",
-        )
-        for name in numbers:
+        for name in ("limit", "sample", "max_retries", "rpm", "max_consecutive_failures", "price_in", "price_out"):
             require(getattr(self, name) >= 0, name, "0 or more", self)
         require(0 <= self.temperature <= 2, "temperature", "from 0 to 2", self)
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0 and at most 1", self)
         require(0 < self.timeout < 1e6, "timeout", "more than 0", self)
+        require(0 <= self.patience < 1e6, "patience", "0 or more", self)
         require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
-        require(self.keep != "samples" or self.n > 1, "keep", "another without --n, which gives several samples", self)
+        require(self.n > 1 or self.keep != "samples", "keep", "another without --n, which gives several samples", self)
         require(not (self.overwrite and self.retry_failed), "retry_failed", "given without --overwrite", self)
-        require(
-            not (self.batch_requests and self.batch_replies), "batch_replies", "given without --batch-requests", self
-        )
+        both = self.batch_requests and self.batch_replies
+        require(not both, "batch_replies", "given without --batch-requests", self)
         regular = os.path.isfile(self.input) or not os.path.exists(self.input)
         require(regular, "input", "a regular file, for it is read twice", self)
-        read = (self.input, self.prompt, *self.batch_replies)
-        written = filter(None, (self.output, self.errors_path, self.batch_requests))
-        paths = [os.path.realpath(path) for path in (*read, *written)]
+        paths = [self.input, self.prompt, self.output, self.errors_path, self.batch_requests, *self.batch_replies]
+        paths = [os.path.realpath(path) for path in paths if path]
         require(len(set(paths)) == len(paths), "output", "another file than --input, --errors, --prompt, ...", self)
-        folder = os.path.dirname(self.output) or "."
-        require(os.path.isdir(folder), "output", "in a directory that exists", self)
+        require(os.path.isdir(os.path.dirname(self.output) or "."), "output", "in a directory that exists", self)
         for name in ("model", "messages", "prompt", "n", "stream"):
             require(name not in self.extra, "extra_body", f'without "{name}"', self)
 

@@ -17,9 +17,8 @@ class Tally:
 
     def __init__(self, price_in: float, price_out: float):
         self.price_in, self.price_out = price_in, price_out  # $ per million tokens
-        self.retries, self.start = 0, time.monotonic()
+        self.retries, self.start, self.warned = 0, time.monotonic(), set()
         self.kinds, self.tokens = Counter(), Counter()  # of errors, None for answered rows; prompt, completion, cached
-        self.warned = set()
 
     def add(self, kind: str | None, usage: dict, retries: int):
         """One row: its kind of error or None, and its tokens."""
@@ -33,42 +32,42 @@ class Tally:
             self.warned.add(what)
             print_line(f"warning: {line}")
 
-    @property
-    def failed(self):
-        return self.kinds.total() - self.kinds[None] - self.kinds["incorrect"]
-
-    @property
-    def dollars(self):
-        return (self.tokens["prompt"] * self.price_in + self.tokens["completion"] * self.price_out) / 1e6
-
-    @property
-    def seconds(self):
-        return max(time.monotonic() - self.start, 1e-3)
+    def counts(self):
+        """(rows without a usable answer, seconds, dollars)"""
+        failed = self.kinds.total() - self.kinds[None] - self.kinds["incorrect"]
+        dollars = (self.tokens["prompt"] * self.price_in + self.tokens["completion"] * self.price_out) / 1e6
+        return failed, max(time.monotonic() - self.start, 1e-3), dollars
 
     def bar(self, pace) -> str:
         """For the progress bar, short."""
-        parts = [f"{self.kinds[None]:,} ok", f"{self.failed:,} failed", f"{self.retries:,} retries"]
+        failed, seconds, dollars = self.counts()
+        parts = [f"{self.kinds[None]:,} ok", f"{failed:,} failed", f"{self.retries:,} retries"]
         if pace.refused and pace.interval > 0.01:
             parts.append(f"{60 / pace.interval:,.0f}/min")
-        parts += [f"{self.tokens['completion'] / self.seconds:,.0f} tok/s"]
-        return ", ".join(parts + [f"${self.dollars:,.2f}"] * bool(self.dollars))
+        parts.append(f"{self.tokens['completion'] / seconds:,.0f} tok/s")
+        return ", ".join(parts + [f"${dollars:,.2f}"] * bool(dollars))
 
     def summary(self, pace, right):
         """Lines for the end: rows, accuracy (`right` counts True and False), pace, tokens and cost."""
-        minutes, seconds = divmod(round(self.seconds), 60)
-        line = f"asked {self.kinds.total():,} rows in {minutes}m{seconds:02}s: {self.kinds[None]:,} ok"
+        failed, seconds, dollars = self.counts()
+        line = (
+            f"asked {self.kinds.total():,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {self.kinds[None]:,} ok"
+        )
         line += f", {self.kinds['incorrect']:,} not right and left out" if self.kinds["incorrect"] else ""
-        line += f", {self.failed:,} failed" + (f" ({listed(self.kinds)})" if self.failed else "")
-        yield line + f"; {self.retries:,} retries"
+        yield (
+            f"{line}, {failed:,} failed"
+            + (f" ({listed(self.kinds)})" if failed else "")
+            + f"; {self.retries:,} retries"
+        )
         if gold := right[True] + right[False]:
-            share = right[True] / gold
-            yield f"teacher right on {right[True]:,} of {gold:,} answered rows with a gold label ({share:.1%})"
+            share = f"({right[True] / gold:.1%})"
+            yield f"teacher right on {right[True]:,} of {gold:,} answered rows with a gold label {share}"
         if pace.refused:
-            rate = 60 * (self.kinds.total() + self.retries) / self.seconds
+            rate = 60 * (self.kinds.total() + self.retries) / seconds
             yield f"pace: {rate:,.0f} requests a minute got through; {pace.refused:,} came too early (429)"
         if self.tokens.total():
             cached = f" ({self.tokens['cached']:,} of them cached)" if self.tokens["cached"] else ""
-            cost = f"; ${self.dollars:,.2f}" if self.price_in or self.price_out else ""
+            cost = f"; ${dollars:,.2f}" if self.price_in or self.price_out else ""
             yield f"tokens: {self.tokens['prompt']:,} in{cached}, {self.tokens['completion']:,} out{cost}"
 
 
@@ -79,10 +78,12 @@ def listed(kinds):
 
 def print_header(run):
     config, address = run.config, run.address
-    where = ", ".join(config.batch_replies) or address.url or "a batch"
     key = "" if "Authorization" in address.headers or config.header else f"; no key (${config.api_key_env} is not set)"
     proxy = f", through the proxy {address.proxy[0]}:{address.proxy[1]}" if address.proxy else ""
-    print_line(f"teacher: {where}, {config.endpoint}, {config.model}{key}{proxy}")
+    where = (
+        ", ".join(config.batch_replies) or f"{address.url or 'a batch'}, {config.endpoint}, {config.model}{key}{proxy}"
+    )
+    print_line(f"teacher: {where}")
     print_line(f"prompt:  {config.prompt} (sha256 {run.prompt.sha256[:12]}), {len(run.prompt.exemplars)} exemplars")
     kept = f", {run.kept:,} of them with a rationale, which is kept" if run.kept else ""
     resumed = f", {run.resumed:,} of them done or failed before" if run.resumed else ""
@@ -93,37 +94,39 @@ def print_header(run):
 
 def print_summary(run) -> int:
     """Say what came of it. Returns how many rows of the input are not in the output, now or since an earlier start."""
-    config, kinds = run.config, Counter(run.state.failed[name] for name in run.ids if name in run.state.failed)
-    left_out, done = kinds.pop("incorrect", 0), sum(name in run.state.done for name in run.ids)
+    config, state = run.config, run.state
+    kinds = Counter(state.failed[name] for name in run.ids if name in state.failed)
+    done, left_out, unasked = sum(name in state.done for name in run.ids), kinds["incorrect"], len(run.ids)
+    unasked -= done + kinds.total()
     if run.resumed == len(run.ids):
         print_line("nothing left to ask")
-    for line in run.tally.summary(run.pace, run.state.right) if run.tally.kinds.total() else ():
+    for line in run.tally.summary(run.pace, state.right) if run.tally.kinds else ():
         print_line(line)
     print_line(f"{config.output}: {done:,} of {len(run.ids):,} rows")
-    if kinds or left_out:
-        listing = ", ".join(filter(None, [listed(kinds), f"left out as not right {left_out:,}" if left_out else ""]))
-        print_line(f"{config.errors_path}: {listing}" + ("; --retry-failed asks failed rows again" if kinds else ""))
-    missing = len(run.ids) - done - left_out - kinds.total()
-    if missing and not (run.aborted or run.interrupted):
-        if run.replies:
-            print_line(f"{missing:,} rows have no reply yet; --batch-requests writes what is to be asked")
-        else:
-            run.aborted = f"{missing:,} rows were not asked: did {config.input} change meanwhile?"
-    if run.state.done and not (run.aborted or run.interrupted):
-        errors = f" {config.errors_path}" if kinds or left_out else ""
-        print_line(f"next: python train.py --data {config.output}" + errors)
-        if errors:
-            print_line("      (rows of the errors file that have a gold label train the label task)")
-    return kinds.total() + missing
+    if kinds.total():
+        again = "; --retry-failed asks failed rows again" if kinds.total() > left_out else ""
+        out = [listed(kinds)] * bool(again) + [f"left out as not right {left_out:,}"] * bool(left_out)
+        print_line(f"{config.errors_path}: {', '.join(out)}{again}")
+    if run.aborted or run.interrupted:
+        return kinds.total()
+    if unasked and run.replies:
+        print_line(f"{unasked:,} rows have no reply yet; --batch-requests writes what is to be asked")
+    elif unasked:
+        run.aborted = f"{unasked:,} rows were not asked: did {config.input} change meanwhile?"
+    elif state.done:
+        errors = (
+            f" {config.errors_path}  (its rows train the label task, by their gold labels)" if kinds.total() else ""
+        )
+        print_line(f"next: python train.py --data {config.output}{errors}")
+    return kinds.total() - left_out + unasked
 
 
 def print_estimate(run, rows, characters):
     """Print what asking may cost, on stdout: it is what a dry run is for."""
-    config, requests = run.config, rows * run.config.n
+    config, requests, kept = run.config, rows * run.config.n, len(run.ids) - rows
     replies = [len(run.prompt.reply(e)) / 3 for e in run.prompt.exemplars] or [config.max_tokens]
     usual = round(requests * min(sum(replies) / len(replies), config.max_tokens))
     sent, most = characters * config.n // 3, requests * config.max_tokens
-    kept = len(run.ids) - rows
     print(
         f"rows: {rows:,}; requests: {requests:,}" + (f"; {kept:,} rows have a rationale and are kept" if kept else "")
     )
