@@ -34,7 +34,7 @@ def make_files(folder, rows=6):
 
 def arguments(folder, url, line=""):
     places = ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--prompt", folder / "p.json"]
-    return [str(a) for a in [*places, "--model", "stub-1", "--base-url", url, *line.split()]]
+    return [str(a) for a in [*places, "--model", "stub-1", *(["--base-url", url] if url else []), *line.split()]]
 
 
 for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):  # no test depends on what the environment holds

@@ -5,17 +5,8 @@ import json
 import re
 
 import pytest
-from extracting import (
-    KEY,
-    always,
-    arguments,
-    errors,
-    make_files,
-    once,
-    rows,
-    run,
-)
-from teacher_stub import Stub, answer, completed
+from extracting import KEY, PROMPT, ROOT, always, arguments, errors, lasting, make_files, once, rows, run
+from teacher_stub import REPLIES, Stub, answer, completed
 
 import extract
 from data.arguments import flag
@@ -217,6 +208,148 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
         (row,) = errors(files)
         assert row["error"]["kind"] == "empty" and "larger --max-tokens" in row["error"]["message"]
         assert "Let me see" in row["error"]["raw"]
+
+
+def test_keep_samples_writes_the_rationales_of_all_samples_with_the_majoritys_label(files):
+    said = [
+        "One. The answer is (9).",
+        "Two. The answer is (2).",
+        "nothing",
+        "Three. The answer is (1 + 1).",
+        "Two. The answer is 2",
+    ]
+    with Stub(lambda question, attempt: completed(said[attempt])) as stub:
+        assert run(files, stub.url, "--limit 1 --n 5 --temperature 0.7 --seed 1 --keep samples") == 0
+    (row,) = read_jsonl(files / "out.jsonl")
+    assert (row.rationale, row.teacher_label) == (["Two.", "Three."], "(2)")
+
+
+THOUGHTS = ["<thinking>Hm, the answer is 3?</thinking>", "[THINK]Hm, the answer is 3?[/THINK]",
+            "<|channel|>analysis<|message|>Hm, the answer is 3?<|end|><|start|>assistant<|channel|>final<|message|>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_each_way_to_mark_thoughts_is_known(files, thought):
+    with Stub(lambda question, attempt: completed(thought + "\nTwo. The answer is (2).<|return|>")) as stub:
+        assert run(files, stub.url, "--limit 1") == 0
+        assert rows(files)[0]["rationale"] == "Two."
+        assert run(files, stub.url, "--limit 1 --reasoning keep --overwrite") == 0
+    assert rows(files)[0]["rationale"] == "Hm, the answer is 3?\nTwo."
+
+
+# ---- What is asked --------------------------------------------------------------------------------------------------
+
+
+def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(files, capsys):
+    lines = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
+    lines[1] |= {"rationale": "Mine.", "mine": 1}
+    lines[4] |= {"rationale": ["Mine.", "Ours."]}
+    (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Stub() as stub:
+        assert (
+            run(files, stub.url, "--dry-run") == 0
+            and "rows: 4; requests: 4; 2 rows have a rat" in capsys.readouterr().out
+        )
+        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 4
+        assert "2 of them with a rationale, which is kept" in capsys.readouterr().err
+        assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
+        for i in (1, 4):
+            assert rows(files)[i] == lines[i] | {"teacher_label": None, "teacher": None}
+        assert run(files, stub.url, "--replace") == 2 and "was made with no --replace" in capsys.readouterr().err
+        assert run(files, stub.url, "--replace --overwrite") == 0 and len(stub.requests) == 10
+    assert all(r["teacher"] and r["rationale"] not in ("Mine.", ["Mine.", "Ours."]) for r in rows(files))
+
+
+def test_a_sample_is_random_by_its_seed_and_lies_in_a_larger_one(tmp_path):
+    make_files(tmp_path, 40)
+    with Stub() as stub:
+        assert run(tmp_path, stub.url, "--sample 5 --seed 1") == 0
+        five = {r["id"] for r in rows(tmp_path)}
+        assert run(tmp_path, stub.url, "--sample 12 --seed 1") == 0 and len(stub.requests) == 12
+        twelve = [r["id"] for r in rows(tmp_path)]
+        assert run(tmp_path, stub.url, "--sample 5 --seed 2 --overwrite") == 0
+    assert five < set(twelve) != {f"r{i}" for i in range(12)} and twelve == sorted(twelve, key=lambda r: int(r[1:]))
+    assert len(five) == 5 != {r["id"] for r in rows(tmp_path)} and five != {r["id"] for r in rows(tmp_path)}
+
+
+def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(files, capsys):
+    task = PROMPT | {"label_type": "class", "labels": ["positive", "negative"]}
+    task["exemplars"] = [task["exemplars"][0] | {"label": "positive"}]
+    (files / "p.json").write_text(json.dumps(task))
+    lines = [{"input": "one", "label": "pos"}, {"input": "two", "label": "Negative"}, {"input": "three", "label": 0}]
+    (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(files, "http://127.0.0.1:9/v1", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "warning: 2 gold labels are none that the prompt's class labels (positive, negative) can match" in said
+    assert "such as '0' in row 'in-3'" in said
+    (files / "p.json").write_text((ROOT / "data" / "prompts" / "cqa.json").read_text())
+    assert run(files, "http://127.0.0.1:9/v1") == 2
+    assert "row 'in-1': the prompt wants choices, the input has no lines" in capsys.readouterr().err
+
+
+# ---- Batch files ----------------------------------------------------------------------------------------------------
+
+
+def run_batch(requests, replies, answer_to):
+    """A batch API: each line of the request files gets one of the reply file, in another order."""
+    lines = [json.loads(line) for path in requests for line in path.read_text().splitlines()]
+    made = [answer_to(line) for line in reversed(lines)]
+    replies.write_text("".join(json.dumps(line) + "\n" for line in made if line))
+    return lines
+
+
+def batch_answer(line):
+    assert line["method"] == "POST" and line["url"] == "/v1/chat/completions"
+    body = completed(answer(line["body"]["messages"][-1]["content"]))
+    return {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}, "error": None}
+
+
+def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
+    def faulty(line):
+        reply = {"custom_id": line["custom_id"], "response": None, "error": {"message": "expired"}}
+        context = {"status_code": 400, "body": REPLIES["context"][1]}
+        other = {"r1": None, "r2": reply, "r4": reply | {"response": context}}
+        return other.get(line["custom_id"].split("-")[0], batch_answer(line))
+
+    again, line = files / "b.jsonl", f"--batch-requests {files}/b.jsonl"
+    assert run(files, "", f"{line} --batch-rows 4") == 0
+    lines = run_batch([again, files / "b-2.jsonl"], files / "c.jsonl", faulty)
+    assert [len(p.read_text().splitlines()) for p in (again, files / "b-2.jsonl")] == [4, 2]
+    assert re.fullmatch("r0-[0-9a-f]{12}-0", lines[0]["custom_id"])
+    assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
+    assert "2 rows have no reply yet" in capsys.readouterr().err
+    assert [r["id"] for r in rows(files)] == ["r0", "r3", "r5"] and errors(files)[0]["error"][
+        "kind"
+    ] == "context_exceeded"
+    assert run(files, "", line) == 0
+    assert [json.loads(line)["custom_id"][:3] for line in again.read_text().splitlines()] == ["r1-", "r2-"]
+    run_batch([again], files / "d.jsonl", batch_answer)
+    assert run(files, "", f"--batch-replies {files}/c.jsonl {files}/d.jsonl") == 1
+    (files / "asked").mkdir()
+    make_files(files / "asked")
+    with Stub(always("context", lambda q: "4 + 2" in q)) as stub:
+        assert run(files / "asked", stub.url) == 1
+    for asked, read in zip(rows(files / "asked") + errors(files / "asked"), rows(files) + errors(files)):
+        asked["teacher"]["base_url"] = ""
+        asked.get("error", {}).pop("message", None), read.get("error", {}).pop("message", None)
+        assert lasting(asked) == lasting(read)
+
+
+def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too(files, capsys):
+    line = "--n 3 --temperature 1 --seed 5 --limit 2"
+    assert run(files, "", f"{line} --batch-requests {files}/b.jsonl") == 0
+    lines = run_batch([files / "b.jsonl"], files / "c.jsonl", batch_answer)
+    assert [(line["custom_id"][-2:], line["body"]["seed"]) for line in lines[:3]] == [("-0", 5), ("-1", 6), ("-2", 7)]
+    for other in ("--n 3 --temperature 1 --seed 6 --limit 2", "--n 3 --temperature 1 --seed 5 --limit 1"):
+        assert run(files, "", f"{other} --batch-replies {files}/c.jsonl") == 2
+        assert "replies are to requests that these settings and rows do not make" in capsys.readouterr().err
+    assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 0
+    assert [len(r["teacher"]["samples"]) for r in rows(files)] == [3, 3]
+    for content in ("{", '{"id": 1}', '{"custom_id": "x", "response": {"status_code": "?"}}'):
+        (files / "c.jsonl").write_text(content)
+        assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 2
+        assert "c.jsonl:1: not a reply of a batch" in capsys.readouterr().err
 
 
 # ---- Wrong arguments and files --------------------------------------------------------------------------------------

@@ -235,6 +235,7 @@ def test_after_any_kills_the_file_is_as_an_undisturbed_runs(tmp_path_factory, pa
 
 
 BAD = ["429", "500", "503", "reset", "truncated", "not json", "html", "no choices", "429 ms", "disconnect", "stall"]
+BAD += ["empty", "null"]
 DEAD = ["null", "empty", "500", "not json", "no choices", "context", "cut short"]
 
 

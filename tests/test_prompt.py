@@ -67,7 +67,7 @@ def test_toy_exemplars_are_right_and_of_the_embedded_task():
 
 
 def test_the_prompt_file_in_the_readme_works(tmp_path):
-    text = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+    text = (FOLDER.parent / "README.md").read_text("utf-8")
     (tmp_path / "p.json").write_text(re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1])
     p = load_prompt(tmp_path / "p.json")
     assert p.label_type == "class" and p.completion("Fine.", "good").endswith("known to be good.)\nReasons:")
@@ -112,6 +112,10 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
         ("svamp", "Two. The answer is (9**9**9).", False, "Two.", None, "label_invalid"),
         ("svamp", "Two. The answer is", False, "Two.", None, "label_invalid"),
         ("svamp", "The answer is (1 + 1).", False, None, "(1 + 1)", "unparsed"),
+        ("svamp", "Two.\n\n**The answer is:** $\\boxed{3 + 4}$.", False, "Two.", "3 + 4", None),
+        ("svamp", "Two.\n\n### The answer is 1,000 + 5", False, "Two.", "1000 + 5", None),
+        ("svamp", "First the answer is (3 + 5).\nWait. The answer is (3 + 4).", False, "First", None, "label_invalid"),
+        ("svamp", "First the answer is (3 + 4). I mean: the answer is 7.", False, "First", "(3 + 4)", None),
         ("svamp", "It is two.", False, None, None, "unparsed"),
         ("svamp", " \n", False, None, None, "empty"),
         ("svamp", "\nQ: What? A: Two. The answer is (2).", False, None, None, "unparsed"),
@@ -125,12 +129,30 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
         ("cqa", "Trees. So the answer is (c).", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
         ("cqa", "Land. So the answer is (d) U.S.", False, "Land.", "U.S.", None),
+        ("cqa", "Trees. So the answer is C) wooded area.", False, "Trees.", "wooded area", None),
+        ("cqa", "Trees. So the answer is c. wooded area", False, "Trees.", "wooded area", None),
+        ("cqa", "Land. So the answer is D.", False, "Land.", "U.S.", None),
         ("cqa", "Both. So the answer is either (a) park or (c) wooded area.", False, "Both.", None, "label_invalid"),
         ("cqa", "Sea. So the answer is (e) sea.", False, "Sea.", None, "label_invalid"),
         ("esnli", "Same.\nAnswer: Neutral.", False, "Same.", "neutral", None),
+        ("esnli", "Same.\n\n**Answer**: **Neutral**", False, "Same.", "neutral", None),
+        ("esnli", "Is it *so*?\n## Answer:\nneutral", False, "Is it *so*?", "neutral", None),
+        ("esnli", "Same.\nAnswer: neutral or contradiction", False, "Same.", None, "label_invalid"),
+        ("esnli", "Same.\nAnswer: neutral, not contradiction", False, "Same.", "neutral", None),
         ("esnli", "Same.\nANSWER: neutrality", False, "Same.", None, "label_invalid"),
         ("esnli", "Same.\nAnswer: neutral", True, None, None, "truncated"),
         ("anli", "Yes. The answer is entailment because", False, "Yes.", "entailment", None),
+        ("anli", "The answer is 71. So the answer is neutral.", False, "The answer is 71.", "neutral", None),
+        ("anli", "It is so, so the answer is neutral.", False, "It is so,", "neutral", None),
+        ("anli", "So the answer is plain. The answer is neutral.", False, "So the answer is plain.", "neutral", None),
+        (
+            "anli",
+            "The answer is neutral. So the answer is entailment.",
+            False,
+            "The answer is neutral.",
+            None,
+            "label_invalid",
+        ),
     ],
 )
 def test_an_answer_is_read_or_its_problem_named(name, text, short, rationale, label, problem):
