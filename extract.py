@@ -35,7 +35,7 @@ from data.files import locked
 from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
-from data.teacher.endpoint import Address, RequestError, Teacher, make_address, shown
+from data.teacher.endpoint import RequestError, Teacher, make_teacher, shown
 from data.teacher.output import State, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
@@ -83,7 +83,7 @@ def fail(status, error):
 class Run:
     config: ExtractConfig
     prompt: Prompt
-    address: Address
+    teacher: Teacher
     pace: Pace
     tally: Tally
     params: dict  # of every request, besides the model and the question
@@ -105,11 +105,11 @@ def make_run(config, scale=1.0):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
     base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = os.environ.get(config.api_key_env, "").strip()
-    address = make_address(base_url, config.endpoint, key, config.header, config.timeout)
-    if address.hide(config.extra_body) != config.extra_body:
+    teacher = make_teacher(base_url, config.endpoint, key, config.header, config.timeout)
+    if teacher.hide(config.extra_body) != config.extra_body:
         raise ValueError("--extra-body must not hold the key, for it is written into every row")
     pace, tally = Pace(config.rpm, config.patience, scale), Tally(config.price_in, config.price_out)
-    run = Run(config, prompt, address, pace, tally, config.params(prompt.stop))
+    run = Run(config, prompt, teacher, pace, tally, config.params(prompt.stop))
     if config.sample:
         order = list(range(sum(1 for _ in read_input(run))))
         random.Random(config.seed or 0).shuffle(order)
@@ -120,10 +120,10 @@ def make_run(config, scale=1.0):
 def prepare(config, scale):
     """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
     run, expected = make_run(config, scale), set()
-    if not (run.address.url or config.batch_requests or config.batch_replies):
+    if not (run.teacher.url or config.batch_requests or config.batch_replies):
         raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
     if config.batch_replies:
-        run.replies = Replies(config.batch_replies, run.address)
+        run.replies = Replies(config.batch_replies, run.teacher)
     if not config.overwrite:
         run.state = read_state(config.output, config.errors_path)
     for record, body in scan(run):
@@ -190,7 +190,7 @@ def dry_run(config):
     for _, body in scan(run):
         if body:
             first, rows, size = first or body, rows + 1, size + characters(body)
-    print(f"to {run.address.url or '(no --base-url)'}, {config.endpoint}:")
+    print(f"to {run.teacher.url or '(no --base-url)'}, {config.endpoint}:")
     print(json.dumps(first, indent=2, ensure_ascii=False))
     print_estimate(run, rows, size)
     return 0
@@ -265,7 +265,7 @@ class Sample:
 def work(run, jobs, results):
     """A worker: takes (record, body) and gives (record, body, samples) until it takes None. In place of the samples
     stands None if the run ended first, or an exception that is a bug of ours."""
-    teacher = run.replies or Teacher(run.address)
+    teacher = run.replies or replace(run.teacher)  # each worker has a connection of its own
     while job := jobs.get():
         try:
             samples = [ask(run, teacher, *job, number) for number in range(run.config.n if job[1] else 0)]
@@ -366,7 +366,7 @@ def provenance(run):
         "prompt_sha256": run.prompt.sha256,
         "model": config.model,
         "model_served": None,
-        "base_url": run.address.url,
+        "base_url": run.teacher.url,
         "endpoint": config.endpoint,
         "params": run.params | {"n": config.n, "reasoning": config.reasoning},
         "rationalize": config.rationalize,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.files import replacing
 from data.jsonl import RecordError, to_line
-from data.teacher.endpoint import Address, Reply, RequestError, read_reply, shown
+from data.teacher.endpoint import Reply, RequestError, Teacher, read_reply, shown
 
 
 def custom_id(name: str, request_hash: str, sample: int) -> str:
@@ -37,9 +37,9 @@ def write_requests(path: str, requests: Iterable[tuple[str, dict]], url: str, mo
 class Replies:
     """The replies of batch files, asked for as a Teacher is. In memory is only where each lies."""
 
-    def __init__(self, paths: list[str], address: Address):
+    def __init__(self, paths: list[str], teacher: Teacher):
         """Raises OSError, or RecordError for a line that is no reply."""
-        self.places, self.address = {}, address  # custom id -> (file, where its line begins)
+        self.places, self.teacher = {}, teacher  # custom id -> (file, where its line begins)
         for path in paths:
             with open(path, "rb") as file:
                 offset = 0
@@ -63,7 +63,7 @@ class Replies:
             _, response, error = parse(file.readline())
         if not response:
             raise RequestError("missing", f"the batch has no response: {shown(error)[:200]}", "retry")
-        return read_reply(int(response["status_code"]), {}, json.dumps(response["body"]), body, self.address)
+        return read_reply(int(response["status_code"]), {}, json.dumps(response["body"]), body, self.teacher)
 
 
 def parse(line):

@@ -25,7 +25,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from typing import NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 LONGEST_WAIT = 120  # seconds of Retry-After that are waited for
 CONNECT = 30  # seconds for a connection to be made
@@ -46,6 +46,10 @@ FLAGS = {  # what to do about a parameter that the server refuses
 }
 UNSUPPORTED = r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs"
 CONTEXT = r"context.{0,20}(length|size|window)|too many tokens|(prompt|input) is too long|maximum.{0,20}context"
+ROW_ERRORS = (  # (kind, its code, its message)
+    ("context_exceeded", "context_length|exceed_context", CONTEXT),
+    ("content_filter", "content_filter|content_policy", "content management policy"),
+)
 
 
 class RequestError(Exception):
@@ -63,81 +67,6 @@ class Reply(NamedTuple):
     cut_short: bool  # it ended at the token limit
     model: str  # that served it, as the server says
     usage: dict  # tokens: prompt, completion, cached
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the teacher is: `url` is shown and recorded, `headers` and `proxy` hold the secrets."""
-
-    url: str
-    endpoint: str  # "chat" | "completions"
-    headers: dict
-    secrets: tuple  # texts that must appear nowhere
-    timeout: float  # seconds for a whole reply
-    proxy: tuple | None = None  # (host, port, headers for it)
-    tls: ssl.SSLContext | None = None
-
-    def hide(self, text: str) -> str:
-        for secret in self.secrets:
-            text = text.replace(secret, "[key]")
-        return text
-
-
-def make_address(base_url: str, endpoint: str, key: str, headers: list[str], timeout: float) -> Address:
-    """The Address of a base URL, or of none. Raises ValueError, which never quotes a secret."""
-    sent = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
-    sent |= {"Authorization": f"Bearer {key}"} if key else {}
-    secrets = [key]
-    for header in headers:
-        name, value, hidden = read_header(header)
-        sent = {n: v for n, v in sent.items() if n.casefold() != name.casefold()} | {name: value}
-        secrets += hidden
-    if " " in key or not all(re.fullmatch("[ -~]*", value) for value in sent.values()):
-        raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
-    try:
-        parts = urlsplit(base_url)
-        good = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment and "@" not in parts.netloc
-        good = good and (parts.port or True) and parts.hostname.encode("idna")  # raises, as the socket would later
-    except ValueError:
-        good = False
-    if base_url and not good:
-        form = "http(s)://HOST[:PORT][/PATH][?QUERY], such as http://localhost:11434/v1"
-        raise ValueError(f"--base-url must be {form}; a password or key goes into --header 'NAME: $VARIABLE'")
-    if any(re.search(CREDENTIAL, name) for name, _ in parse_qsl(parts.query)):
-        raise ValueError("--base-url must not hold a key; --header 'NAME: $VARIABLE' sends one")
-    path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
-    proxy = None
-    through = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
-    if through.hostname and not urllib.request.proxy_bypass(parts.netloc):
-        password = unquote(through.password or "")
-        login = base64.b64encode(f"{unquote(through.username or '')}:{password}".encode()).decode()
-        secrets += [password, login]
-        proxy_headers = {"Proxy-Authorization": f"Basic {login}"} if through.username else {}
-        proxy = (through.hostname, through.port or 80, proxy_headers)
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
-    longest_first = tuple(sorted(filter(is_secret, set(secrets)), key=len, reverse=True))
-    return Address(parts._replace(path=path).geturl(), endpoint, sent, longest_first, timeout, proxy, tls)
-
-
-def read_header(header):
-    """`api-key: $AZURE_KEY` -> (name, value, [the secret in it])."""
-    name, value = (text.strip() for text in (header + ":").split(":", 1))
-    value = value.removesuffix(":").strip()
-    if not value or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
-    variables = re.findall(r"\$\{?(\w+)\}?", value)
-    if not variables and re.search(rf"{CREDENTIAL}|\b[sp]k-|\b(bearer|basic) |[\w+/=-]{{32}}", f"{name} {value}"):
-        raise ValueError(f"--header {name}: a key must not stand on the command line; give '{name}: $VARIABLE'")
-    for variable in variables:
-        if not os.environ.get(variable, "").strip():
-            raise ValueError(f"--header {name}: the environment variable {variable} is not set")
-    hidden = [os.environ[variable].strip() for variable in variables]
-    return name, re.sub(r"\$\{?(\w+)\}?", lambda match: os.environ[match[1]].strip(), value), hidden
-
-
-def is_secret(text):
-    """Whether a text looks like a key. A stand-in (EMPTY, ollama, anything) is a word, and hiding it spoils texts."""
-    return len(text) >= 16 or len(text) >= 8 and bool(re.search(r"\d", text))
 
 
 class Timed(io.RawIOBase):
@@ -175,26 +104,37 @@ class Response(http.client.HTTPResponse):
         return version, 100 if 100 <= status < 200 else status, reason
 
 
+@dataclass
 class Teacher:
-    """One keep-alive connection, for one thread."""
+    """An endpoint and, from the first request on, one keep-alive connection to it: for one thread."""
 
-    def __init__(self, address: Address):
-        self.address, self.connection, self.parts = address, None, urlsplit(address.url)
-        path = self.parts.path + ("/chat/completions" if address.endpoint == "chat" else "/completions")
-        self.path = f"{path}?{self.parts.query}" if self.parts.query else path
-        self.headers = address.headers
-        if address.proxy and not address.tls:  # to a proxy the path of a plain request is the whole URL
-            self.path = f"http://{self.parts.netloc}{self.path}"
-            self.headers = address.headers | address.proxy[2]
+    parts: SplitResult  # of the base URL
+    endpoint: str  # "chat" | "completions"
+    headers: dict
+    secrets: list[str]  # that must appear nowhere, the longest first
+    timeout: float  # seconds for a whole reply
+    proxy: tuple | None  # (host, port)
+    login: dict  # headers for the proxy
+    tls: ssl.SSLContext | None
+    connection: http.client.HTTPConnection | None = None
+
+    @property
+    def url(self) -> str:
+        return self.parts.geturl()
+
+    def hide(self, text: str) -> str:
+        for secret in self.secrets:
+            text = text.replace(secret, "[key]")
+        return text
 
     def ask(self, body: dict, identity: str = "") -> Reply:
         """Send one request. Raises RequestError. (Its `identity` is for batch files, which are asked alike.)"""
-        start, url = time.monotonic(), self.address.url
+        start, url = time.monotonic(), self.url
         try:
-            status, headers, content = self.exchange(json.dumps(body).encode(), start + self.address.timeout)
+            status, headers, content = self.exchange(json.dumps(body).encode(), start + self.timeout)
         except TimeoutError:
             self.close()  # a reply that comes later has nowhere to go
-            waited = f"{time.monotonic() - start:.3g} s (--timeout {self.address.timeout:g})"
+            waited = f"{time.monotonic() - start:.3g} s (--timeout {self.timeout:g})"
             raise RequestError("timeout", f"{url}: no whole reply within {waited}", "retry") from None
         except ssl.SSLCertVerificationError as error:
             what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
@@ -202,9 +142,9 @@ class Teacher:
         except (OSError, http.client.HTTPException) as error:
             self.close()
             what = "the reply was cut off" if isinstance(error, http.client.IncompleteRead) else str(error)
-            what = self.address.hide(what or type(error).__name__)
+            what = self.hide(what or type(error).__name__)
             raise RequestError("disconnect", f"{url}: {what}", "retry") from None
-        return read_reply(status, headers, content.decode("utf-8", "replace"), body, self.address)
+        return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
 
     def exchange(self, content, until):
         """(status, headers, body as bytes), all of it before the time `until` or TimeoutError."""
@@ -212,9 +152,15 @@ class Teacher:
             self.close()
         if self.connection is None:
             self.connect(until)
+        path = self.parts.path + ("/chat/completions" if self.endpoint == "chat" else "/completions")
+        path, headers = self.parts._replace(path=path).geturl(), self.headers
+        if self.proxy and not self.tls:  # such a proxy is told the whole URL
+            headers = headers | self.login
+        else:
+            path = path.partition(self.parts.netloc)[2]
         self.connection.response_class = functools.partial(Response, until=until)
         self.connection.sock.settimeout(max(until - time.monotonic(), 0.001))
-        self.connection.request("POST", self.path, content, self.headers)
+        self.connection.request("POST", path, content, headers)
         response = self.connection.getresponse()
         body = response.read(LARGEST_REPLY + 1)
         if len(body) > LARGEST_REPLY:
@@ -227,12 +173,12 @@ class Teacher:
         return response.status, response.headers, body
 
     def connect(self, until):
-        host, port, headers = self.address.proxy or (self.parts.hostname, self.parts.port, {})
-        timeout = min(self.address.timeout, CONNECT)
-        if self.address.tls:
-            self.connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=self.address.tls)
-            if self.address.proxy:
-                self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, headers)
+        host, port = self.proxy or (self.parts.hostname, self.parts.port)
+        timeout = min(self.timeout, CONNECT)
+        if self.tls:
+            self.connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=self.tls)
+            if self.proxy:
+                self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
         else:
             self.connection = http.client.HTTPConnection(host, port, timeout=timeout)
         self.connection.response_class = functools.partial(Response, until=until)
@@ -247,6 +193,61 @@ class Teacher:
             self.connection = None
 
 
+def make_teacher(base_url: str, endpoint: str, key: str, headers: list[str], timeout: float) -> Teacher:
+    """The Teacher at a base URL, or at none. Raises ValueError, which never quotes a secret."""
+    sent = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
+    sent |= {"Authorization": f"Bearer {key}"} if key else {}
+    secrets, proxy, login = [key], None, {}
+    for name, value, hidden in map(read_header, headers):
+        sent = {n: v for n, v in sent.items() if n.casefold() != name.casefold()} | {name: value}
+        secrets += hidden
+    if " " in key or not all(re.fullmatch("[ -~]*", value) for value in sent.values()):
+        raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
+    try:
+        parts = urlsplit(base_url)
+        good = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment and "@" not in parts.netloc
+        good = good and (parts.port or True) and parts.hostname.encode("idna")  # raises, as the socket would later
+    except ValueError:
+        good = False
+    if base_url and not good:
+        form = "http(s)://HOST[:PORT][/PATH][?QUERY], such as http://localhost:11434/v1"
+        raise ValueError(f"--base-url must be {form}; a password or key goes into --header 'NAME: $VARIABLE'")
+    if any(re.search(CREDENTIAL, name) for name, _ in parse_qsl(parts.query)):
+        raise ValueError("--base-url must not hold a key; --header 'NAME: $VARIABLE' sends one")
+    parts = parts._replace(path=re.sub("/+$|/(chat/)?completions/*$", "", parts.path))
+    through = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
+    if through.hostname and not urllib.request.proxy_bypass(parts.netloc):
+        proxy = through.hostname, through.port or 80
+        if through.username:
+            secrets.append(unquote(through.password or ""))
+            secrets.append(base64.b64encode(f"{unquote(through.username)}:{secrets[-1]}".encode()).decode())
+            login = {"Proxy-Authorization": f"Basic {secrets[-1]}"}
+    tls = ssl.create_default_context() if parts.scheme == "https" else None
+    longest_first = sorted(filter(is_secret, secrets), key=len, reverse=True)
+    return Teacher(parts, endpoint, sent, longest_first, timeout, proxy, login, tls)
+
+
+def read_header(header):
+    """`api-key: $AZURE_KEY` -> (name, value, [the secret in it])."""
+    name, value = (text.strip() for text in (header + ":").split(":", 1))
+    value = value.removesuffix(":").strip()
+    if not value or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
+    variables = re.findall(r"\$\{?(\w+)\}?", value)
+    if not variables and re.search(rf"{CREDENTIAL}|\b[sp]k-|\b(bearer|basic) |[\w+/=-]{{32}}", f"{name} {value}"):
+        raise ValueError(f"--header {name}: a key must not stand on the command line; give '{name}: $VARIABLE'")
+    for variable in variables:
+        if not os.environ.get(variable, "").strip():
+            raise ValueError(f"--header {name}: the environment variable {variable} is not set")
+    hidden = [os.environ[variable].strip() for variable in variables]
+    return name, re.sub(r"\$\{?(\w+)\}?", lambda match: os.environ[match[1]].strip(), value), hidden
+
+
+def is_secret(text):
+    """Whether a text looks like a key. A stand-in (EMPTY, ollama, anything) is a word, and hiding it spoils texts."""
+    return len(text) >= 16 or len(text) >= 8 and bool(re.search(r"\d", text))
+
+
 def dropped(sock):
     """Whether the server has closed a connection that lay idle (llama.cpp's does after 5 s)."""
     if sock is None:
@@ -256,23 +257,23 @@ def dropped(sock):
         return bool(selector.select(0))  # nothing is expected, so what can be read is the end
 
 
-def read_reply(status: int, headers, text: str, body: dict, address: Address) -> Reply:
+def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) -> Reply:
     """The reply that a response with `status` and the JSON `text` is. Raises RequestError for one that is none.
 
     body: the request, for the parameters in it that a server may refuse.
     """
-    text = address.hide(text)
+    text = teacher.hide(text)
     try:  # half a character (a lone surrogate) can't be written to a file, and an escaped key must be hidden, too
         text = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode()
-        content = json.loads(text := address.hide(text))
+        content = json.loads(text := teacher.hide(text))
     except (ValueError, RecursionError):
         content = None
     if not 200 <= status < 300:
-        raise status_error(status, headers, text, content, body, address)
+        raise status_error(status, headers, text, content, body, teacher)
     try:
         choice = content["choices"][0]
-        message = choice if address.endpoint == "completions" else choice["message"]
-        said = message.get("text" if address.endpoint == "completions" else "content")
+        message = choice if teacher.endpoint == "completions" else choice["message"]
+        said = message.get("text" if teacher.endpoint == "completions" else "content")
         finish, failed = shown(choice.get("finish_reason") or "stop").lower(), choice.get("error")
     except (LookupError, TypeError, AttributeError):
         what = "is not JSON" if content is None else "has no choices"
@@ -285,21 +286,14 @@ def read_reply(status: int, headers, text: str, body: dict, address: Address) ->
     if failed or not (cut_short or finish.startswith(("stop", "eos", "end"))):
         why = shown(failed or f"finish_reason {finish}")[:200]
         raise RequestError("bad_reply", f"the reply ended in an error: {why}", "retry", text)
-    usage = content.get("usage")
-    counts = {
-        "prompt": count(usage, "prompt_tokens"),
-        "completion": count(usage, "completion_tokens"),
-        "cached": count(usage.get("prompt_tokens_details") if isinstance(usage, dict) else None, "cached_tokens"),
-    }
+    usage = content.get("usage") if isinstance(content.get("usage"), dict) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
+    counts = {name: n if type(n) is int and 0 <= n < 1e9 else 0 for name, n in counts.items()}
     texts = said, message.get("reasoning_content") or message.get("reasoning"), content.get("model")
     said, reasoning, model = (text if isinstance(text, str) else "" for text in texts)
     return Reply(said, reasoning.strip(), cut_short, model, counts)
-
-
-def count(usage, name):
-    """A number of tokens; 0 where there is none that makes sense."""
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if type(value) is int and 0 <= value < 1e9 else 0
 
 
 def shown(value) -> str:
@@ -308,25 +302,24 @@ def shown(value) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
-def status_error(status, headers, text, content, body, address):
+def status_error(status, headers, text, content, body, teacher):
     """The RequestError that a response with another status than 2xx means."""
     error = content.get("error", content) if isinstance(content, dict) else content or text
     fields = error if isinstance(error, dict) else {}
     code = f"{shown(fields.get('code'))} {shown(fields.get('type'))}"
     message = shown(fields.get("message") or fields.get("detail") or error or "no message")[:300]
-    said, kind, wait = f"{status} from {address.url}: {message}", f"http_{status}", retry_after(headers)
+    said, kind, wait = f"{status} from {teacher.url}: {message}", f"http_{status}", retry_after(headers)
     if 300 <= status < 400:
-        where = address.hide(shown(headers.get("Location") or "nowhere").split("?")[0])
-        return RequestError(kind, f"{status}: {address.url} redirects to {where}; use that as --base-url", "stop")
+        where = teacher.hide(shown(headers.get("Location") or "nowhere").split("?")[0])
+        return RequestError(kind, f"{status}: {teacher.url} redirects to {where}; use that as --base-url", "stop")
     if status == 429 and re.search(r"insufficient_quota|billing", code):
         status = 402
     if status in HINTS:
         kind = "insufficient_quota" if status == 402 else kind
         return RequestError(kind, f"{said}; {HINTS[status]}", "denied" if status == 403 else "stop", text)
-    if re.search("context_length|exceed_context", code) or status == 400 and re.search(CONTEXT, message, re.I):
-        return RequestError("context_exceeded", said, "row", text)
-    if re.search("content_filter|content_policy", code) or status == 400 and "content management policy" in message:
-        return RequestError("content_filter", said, "row", text)
+    for kind_of_row, in_code, in_message in ROW_ERRORS:
+        if re.search(in_code, code) or status == 400 and re.search(in_message, message, re.I):
+            return RequestError(kind_of_row, said, "row", text)
     if status == 400 and re.search(UNSUPPORTED, f"{code} {message}", re.I):
         named = {shown(fields.get("param"))} | set(re.findall(r"\w+", message.split(". ")[0]))
         for name in [n for n in body if n in named and n not in ("model", "messages", "prompt")]:

@@ -77,11 +77,11 @@ def listed(kinds):
 
 
 def print_header(run):
-    config, address = run.config, run.address
-    key = "" if "Authorization" in address.headers or config.header else f"; no key (${config.api_key_env} is not set)"
-    proxy = f", through the proxy {address.proxy[0]}:{address.proxy[1]}" if address.proxy else ""
+    config, teacher = run.config, run.teacher
+    key = "" if "Authorization" in teacher.headers or config.header else f"; no key (${config.api_key_env} is not set)"
+    proxy = f", through the proxy {teacher.proxy[0]}:{teacher.proxy[1]}" if teacher.proxy else ""
     where = (
-        ", ".join(config.batch_replies) or f"{address.url or 'a batch'}, {config.endpoint}, {config.model}{key}{proxy}"
+        ", ".join(config.batch_replies) or f"{teacher.url or 'a batch'}, {config.endpoint}, {config.model}{key}{proxy}"
     )
     print_line(f"teacher: {where}")
     print_line(f"prompt:  {config.prompt} (sha256 {run.prompt.sha256[:12]}), {len(run.prompt.exemplars)} exemplars")
