@@ -40,7 +40,7 @@ from data.teacher.output import State, append, put_in_order, read_state, what_ch
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
-from data.teacher.tally import Tally, print_estimate, print_header, print_line, print_summary
+from data.teacher.tally import bar_text, print_estimate, print_header, print_line, print_summary, warn
 
 
 def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
@@ -62,21 +62,10 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
             except OSError as error:  # a full disk, for one
                 run.pace.stopped.set()
                 run.aborted = str(error)
-            failed = print_summary(run)
-        if run.aborted:
-            return fail(3, f"aborted: {run.aborted}. What was finished is kept; the same command goes on")
-        if run.interrupted:
-            return fail(130, "interrupted; what was finished is kept, the same command goes on")
-        return 1 if failed else 0
+            status, message = print_summary(run)
     except (OSError, ValueError) as error:
-        return fail(2, error)
-
-
-def fail(status, error):
-    return arguments.fail("extract.py", status, shown(arguments.one_line(error)))
-
-
-# ---- Before asking: everything that can be wrong with arguments and files is found here ------------------------------
+        status, message = 2, arguments.one_line(error)
+    return arguments.fail("extract.py", status, shown(message)) if message else status
 
 
 @dataclass
@@ -85,7 +74,6 @@ class Run:
     prompt: Prompt
     teacher: Teacher
     pace: Pace
-    tally: Tally
     params: dict  # of every request, besides the model and the question
     state: State = field(default_factory=State)  # what is done and what failed
     ids: dict = field(default_factory=dict)  # of the input, in order
@@ -94,6 +82,10 @@ class Run:
     resumed: int = 0  # rows of the input that are done or failed before
     kept: int = 0  # rows of the input that are to be written as they are
     answered: dict | None = None  # the last request that the teacher answered
+    kinds: Counter = field(default_factory=Counter)  # of errors, in this start; None: of answered rows
+    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion, cached), retries
+    start: float = field(default_factory=time.monotonic)
+    warned: set = field(default_factory=set)
     interrupted: bool = False
     aborted: str = ""  # why
 
@@ -108,8 +100,8 @@ def make_run(config, scale=1.0):
     teacher = make_teacher(base_url, config.endpoint, key, config.header, config.timeout)
     if teacher.hide(config.extra_body) != config.extra_body:
         raise ValueError("--extra-body must not hold the key, for it is written into every row")
-    pace, tally = Pace(config.rpm, config.patience, scale), Tally(config.price_in, config.price_out)
-    run = Run(config, prompt, teacher, pace, tally, config.params(prompt.stop))
+    pace = Pace(config.rpm, config.patience, scale)
+    run = Run(config, prompt, teacher, pace, config.params(prompt.stop))
     if config.sample:
         order = list(range(sum(1 for _ in read_input(run))))
         random.Random(config.seed or 0).shuffle(order)
@@ -199,20 +191,13 @@ def dry_run(config):
 def write_batch(run):
     """Write the requests that are to be made into files, and say how to go on."""
     config = run.config
-    requests = (
-        (custom_id(record.id, request_hash(run, body), i), seeded(body, i))
-        for record in read_input(run)
-        if to_ask(run, record.id) and (body := render(run, record))
-        for i in range(config.n)
-    )
+    asked = ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
+    requests = (sample_request(run, *job, i) for job in asked if job[1] for i in range(config.n))
     url = "/v1/chat/completions" if config.endpoint == "chat" else "/v1/completions"
     for path, count in write_requests(config.batch_requests, requests, url, config.batch_rows):
         print_line(f"{path}: {count:,} requests")
     print_line("next: the same command with --batch-replies REPLIES.jsonl in place of --batch-requests")
     return 0
-
-
-# ---- Render ----------------------------------------------------------------------------------------------------------
 
 
 def render(run, record):
@@ -231,11 +216,6 @@ def render(run, record):
     return {"model": run.config.model, **question, **run.params}
 
 
-def seeded(body, sample):
-    """The body for one of several samples."""
-    return body | {"seed": body["seed"] + sample} if "seed" in body else body
-
-
 def characters(body):
     return len(body.get("prompt", "")) + sum(len(m["content"]) for m in body.get("messages", ()))
 
@@ -247,7 +227,10 @@ def request_hash(run, body):
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-# ---- Ask and parse: in a worker --------------------------------------------------------------------------------------
+def sample_request(run, record, body, number):
+    """(custom id, body) of one of the samples of a row: with a seed each sample has its own."""
+    seed = {"seed": body["seed"] + number} if "seed" in body else {}
+    return custom_id(record.id, request_hash(run, body), number), body | seed
 
 
 @dataclass
@@ -263,8 +246,8 @@ class Sample:
 
 
 def work(run, jobs, results):
-    """A worker: takes (record, body) and gives (record, body, samples) until it takes None. In place of the samples
-    stands None if the run ended first, or an exception that is a bug of ours."""
+    """A worker: takes (record, body) and gives (record, body, samples) until it takes None. The samples are None if the
+    run ended first, or an exception that is a bug of ours."""
     teacher = run.replies or replace(run.teacher)  # each worker has a connection of its own
     while job := jobs.get():
         try:
@@ -285,8 +268,8 @@ def work(run, jobs, results):
 def ask(run, teacher, record, body, number):
     """Sample `number` of a row: ask until there is a reply, read it. Raises Stopped where there will be none, and
     RequestError if the run must end."""
-    pace, sample, identity = run.pace, Sample(), custom_id(record.id, request_hash(run, body), number)
-    body = seeded(body, number)
+    pace, sample = run.pace, Sample()
+    identity, body = sample_request(run, record, body, number)
     while True:
         sent = pace.wait()
         try:
@@ -299,7 +282,7 @@ def ask(run, teacher, record, body, number):
             if run.replies and error.then not in ("row", "denied"):  # the batch has failed here, not the row
                 raise Stopped from None
             if error.then == "pace":
-                run.tally.warn("429", f"{error}; requests slow down to the server's pace, which --rpm gives beforehand")
+                warn(run, "429", f"{error}; requests slow down to the server's pace, which --rpm gives beforehand")
                 pace.slow_down(sent, error)
                 continue
             pace.let_through(answered=False)
@@ -335,10 +318,10 @@ def take(run, record, body, reply, sample):
     """The Sample with a reply and what it says. Raises RequestError for a text that another attempt may better."""
     config = run.config
     if reply.model and reply.model != config.model:
-        run.tally.warn("model", f"asked for {config.model!r}, served by {reply.model!r}")
+        warn(run, "model", f"asked for {config.model!r}, served by {reply.model!r}")
     if 0 < reply.usage["prompt"] * 8 < characters(body):
         seen = f"{reply.usage['prompt']:,} tokens of {characters(body):,} characters"
-        run.tally.warn("cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
+        warn(run, "cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
     sample.usage.update(reply.usage)
     thoughts, said = split_thinking(reply.text)
     thoughts = "\n".join(filter(None, (reply.reasoning, thoughts)))
@@ -353,9 +336,6 @@ def take(run, record, body, reply, sample):
     sample.attempts += 1
     sample.answer, sample.raw, sample.model = answer, reply.text or reply.reasoning, reply.model
     return sample
-
-
-# ---- Check -----------------------------------------------------------------------------------------------------------
 
 
 def provenance(run):
@@ -412,9 +392,6 @@ def check(run, record, body, samples):
     if config.keep == "samples":
         rationale = list(dict.fromkeys(s.answer.rationale for s in winners))
     return replace(record, rationale=rationale, teacher_label=answer.label, teacher=teacher, other=other), None
-
-
-# ---- Write: the main thread ------------------------------------------------------------------------------------------
 
 
 def ask_all(run, stop):
@@ -480,9 +457,10 @@ def write(run, rows, bar):
     for row, kind in rows:
         run.state.add(row.id, kind, row.other.get("correct"))
         if row.teacher:
-            run.tally.add(kind, row.teacher["usage"], row.teacher["attempts"] - run.config.n)
+            run.kinds[kind] += 1
+            run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - run.config.n)
         bar.update()
-        bar.set_postfix_str(run.tally.bar(run.pace), refresh=False)
+        bar.set_postfix_str(bar_text(run), refresh=False)
 
 
 if __name__ == "__main__":

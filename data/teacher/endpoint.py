@@ -148,9 +148,12 @@ class Teacher:
 
     def exchange(self, content, until):
         """(status, headers, body as bytes), all of it before the time `until` or TimeoutError."""
-        if self.connection is not None and dropped(self.connection.sock):
-            self.close()
-        if self.connection is None:
+        if self.connection is not None and self.connection.sock is not None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.connection.sock, selectors.EVENT_READ)
+                if selector.select(0):  # nothing is expected, so the server has closed it (llama.cpp's does after 5 s)
+                    self.close()
+        if self.connection is None or self.connection.sock is None:
             self.connect(until)
         path = self.parts.path + ("/chat/completions" if self.endpoint == "chat" else "/completions")
         path, headers = self.parts._replace(path=path).geturl(), self.headers
@@ -246,15 +249,6 @@ def read_header(header):
 def is_secret(text):
     """Whether a text looks like a key. A stand-in (EMPTY, ollama, anything) is a word, and hiding it spoils texts."""
     return len(text) >= 16 or len(text) >= 8 and bool(re.search(r"\d", text))
-
-
-def dropped(sock):
-    """Whether the server has closed a connection that lay idle (llama.cpp's does after 5 s)."""
-    if sock is None:
-        return True
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))  # nothing is expected, so what can be read is the end
 
 
 def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) -> Reply:

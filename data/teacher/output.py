@@ -18,10 +18,8 @@ BEGIN = b'{"id": '  # of every line
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
-    """Yield (FILE:LINE, row, line) of a file that extract.py wrote, but for a torn last line.
-
-    Raises RecordError, naming file and line, for another file or a damaged one.
-    """
+    """Yield (FILE:LINE, row, line) of a file that extract.py wrote, but for a torn last line. Raises RecordError,
+    naming file and line, for another file or a damaged one."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -57,10 +55,8 @@ class State:
 
 
 def read_state(output: str, errors: str) -> State:
-    """The State that the output and the errors file hold. A last line that a crash has torn is cut off.
-
-    Raises RecordError for files that are not extract.py's, and then leaves them as they are.
-    """
+    """The State that the output and the errors file hold. A last line that a crash has torn is cut off. Raises
+    RecordError for files that are not extract.py's, and then leaves them as they are."""
     state, sizes = State(), {}
     for path in filter(os.path.exists, (errors, output)):  # the output has the last word
         size, line = 0, b"\n"
@@ -93,26 +89,19 @@ def append(path: str, lines: list[str]):
 
 
 def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = ()):
-    """Put the lines of a file in the order of their ids, others after them; of several with one id the last stays.
-
-    Lines with an id in `leave_out` go; a file left without lines goes, too. Memory: an id and an offset a line.
-    """
+    """Put the lines of a file in the order of their ids, others after them; of several with one id the last stays, and
+    lines with an id in `leave_out` go. A file left without lines goes, too. Memory: an id and an offset a line."""
     if not os.path.exists(path):
         return
-    places, offset, count = {}, 0, 0
+    places, offsets = {}, [0]
     with open(path, "rb") as file:
         for line in file:
-            name = json.loads(line)["id"]
-            places.pop(name, None)
-            places[name] = offset
-            offset, count = offset + len(line), count + 1
-    for name in [name for name in places if name in leave_out]:
-        del places[name]
-    wanted = [places.pop(name) for name in order if name in places]
-    wanted += places.values()
+            places[json.loads(line)["id"]] = offsets[-1]
+            offsets.append(offsets[-1] + len(line))
+    wanted = [places[n] for n in dict.fromkeys([*order, *places]) if n in places and n not in leave_out]
     if not wanted:
         os.unlink(path)
-    elif len(wanted) < count or wanted != sorted(wanted):
+    elif wanted != offsets[:-1]:
         with replacing(path) as ordered, open(path, "rb") as file:
             for offset in wanted:
                 file.seek(offset)
@@ -120,10 +109,8 @@ def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = (
 
 
 def what_changed(path: str, name: str, now: dict | None) -> str:
-    """What makes the request of row `name` another than the one that its line in the file was made with.
-
-    now: the `teacher` of this run's rows, None for a row that is kept as it came.
-    """
+    """What makes the request of row `name` another than the one that its line in the file was made with. `now` is the
+    `teacher` of this run's rows, None for a row that is kept as it came."""
     before = next(row["teacher"] for _, row, _ in read_rows(path) if row["id"] == name)
     if before is None or now is None:
         return f"{'no ' if before is None else ''}--replace, or another rationale in row {name!r}"

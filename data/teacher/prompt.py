@@ -37,7 +37,7 @@ class Prompt:
     exemplars: list  # [{"input", "rationale", "label"}]
     question: str  # template:  "Q: {input}{hint}\nA:"
     answer: str  # template:  " {rationale} So the answer is {label}."
-    answer_marker: str | list[str]  # between rationale and label, in any case of letters; of several the best first
+    answer_marker: list[str]  # between rationale and label, in any case of letters, the best first; or a single text
     label_type: str  # "choice" (one of the lines "(a) park" of the input), "class", "equation", "text"
     labels: list[str] = ()  # of "class"
     stop: list[str] = ()  # what begins an invented next question; asked for as `stop`, and cut off here in any case
@@ -47,8 +47,6 @@ class Prompt:
     input_parts: list[str] = ()  # names, for use in `question`, of the parts of an input
     input_separator: str = "</s>"  # that this divides
     sha256: str = field(default="", kw_only=True)  # of the file
-
-    # ---- Putting the question ----------------------------------------------------------------------------------------
 
     def chat(self, input: str, gold: str | None = None) -> list[dict]:
         """The messages of a chat. With a `gold` label every question carries the hint (--rationalize).
@@ -99,25 +97,23 @@ class Prompt:
         chosen = pick(label, choices)
         return next((f"({letter}) {text}" for letter, text in choices if text == chosen), label)
 
-    # ---- Reading the answer ------------------------------------------------------------------------------------------
-
     def parse(self, text: str, input: str, cut_short: bool = False) -> Answer:
         """A teacher's text -> Answer. `cut_short`: it ended at the token limit, so what stands last may be torn."""
         if not text.strip():
             return Answer(error="empty", detail="the reply has no text")
         ends = [*self.stop, *ENDS]
         rationale, label, rest = read_answer(
-            text, ends, self.markers, lambda rest: self.read(rest, input), lambda a, b: self.same(a, b, input)
+            text, ends, self.answer_marker, lambda rest: self.read(rest, input), lambda a, b: self.same(a, b, input)
         )
         if cut_short and not any(end in text for end in ends) and "\n" not in (rest or "").lstrip():
             return Answer(error="truncated", detail="the reply ended at the token limit, before a whole answer")
         if rest is None:
-            return Answer(error="unparsed", detail=f"the reply does not say {self.markers[0]!r}")
+            return Answer(error="unparsed", detail=f"the reply does not say {self.answer_marker[0]!r}")
         if label is None:
             what = "two answers" if self.read(rest, input) else f"no {self.label_type} in {rest.strip()[:80]!r}"
             return Answer(rationale, error="label_invalid", detail=what)
         if rationale is None:
-            return Answer(label=label, error="unparsed", detail=f"no rationale before {self.markers[0]!r}")
+            return Answer(label=label, error="unparsed", detail=f"no rationale before {self.answer_marker[0]!r}")
         return Answer(rationale, label)
 
     def read(self, text: str, input: str) -> str | None:
@@ -128,10 +124,6 @@ class Prompt:
         """Whether two labels are the same one."""
         return same_label(a, b, self.label_type, input)
 
-    @property
-    def markers(self):
-        return [self.answer_marker] if isinstance(self.answer_marker, str) else list(self.answer_marker)
-
 
 def fill(template, **values):
     """The template with each {name} replaced; braces around anything else stay, also those in the values."""
@@ -139,11 +131,7 @@ def fill(template, **values):
 
 
 def load_prompt(path: str) -> Prompt:
-    """The Prompt of a file. Raises PromptError, in one line, for one that cannot work; OSError if it cannot be read.
-
-    Every exemplar's answer must parse back to its own rationale and label, so that a marker or template that does not
-    fit is found before anything is paid for.
-    """
+    """The Prompt of a file. Raises PromptError, in one line, for one that cannot work; OSError if it cannot be read."""
     with open(path, "rb") as file:
         content = file.read()
     try:
@@ -153,8 +141,7 @@ def load_prompt(path: str) -> Prompt:
     try:
         check_values(values)
         prompt = Prompt(**values, sha256=hashlib.sha256(content).hexdigest())
-        check_templates(prompt)
-        check_exemplars(prompt)
+        check_prompt(prompt)
     except ValueError as error:
         raise PromptError(f"{path}: {error}") from None
     return prompt
@@ -162,33 +149,33 @@ def load_prompt(path: str) -> Prompt:
 
 def check_values(values):
     """Raise ValueError unless the keys are those of a prompt file and each has its type."""
+
+    def texts(value):
+        return isinstance(value, list | tuple) and all(isinstance(text, str) and text.strip() for text in value)
+
     if not isinstance(values, dict):
         raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
     known = {f.name: f for f in dataclasses.fields(Prompt) if f.name != "sha256"}
     for name in sorted(values.keys() - known.keys()):
         raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(known))}')
-    for name, of in known.items():
-        value = values.get(name, of.default)
-        if value is dataclasses.MISSING:
-            raise ValueError(f'"{name}" is missing')
-        if of.type is str and not isinstance(value, str):
+    for name in (name for name, of in known.items() if of.default is dataclasses.MISSING and name not in values):
+        raise ValueError(f'"{name}" is missing')
+    if isinstance(values["answer_marker"], str):
+        values["answer_marker"] = [values["answer_marker"]]
+    for name, value in values.items():
+        if known[name].type is str and not isinstance(value, str):
             raise ValueError(f'"{name}" must be a text, got {value!r}')
-        if name == "answer_marker":
-            value = [value] if isinstance(value, str) else value or None
-        if of.type not in (str, list) and not (isinstance(value, list | tuple) and all(map(is_text, value))):
+        if known[name].type == list[str] and not (texts(value) and (value or name != "answer_marker")):
             raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
     keys = {"input", "rationale", "label"}
     for number, e in enumerate(values["exemplars"] if isinstance(values["exemplars"], list) else [None], 1):
-        if not (isinstance(e, dict) and e.keys() == keys and all(map(is_text, e.values()))):
+        if not (isinstance(e, dict) and e.keys() == keys and texts([*e.values()])):
             raise ValueError(f"exemplar {number} must have input, rationale and label, texts that are not blank")
 
 
-def is_text(value):
-    return isinstance(value, str) and bool(value.strip())
-
-
-def check_templates(prompt):
-    """Raise ValueError unless the label type is known and each template has its places and no others."""
+def check_prompt(prompt):
+    """Raise ValueError unless each template has its places and no others, and every exemplar reads back as its own
+    rationale and label: a marker that does not fit is found before anything is paid for."""
     if prompt.label_type not in LABEL_TYPES:
         raise ValueError(f'"label_type" must be one of {", ".join(LABEL_TYPES)}, got {prompt.label_type!r}')
     if (prompt.label_type == "class") != bool(prompt.labels):
@@ -202,10 +189,6 @@ def check_templates(prompt):
         for wrong in sorted(found - names) + sorted(needed[name] - found):
             what = "is missing from" if wrong in needed[name] else "means nothing in"
             raise ValueError(f'{{{wrong}}} {what} "{name}"; it takes {", ".join(f"{{{n}}}" for n in sorted(names))}')
-
-
-def check_exemplars(prompt):
-    """Raise ValueError unless every exemplar's answer reads back as its own rationale and label."""
     for number, e in enumerate(prompt.exemplars, 1):
         try:
             prompt.ask(e["input"])

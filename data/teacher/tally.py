@@ -1,4 +1,4 @@
-"""What extract.py prints: the header, the progress bar, the summary, and the counts behind them."""
+"""What extract.py prints: the header, the progress bar, the summary and the estimate of a dry run."""
 
 import sys
 import time
@@ -12,68 +12,31 @@ def print_line(line: str):
     tqdm.write("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
 
 
-class Tally:
-    """Counts of one start."""
+def warn(run, what: str, line: str):
+    """Print a warning, once for each `what`."""
+    if what not in run.warned:
+        run.warned.add(what)
+        print_line(f"warning: {line}")
 
-    def __init__(self, price_in: float, price_out: float):
-        self.price_in, self.price_out = price_in, price_out  # $ per million tokens
-        self.retries, self.start, self.warned = 0, time.monotonic(), set()
-        self.kinds, self.tokens = Counter(), Counter()  # of errors, None for answered rows; prompt, completion, cached
 
-    def add(self, kind: str | None, usage: dict, retries: int):
-        """One row: its kind of error or None, and its tokens."""
-        self.kinds[kind] += 1
-        self.tokens.update(usage)
-        self.retries += retries
+def counts(run):
+    """(seconds since the start, dollars spent) of this start."""
+    dollars = run.spent["prompt"] * run.config.price_in + run.spent["completion"] * run.config.price_out
+    return max(time.monotonic() - run.start, 1e-3), dollars / 1e6
 
-    def warn(self, what: str, line: str):
-        """Print a warning, once for each `what`."""
-        if what not in self.warned:
-            self.warned.add(what)
-            print_line(f"warning: {line}")
 
-    def counts(self):
-        """(rows without a usable answer, seconds, dollars)"""
-        failed = self.kinds.total() - self.kinds[None] - self.kinds["incorrect"]
-        dollars = (self.tokens["prompt"] * self.price_in + self.tokens["completion"] * self.price_out) / 1e6
-        return failed, max(time.monotonic() - self.start, 1e-3), dollars
-
-    def bar(self, pace) -> str:
-        """For the progress bar, short."""
-        failed, seconds, dollars = self.counts()
-        parts = [f"{self.kinds[None]:,} ok", f"{failed:,} failed", f"{self.retries:,} retries"]
-        if pace.refused and pace.interval > 0.01:
-            parts.append(f"{60 / pace.interval:,.0f}/min")
-        parts.append(f"{self.tokens['completion'] / seconds:,.0f} tok/s")
-        return ", ".join(parts + [f"${dollars:,.2f}"] * bool(dollars))
-
-    def summary(self, pace, right):
-        """Lines for the end: rows, accuracy (`right` counts True and False), pace, tokens and cost."""
-        failed, seconds, dollars = self.counts()
-        line = (
-            f"asked {self.kinds.total():,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {self.kinds[None]:,} ok"
-        )
-        line += f", {self.kinds['incorrect']:,} not right and left out" if self.kinds["incorrect"] else ""
-        yield (
-            f"{line}, {failed:,} failed"
-            + (f" ({listed(self.kinds)})" if failed else "")
-            + f"; {self.retries:,} retries"
-        )
-        if gold := right[True] + right[False]:
-            share = f"({right[True] / gold:.1%})"
-            yield f"teacher right on {right[True]:,} of {gold:,} answered rows with a gold label {share}"
-        if pace.refused:
-            rate = 60 * (self.kinds.total() + self.retries) / seconds
-            yield f"pace: {rate:,.0f} requests a minute got through; {pace.refused:,} came too early (429)"
-        if self.tokens.total():
-            cached = f" ({self.tokens['cached']:,} of them cached)" if self.tokens["cached"] else ""
-            cost = f"; ${dollars:,.2f}" if self.price_in or self.price_out else ""
-            yield f"tokens: {self.tokens['prompt']:,} in{cached}, {self.tokens['completion']:,} out{cost}"
+def bar_text(run) -> str:
+    (seconds, dollars), ok = counts(run), run.kinds[None]
+    parts = [f"{ok:,} ok", f"{run.kinds.total() - ok:,} not", f"{run.spent['retries']:,} retries"]
+    if run.pace.refused and run.pace.interval > 0.01:
+        parts.append(f"{60 / run.pace.interval:,.0f}/min")
+    parts.append(f"{run.spent['completion'] / seconds:,.0f} tok/s")
+    return ", ".join(parts + [f"${dollars:,.2f}"] * bool(dollars))
 
 
 def listed(kinds):
     """`truncated 5, unparsed 2` of a Counter of kinds of error."""
-    return ", ".join(f"{kind} {n:,}" for kind, n in sorted((k, n) for k, n in kinds.items() if k and k != "incorrect"))
+    return ", ".join(f"{kind} {n:,}" for kind, n in sorted((kind, n) for kind, n in kinds.items() if kind and n))
 
 
 def print_header(run):
@@ -92,33 +55,43 @@ def print_header(run):
         print_line(f"         {others:,} more in {config.output} that are not in this input stay there")
 
 
-def print_summary(run) -> int:
-    """Say what came of it. Returns how many rows of the input are not in the output, now or since an earlier start."""
-    config, state = run.config, run.state
+def print_summary(run) -> tuple[int, str]:
+    """Say what came of it. Returns the exit status, and the reason if the run ended early."""
+    config, state, spent, (seconds, dollars) = run.config, run.state, run.spent, counts(run)
     kinds = Counter(state.failed[name] for name in run.ids if name in state.failed)
-    done, left_out, unasked = sum(name in state.done for name in run.ids), kinds["incorrect"], len(run.ids)
-    unasked -= done + kinds.total()
+    done, asked = sum(name in state.done for name in run.ids), run.kinds.total()
+    unasked = len(run.ids) - done - kinds.total()
     if run.resumed == len(run.ids):
         print_line("nothing left to ask")
-    for line in run.tally.summary(run.pace, state.right) if run.tally.kinds else ():
-        print_line(line)
+    if asked:
+        which = f" ({listed(run.kinds)})" if asked > run.kinds[None] else ""
+        now = f"{run.kinds[None]:,} ok, {asked - run.kinds[None]:,} not{which}; {spent['retries']:,} retries"
+        print_line(f"asked {asked:,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {now}")
+        if gold := state.right[True] + state.right[False]:
+            share = f"({state.right[True] / gold:.1%})"
+            print_line(f"teacher right on {state.right[True]:,} of {gold:,} answered rows with a gold label {share}")
+        if run.pace.refused:
+            rate = 60 * (asked + spent["retries"]) / seconds
+            print_line(f"pace: {rate:,.0f} requests a minute got through; {run.pace.refused:,} came too early (429)")
+        cached = f" ({spent['cached']:,} of them cached)" if spent["cached"] else ""
+        cost = f"; ${dollars:,.2f}" if config.price_in or config.price_out else ""
+        print_line(f"tokens: {spent['prompt']:,} in{cached}, {spent['completion']:,} out{cost}")
     print_line(f"{config.output}: {done:,} of {len(run.ids):,} rows")
-    if kinds.total():
-        again = "; --retry-failed asks failed rows again" if kinds.total() > left_out else ""
-        out = [listed(kinds)] * bool(again) + [f"left out as not right {left_out:,}"] * bool(left_out)
-        print_line(f"{config.errors_path}: {', '.join(out)}{again}")
-    if run.aborted or run.interrupted:
-        return kinds.total()
-    if unasked and run.replies:
+    failed = kinds.total() - kinds["incorrect"]  # a row that --keep correct leaves out has not failed
+    if kinds:
+        again = "; --retry-failed asks again" if failed else ""
+        print_line(f"{config.errors_path}: {listed(kinds)}{again}")
+    if run.aborted:
+        return 3, f"aborted: {run.aborted}. What was finished is kept; the same command goes on"
+    if run.interrupted:
+        return 130, "interrupted; what was finished is kept, the same command goes on"
+    if unasked and not run.replies:
+        return 3, f"{unasked:,} rows were not asked: did {config.input} change meanwhile?"
+    if unasked:
         print_line(f"{unasked:,} rows have no reply yet; --batch-requests writes what is to be asked")
-    elif unasked:
-        run.aborted = f"{unasked:,} rows were not asked: did {config.input} change meanwhile?"
-    elif state.done:
-        errors = (
-            f" {config.errors_path}  (its rows train the label task, by their gold labels)" if kinds.total() else ""
-        )
-        print_line(f"next: python train.py --data {config.output}{errors}")
-    return kinds.total() - left_out + unasked
+    errors = f" {config.errors_path}  (its rows train the label task, by their gold labels)" if kinds else ""
+    print_line(f"next: python train.py --data {config.output}{errors}")
+    return 1 if failed or unasked else 0, ""
 
 
 def print_estimate(run, rows, characters):
