@@ -183,7 +183,7 @@ def dry_run(config):
         if body:
             first, rows, size = first or body, rows + 1, size + characters(body)
     print(f"to {run.teacher.url or '(no --base-url)'}, {config.endpoint}:")
-    print(json.dumps(first, indent=2, ensure_ascii=False))
+    print(json.dumps(first, indent=2, ensure_ascii=False) if first else "nothing")
     print_estimate(run, rows, size)
     return 0
 
@@ -330,8 +330,8 @@ def take(run, record, body, reply, sample):
         answer = replace(answer, detail="all tokens went into thoughts; a larger --max-tokens may do")
     if thoughts and answer.label and config.reasoning == "keep":
         answer = Answer("\n".join(filter(None, (thoughts, answer.rationale))), answer.label)
-    another_may_do = config.temperature > 0 and config.seed is None or answer.error == "empty" and not thoughts
-    if answer.error and another_may_do and not reply.cut_short:
+    vain = answer.error == "empty" and not thoughts and not reply.cut_short
+    if vain or answer.error and config.temperature > 0 and "seed" not in body:  # another attempt gives another text
         raise RequestError(answer.error, answer.detail, "retry", reply.text)
     sample.attempts += 1
     sample.answer, sample.raw, sample.model = answer, reply.text or reply.reasoning, reply.model
@@ -405,7 +405,7 @@ def ask_all(run, stop):
     ending = run.pace.stopped
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
     told, flying, in_a_row = False, 0, 0
-    layout = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"  # fits into 80 columns
+    layout = "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # fits into 80 columns
     options = dict(bar_format=layout, mininterval=interval, disable=not total)
     with tqdm(total=len(run.ids), initial=run.resumed, **options) as bar:
         while True:

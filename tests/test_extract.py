@@ -54,9 +54,9 @@ def test_what_is_printed(files, capsys):
     assert re.search(r"prompt:  \S+p.json \(sha256 [0-9a-f]{12}\), 1 exemplars", said)
     assert f"rows:    6 in {files / 'in.jsonl'}" in said
     assert said.count("warning: asked for 'other', served by 'stub-1'") == 1
-    assert "5 ok, 1 not, 0 retries" in said and "tok/s, $0.01" in said
-    assert all(len(line) < 80 for line in re.findall(r"\d+/6 \[.*", said)), "the progress bar"
-    assert re.search(r"asked 6 rows in 0m0\ds: 5 ok, 1 not \(unparsed 1\); 0 retries", said)
+    assert "5 ok, 1 left out, 0 retries" in said and "tok/s, $0.01" in said
+    assert all(len(line) < 80 for line in re.findall(r"\d/6 [^\r\n]*", said)), "the bar"
+    assert re.search(r"asked 6 rows in 0m0\ds: 5 ok, 1 left out \(unparsed 1\); 0 retries", said)
     assert "teacher right on 3 of 5 answered rows with a gold label (60.0%)" in said
     assert "tokens: 1,200 in (600 of them cached), 120 out; $0.01" in said
     assert f"{files / 'out.jsonl'}: 5 of 6 rows" in said
@@ -173,7 +173,7 @@ def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, cap
             ("r3", "incorrect", False),
         ]
         assert run(files, stub.url, "--keep correct --retry-failed") == 0 and len(stub.requests) == 6
-    assert "4 ok, 2 not (incorrect 2)" in capsys.readouterr().err
+    assert "4 ok, 2 left out (incorrect 2)" in capsys.readouterr().err
 
 
 def test_rationalize_shows_the_gold_label_and_is_recorded(files):

@@ -1,6 +1,7 @@
 """extract.py against a teacher that fails in every way there is, and its pace."""
 
 import re
+import ssl
 import threading
 import time
 from itertools import pairwise
@@ -8,6 +9,8 @@ from itertools import pairwise
 import pytest
 from extracting import always, bucket, errors, make_files, once, rows, run, wait_for_rows
 from teacher_stub import DRIPS, REPLIES, Stub, answer, completed
+
+from data.teacher.endpoint import Teacher
 
 # ---- Every way to fail ----------------------------------------------------------------------------------------------
 
@@ -167,6 +170,14 @@ def test_control_characters_of_a_teacher_do_not_reach_the_terminal(files, capsys
         assert run(files, stub.url, "--overwrite") == 3
     said = capsys.readouterr().err
     assert "owned" in said and not re.search(r"[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]", said)
+
+
+def test_a_certificate_that_is_not_trusted_aborts_at_once_and_says_what_to_set(files, capsys, monkeypatch):
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_message = "self-signed certificate"
+    monkeypatch.setattr(Teacher, "connect", lambda *_: (_ for _ in ()).throw(error))
+    assert run(files, "https://127.0.0.1:9/v1") == 3
+    assert "self-signed certificate); SSL_CERT_FILE can name" in capsys.readouterr().err
 
 
 # ---- A teacher that is gone -----------------------------------------------------------------------------------------

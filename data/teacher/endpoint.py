@@ -24,6 +24,7 @@ import ssl
 import time
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPSConnection
 from typing import NamedTuple
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -116,7 +117,7 @@ class Teacher:
     proxy: tuple | None  # (host, port)
     login: dict  # headers for the proxy
     tls: ssl.SSLContext | None
-    connection: http.client.HTTPConnection | None = None
+    connection: HTTPConnection | None = None
 
     @property
     def url(self) -> str:
@@ -178,12 +179,10 @@ class Teacher:
     def connect(self, until):
         host, port = self.proxy or (self.parts.hostname, self.parts.port)
         timeout = min(self.timeout, CONNECT)
-        if self.tls:
-            self.connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=self.tls)
-            if self.proxy:
-                self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
-        else:
-            self.connection = http.client.HTTPConnection(host, port, timeout=timeout)
+        kind, tls = (HTTPSConnection, {"context": self.tls}) if self.tls else (HTTPConnection, {})
+        self.connection = kind(host, port, timeout=timeout, **tls)
+        if self.tls and self.proxy:
+            self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
         self.connection.response_class = functools.partial(Response, until=until)
         try:
             self.connection.connect()
@@ -232,18 +231,17 @@ def make_teacher(base_url: str, endpoint: str, key: str, headers: list[str], tim
 
 def read_header(header):
     """`api-key: $AZURE_KEY` -> (name, value, [the secret in it])."""
-    name, value = (text.strip() for text in (header + ":").split(":", 1))
-    value = value.removesuffix(":").strip()
+    name, _, value = header.partition(":")
+    name, value, variable = name.strip(), value.strip(), r"\$\{?(\w+)\}?"
     if not value or not re.fullmatch(r"[\w-]+", name):
         raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
-    variables = re.findall(r"\$\{?(\w+)\}?", value)
-    if not variables and re.search(rf"{CREDENTIAL}|\b[sp]k-|\b(bearer|basic) |[\w+/=-]{{32}}", f"{name} {value}"):
+    secrets = {v: os.environ.get(v, "").strip() for v in re.findall(variable, value)}
+    looks_like_a_key = re.search(CREDENTIAL, name) or re.search(r"(?i)\b[sp]k-|\b(bearer|basic) |[\w+=-]{32}", value)
+    if looks_like_a_key and not secrets:
         raise ValueError(f"--header {name}: a key must not stand on the command line; give '{name}: $VARIABLE'")
-    for variable in variables:
-        if not os.environ.get(variable, "").strip():
-            raise ValueError(f"--header {name}: the environment variable {variable} is not set")
-    hidden = [os.environ[variable].strip() for variable in variables]
-    return name, re.sub(r"\$\{?(\w+)\}?", lambda match: os.environ[match[1]].strip(), value), hidden
+    for unset in [v for v, secret in secrets.items() if not secret]:
+        raise ValueError(f"--header {name}: the environment variable {unset} is not set")
+    return name, re.sub(variable, lambda match: secrets[match[1]], value), [*secrets.values()]
 
 
 def is_secret(text):

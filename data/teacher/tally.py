@@ -27,7 +27,7 @@ def counts(run):
 
 def bar_text(run) -> str:
     (seconds, dollars), ok = counts(run), run.kinds[None]
-    parts = [f"{ok:,} ok", f"{run.kinds.total() - ok:,} not", f"{run.spent['retries']:,} retries"]
+    parts = [f"{ok:,} ok", f"{run.kinds.total() - ok:,} left out", f"{run.spent['retries']:,} retries"]
     if run.pace.refused and run.pace.interval > 0.01:
         parts.append(f"{60 / run.pace.interval:,.0f}/min")
     parts.append(f"{run.spent['completion'] / seconds:,.0f} tok/s")
@@ -65,7 +65,7 @@ def print_summary(run) -> tuple[int, str]:
         print_line("nothing left to ask")
     if asked:
         which = f" ({listed(run.kinds)})" if asked > run.kinds[None] else ""
-        now = f"{run.kinds[None]:,} ok, {asked - run.kinds[None]:,} not{which}; {spent['retries']:,} retries"
+        now = f"{run.kinds[None]:,} ok, {asked - run.kinds[None]:,} left out{which}; {spent['retries']:,} retries"
         print_line(f"asked {asked:,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {now}")
         if gold := state.right[True] + state.right[False]:
             share = f"({state.right[True] / gold:.1%})"
