@@ -12,8 +12,8 @@ An output is a rationale, a marker, an answer, and nearly always an invented nex
     anli1    ... So the answer is contradiction.            cut at "Premise:"
     esnli    REASON\\nAnswer: neutral                        cut at "Premise:"
 
-No marker: the output ended in mid-thought, so the row keeps neither rationale nor teacher label. A marker with no
-usable answer behind it (two choices, an unknown x): the rationale stays, the teacher label is null. Both are counted.
+Without a marker the output ended in mid-thought, and the row has neither rationale nor teacher label. A marker with no
+usable answer behind it (two choices, an unknown x) leaves the rationale and no teacher label. Both are counted.
 """
 
 import json
@@ -81,15 +81,15 @@ def import_split(path, outputs, form, teacher):
     try:
         with open(path, encoding="utf-8") as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except UnicodeDecodeError as problem:
-        raise RecordError(f"{path}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     if len(outputs) > len(lines):
         raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
     for index, (number, line) in enumerate(lines):
         try:
             text, label = form.read(json.loads(line))
-        except (ValueError, KeyError, TypeError) as problem:
-            raise RecordError(f"{path}:{number}: not a row of this dataset ({problem!r})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{path}:{number}: not a row of this dataset ({error!r})") from None
         output, where = outputs[index] if index < len(outputs) else (None, None)
         rationale, answer = parse_output(output, form, text) if output is not None else (None, None)
         counts["rows"] += 1
@@ -111,8 +111,8 @@ def read_outputs(files):
     for path in files:
         try:
             items = json.loads(path.read_text("utf-8"))
-        except ValueError as problem:
-            raise RecordError(f"{path}: not JSON ({problem})") from None
+        except ValueError as error:
+            raise RecordError(f"{path}: not JSON ({error})") from None
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise RecordError(f"{path}: not a JSON list of texts")
         outputs += [(item, f"{path.name}:{index}") for index, item in enumerate(items)]
@@ -162,8 +162,8 @@ def main(argv=None):
                 heading = None
             right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
             print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
-    except (OSError, RecordError) as problem:
-        return arguments.fail("data.official", 2, problem)
+    except (OSError, RecordError) as error:
+        return arguments.fail("data.official", 2, error)
     return 0
 
 

@@ -42,8 +42,8 @@ def main(argv=None):
             print("\n".join([f"{path}: {len(records):,} rows", *describe(records, count, unit, args.classes)]) + "\n")
         if len(rows) > 1:
             print("\n".join(overlaps(rows)) + "\n")
-    except (OSError, ValueError, RuntimeError) as problem:
-        return arguments.fail("data.report", 2, problem)
+    except (OSError, ValueError, RuntimeError) as error:
+        return arguments.fail("data.report", 2, error)
     return 0
 
 

@@ -187,18 +187,18 @@ def test_rationalize_shows_the_gold_label_and_is_recorded(files):
     assert rows(files)[0]["teacher"]["rationalize"] is True
 
 
-@pytest.mark.parametrize("how", ["field", "tags", "closing tag"])
-@pytest.mark.parametrize("reasoning", ["drop", "keep"])
-def test_thoughts_stay_out_of_the_rationale_unless_asked_for(files, how, reasoning):
-    reply = {
-        "field": completed("Two. The answer is (2).", reasoning_content="Hm, the answer is 3?"),
-        "tags": completed("<think>Hm, the answer is 3?</think>\n\nTwo. The answer is (2)."),
-        "closing tag": completed("Hm, the answer is 3?</think>Two. The answer is (2)."),
-    }[how]
-    with Stub(always(reply)) as stub:
-        assert run(files, stub.url, f"--limit 1 --reasoning {reasoning}") == 0
-    wanted = "Two." if reasoning == "drop" else "Hm, the answer is 3?\nTwo."
-    assert (rows(files)[0]["rationale"], rows(files)[0]["teacher_label"]) == (wanted, "(2)")
+HM = "Hm, the answer is 3?"
+THOUGHTS = [f"<think>{HM}</think>\n\n", f"{HM}</think>", f"<thinking>{HM}</thinking>", f"[THINK]{HM}[/THINK]", ""]
+THOUGHTS += [f"<|channel|>analysis<|message|>{HM}<|end|><|start|>assistant<|channel|>final<|message|>"]
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_thoughts_stay_out_of_the_rationale_unless_asked_for(files, thought):
+    field = {} if thought else {"reasoning_content": HM}
+    with Stub(always(completed(thought + "Two. The answer is (2).", **field))) as stub:
+        for reasoning, wanted in (("drop", "Two."), ("keep", f"{HM}\nTwo.")):
+            assert run(files, stub.url, f"--limit 1 --overwrite --reasoning {reasoning}") == 0
+            assert (rows(files)[0]["rationale"], rows(files)[0]["teacher_label"]) == (wanted, "(2)")
 
 
 def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
@@ -222,20 +222,6 @@ def test_keep_samples_writes_the_rationales_of_all_samples_with_the_majoritys_la
         assert run(files, stub.url, "--limit 1 --n 5 --temperature 0.7 --seed 1 --keep samples") == 0
     (row,) = read_jsonl(files / "out.jsonl")
     assert (row.rationale, row.teacher_label) == (["Two.", "Three."], "(2)")
-
-
-THOUGHTS = ["<thinking>Hm, the answer is 3?</thinking>", "[THINK]Hm, the answer is 3?[/THINK]",
-            "<|channel|>analysis<|message|>Hm, the answer is 3?<|end|><|start|>assistant<|channel|>final<|message|>",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("thought", THOUGHTS)
-def test_each_way_to_mark_thoughts_is_known(files, thought):
-    with Stub(lambda question, attempt: completed(thought + "\nTwo. The answer is (2).<|return|>")) as stub:
-        assert run(files, stub.url, "--limit 1") == 0
-        assert rows(files)[0]["rationale"] == "Two."
-        assert run(files, stub.url, "--limit 1 --reasoning keep --overwrite") == 0
-    assert rows(files)[0]["rationale"] == "Hm, the answer is 3?\nTwo."
 
 
 # ---- What is asked --------------------------------------------------------------------------------------------------
@@ -292,10 +278,10 @@ def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(f
 
 
 def run_batch(requests, replies, answer_to):
-    """A batch API: each line of the request files gets one of the reply file, in another order."""
+    """A batch API: each request gets a line of the replies, in another order. Returns the requests."""
     lines = [json.loads(line) for path in requests for line in path.read_text().splitlines()]
-    made = [answer_to(line) for line in reversed(lines)]
-    replies.write_text("".join(json.dumps(line) + "\n" for line in made if line))
+    made = filter(None, map(answer_to, reversed(lines)))
+    replies.write_text("".join(json.dumps(line) + "\n" for line in made))
     return lines
 
 

@@ -138,17 +138,12 @@ def test_too_many_failures_in_a_row_abort(tmp_path, capsys):
         )
 
 
-@pytest.mark.parametrize("finish, kept", [("stop", 1), ("eos", 1), (None, 1), ("length", 0), ("MAX_TOKENS", 0),
-                                          ("abort", 0), ("tool_calls", 0), ("SAFETY", 0)])  # fmt: skip
+FINISH = {"stop": 1, "eos": 1, None: 1, "length": 0, "MAX_TOKENS": 0, "abort": 0, "tool_calls": 0, "SAFETY": 0}
+
+
+@pytest.mark.parametrize("finish, kept", FINISH.items())
 def test_a_text_that_was_cut_short_is_no_row(files, finish, kept):
-    with Stub(
-        always(
-            completed("Three more. The answer is (3", finish)
-            if finish == "length"
-            else completed("Three more. The answer is (3 + 2)", finish),
-            lambda q: "4 + 2" in q,
-        )
-    ) as stub:
+    with Stub(always(completed("Three more. The answer is (3 + 2)", finish), lambda q: "4 + 2" in q)) as stub:
         assert run(files, stub.url, "--max-retries 1") == 1 - kept and len(rows(files)) == 5 + kept
 
 

@@ -225,7 +225,9 @@ def make_teacher(base_url: str, endpoint: str, key: str, headers: list[str], tim
             secrets.append(base64.b64encode(f"{unquote(through.username)}:{secrets[-1]}".encode()).decode())
             login = {"Proxy-Authorization": f"Basic {secrets[-1]}"}
     tls = ssl.create_default_context() if parts.scheme == "https" else None
-    longest_first = sorted(filter(is_secret, secrets), key=len, reverse=True)
+    # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
+    secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
+    longest_first = sorted(secrets, key=len, reverse=True)
     return Teacher(parts, endpoint, sent, longest_first, timeout, proxy, login, tls)
 
 
@@ -242,11 +244,6 @@ def read_header(header):
     for unset in [v for v, secret in secrets.items() if not secret]:
         raise ValueError(f"--header {name}: the environment variable {unset} is not set")
     return name, re.sub(variable, lambda match: secrets[match[1]], value), [*secrets.values()]
-
-
-def is_secret(text):
-    """Whether a text looks like a key. A stand-in (EMPTY, ollama, anything) is a word, and hiding it spoils texts."""
-    return len(text) >= 16 or len(text) >= 8 and bool(re.search(r"\d", text))
 
 
 def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) -> Reply:
