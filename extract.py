@@ -35,7 +35,7 @@ from data.files import locked
 from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
-from data.teacher.endpoint import RequestError, Teacher, make_teacher, shown
+from data.teacher.endpoint import RAW, RequestError, Teacher, make_teacher, shown
 from data.teacher.output import State, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
@@ -334,7 +334,7 @@ def take(run, record, body, reply, sample):
     if vain or answer.error and config.temperature > 0 and "seed" not in body:  # another attempt gives another text
         raise RequestError(answer.error, answer.detail, "retry", reply.text)
     sample.attempts += 1
-    sample.answer, sample.raw, sample.model = answer, reply.text or reply.reasoning, reply.model
+    sample.answer, sample.raw, sample.model = answer, (reply.text or reply.reasoning)[:RAW], reply.model
     return sample
 
 

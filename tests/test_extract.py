@@ -256,7 +256,7 @@ def test_a_sample_is_random_by_its_seed_and_lies_in_a_larger_one(tmp_path):
         twelve = [r["id"] for r in rows(tmp_path)]
         assert run(tmp_path, stub.url, "--sample 5 --seed 2 --overwrite") == 0
     assert five < set(twelve) != {f"r{i}" for i in range(12)} and twelve == sorted(twelve, key=lambda r: int(r[1:]))
-    assert len(five) == 5 != {r["id"] for r in rows(tmp_path)} and five != {r["id"] for r in rows(tmp_path)}
+    assert len(five) == len(rows(tmp_path)) == 5 and five != {r["id"] for r in rows(tmp_path)}
 
 
 def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(files, capsys):

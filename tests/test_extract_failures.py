@@ -90,6 +90,20 @@ def test_retries_end_and_the_row_fails_with_its_last_reply(files):
     assert errors(files)[0]["teacher"]["attempts"] == 3
 
 
+@pytest.mark.parametrize("reply", [completed("x" * 100_000), (422, "x" * 100_000, {})])
+def test_of_a_huge_reply_only_the_beginning_is_kept(files, reply):
+    with Stub(always(reply, lambda q: "4 + 2" in q)) as stub:
+        assert run(files, stub.url) == 1
+    assert len(errors(files)[0]["error"]["raw"]) == 20_000
+
+
+def test_usage_that_makes_no_sense_is_none(files):
+    odd = {"prompt_tokens": 10**400, "completion_tokens": -1, "prompt_tokens_details": [3]}
+    with Stub(always(completed("Two. The answer is (2).") | {"usage": odd})) as stub:
+        assert run(files, stub.url, "--price-in 1") == 0
+    assert rows(files)[0]["teacher"]["usage"] == {"prompt": 0, "completion": 0, "cached": 0}
+
+
 ABORTS = {
     "401": "--api-key-env", "403": "--api-key-env", "404": "--model", "quota": "nothing left to spend", "402": "spend",
     "429 long": "a pause of 3600 s", "max_tokens": "use --max-tokens-field max_completion_tokens",
