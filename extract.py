@@ -4,24 +4,26 @@
         --base-url http://localhost:11434/v1 --model NAME
     python train.py --data out.jsonl
 
-Every input row is asked about once. A usable answer is a row of --output, anything else a row of the errors file, with
-the raw text. The output is the state: the same command goes on where an earlier one ended, however it ended.
+Every input row without a rationale is asked about once. A usable answer is a row of --output, anything else a row of
+the errors file, with the raw text. The output is the state: the same command goes on where an earlier one ended,
+however it ended.
 
-One thread reads, counts and writes; --concurrency workers ask. Where each part is, in data/teacher/: prompt.py renders
-questions and parses answers, endpoint.py asks and says what a failure means, output.py is the file that survives a
-crash.
+One thread reads, counts and writes; --concurrency workers ask. The parts are in data/teacher/: prompt.py renders
+questions and parses answers, endpoint.py asks and says what a failure means, pace.py says when, output.py is the file
+that survives a crash. With --batch-requests and --batch-replies (batch.py) files take the place of the asking.
 """
 
 import hashlib
 import json
 import os
 import queue
+import random
 import sys
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
 from itertools import islice
 
 from tqdm import tqdm
@@ -31,15 +33,17 @@ from data import arguments
 from data.answers import split_thinking
 from data.files import locked
 from data.interrupt import Stop
-from data.jsonl import Record, read_jsonl
-from data.teacher.endpoint import Address, Pace, Problem, Stopped, Teacher, make_address
-from data.teacher.output import Appender, State, put_in_order, read_state, what_changed
-from data.teacher.prompt import Prompt, load_prompt
+from data.jsonl import read_jsonl
+from data.teacher.batch import Replies, custom_id, write_requests
+from data.teacher.endpoint import RAW, RequestError, Teacher, make_teacher, shown
+from data.teacher.output import State, append, put_in_order, read_state, what_changed
+from data.teacher.pace import Pace, Stopped
+from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
-from data.teacher.tally import Tally, say, say_estimate, say_header, say_summary
+from data.teacher.tally import bar_text, print_estimate, print_header, print_line, print_summary, warn
 
 
-def main(argv=None, scale=1.0):
+def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
     """Exit status: 0 every row answered, 1 some failed, 2 wrong arguments or files, 3 aborted, 130 interrupted.
 
     `scale` shortens every pause, for tests.
@@ -50,111 +54,165 @@ def main(argv=None, scale=1.0):
             return dry_run(config)
         with locked(config.output):
             run = prepare(config, scale)
+            if config.batch_requests:
+                return write_batch(run)
             try:
                 with Stop() as stop:
                     ask_all(run, stop)
-            except OSError as problem:  # a full disk, for one
+            except OSError as error:  # a full disk, for one
                 run.pace.stopped.set()
-                run.aborted = str(problem)
-            failed = say_summary(run)
-        if run.aborted:
-            return fail(3, f"aborted: {run.aborted}. What was finished is kept; the same command goes on")
-        if run.interrupted:
-            return fail(130, "interrupted; what was finished is kept, the same command goes on")
-        return 1 if failed else 0
-    except (OSError, ValueError) as problem:
-        return fail(2, problem)
-
-
-# ---- Before asking: everything that can be wrong with arguments and files is found here ------------------------------
+                run.aborted = str(error)
+            status, message = print_summary(run)
+    except (OSError, ValueError) as error:
+        status, message = 2, arguments.one_line(error)
+    return arguments.fail("extract.py", status, shown(message)) if message else status
 
 
 @dataclass
 class Run:
     config: ExtractConfig
     prompt: Prompt
-    address: Address
-    params: dict  # of every request, besides the model and the question
+    teacher: Teacher
     pace: Pace
-    tally: Tally
+    params: dict  # of every request, besides the model and the question
+    state: State = field(default_factory=State)  # what is done and what failed
     ids: dict = field(default_factory=dict)  # of the input, in order
-    done: set = field(default_factory=set)  # ids in the output
-    failed: dict = field(default_factory=dict)  # id -> kind of error, of those in the errors file
-    resumed: int = 0  # rows of the input that need not be asked
-    answered: bool = False  # the teacher has sent a reply
+    drawn: set | None = None  # line numbers of --sample
+    replies: Replies | None = None  # of --batch-replies
+    resumed: int = 0  # rows of the input that are done or failed before
+    kept: int = 0  # rows of the input that are to be written as they are
+    answered: dict | None = None  # the last request that the teacher answered
+    kinds: Counter = field(default_factory=Counter)  # of errors, in this start; None: of answered rows
+    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion, cached), retries
+    start: float = field(default_factory=time.monotonic)
+    warned: set = field(default_factory=set)
     interrupted: bool = False
     aborted: str = ""  # why
 
 
-def prepare(config, scale):
-    """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
-    run = make_run(config, scale)
-    if not run.address.url:
-        raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
-    state = State() if config.overwrite else read_state(config.output, config.errors_path)
-    for path, torn in state.torn:
-        say(f"{path}: a last line torn by a crash was cut off ({torn:,} bytes); its row is asked again")
-    run.done, run.failed, run.tally.right = state.done, state.failed, state.right
-    for record in read_input(config):
-        if record.id in run.ids:
-            raise ValueError(f"{config.input}: the id {record.id!r} is there twice; give each row its own")
-        if record.label is None and (config.rationalize or config.keep == "correct"):
-            flag = "--rationalize" if config.rationalize else "--keep correct"
-            raise ValueError(f"{config.input}: row {record.id!r} has no gold label, which {flag} needs")
-        run.ids[record.id] = None
-        if request_hash(run, render(run, record)) == state.hashes.get(record.id):
-            continue
-        if record.id in run.done:
-            changed = what_changed(config.output, record.id, provenance(run))
-            raise ValueError(f"{config.output} was made with {changed}; name another --output")
-        run.failed.pop(record.id, None)  # if it failed, then under other settings: these may do
-    if not run.ids:
-        raise ValueError(f"{config.input}: there are no rows in it")
-    run.resumed = sum(not to_ask(run, name) for name in run.ids)
-    if config.overwrite:
-        for path in filter(os.path.exists, (config.output, config.errors_path)):
-            os.unlink(path)
-    say_header(run)
-    return run
-
-
 def make_run(config, scale=1.0):
-    """The part of a Run that needs no rows."""
+    """The part of a Run that needs no rows but, for --sample, their number."""
     prompt = load_prompt(config.prompt)
     if config.rationalize and not (prompt.hint and "{hint}" in prompt.question):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
     base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = os.environ.get(config.api_key_env, "").strip()
-    address = make_address(base_url, config.endpoint, key, config.timeout)
-    pace, tally = Pace(config.rpm, scale), Tally(config.price_in, config.price_out)
-    return Run(config, prompt, address, config.params(prompt.stop), pace, tally)
+    teacher = make_teacher(base_url, config.endpoint, key, config.header, config.timeout)
+    if teacher.hide(config.extra_body) != config.extra_body:
+        raise ValueError("--extra-body must not hold the key, for it is written into every row")
+    pace = Pace(config.rpm, config.patience, scale)
+    run = Run(config, prompt, teacher, pace, config.params(prompt.stop))
+    if config.sample:
+        order = list(range(sum(1 for _ in read_input(run))))
+        random.Random(config.seed or 0).shuffle(order)
+        run.drawn = set(order[: config.sample])
+    return run
 
 
-def read_input(config):
+def prepare(config, scale):
+    """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
+    run, expected = make_run(config, scale), set()
+    if not (run.teacher.url or config.batch_requests or config.batch_replies):
+        raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
+    if config.batch_replies:
+        run.replies = Replies(config.batch_replies, run.teacher)
+    if not config.overwrite:
+        run.state = read_state(config.output, config.errors_path)
+    for record, body in scan(run):
+        digest = request_hash(run, body) if body else None
+        run.kept += body is None and record.id not in run.state.done
+        expected.update(custom_id(record.id, digest or "", i) for i in range(config.n) if run.replies)
+        if run.state.hashes.get(record.id, "") == digest:
+            continue
+        if record.id in run.state.done:
+            changed = what_changed(config.output, record.id, body and provenance(run))
+            raise ValueError(f"{config.output} was made with {changed}; name another --output")
+        run.state.failed.pop(record.id, None)  # if it failed, then under other settings: these may do
+    if foreign := sorted(run.replies.places.keys() - expected) if run.replies else ():
+        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
+        raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
+    run.resumed = sum(not to_ask(run, name) for name in run.ids)
+    if config.overwrite:
+        for path in filter(os.path.exists, (config.output, config.errors_path)):
+            os.unlink(path)
+    print_header(run)
+    return run
+
+
+def read_input(run):
+    config = run.config
     names = {"id": config.id_field, "input": config.input_field, "label": config.label_field}
-    return islice(read_jsonl(config.input, names), config.limit or None)
+    records = islice(read_jsonl(config.input, names), config.limit or None)
+    return records if run.drawn is None else (r for number, r in enumerate(records) if number in run.drawn)
+
+
+def scan(run):
+    """Yield (row, its request, or None if it is kept as it is) of the whole input. Raises ValueError for a row that
+    cannot be asked about, and warns of gold labels that no answer can have."""
+    config, odd = run.config, []
+    for record in read_input(run):
+        if record.id in run.ids:
+            raise ValueError(f"{config.input}: the id {record.id!r} is there twice; give each row its own")
+        run.ids[record.id] = None
+        body = render(run, record)
+        if body and record.label is None and (config.rationalize or config.keep == "correct"):
+            flag = "--rationalize" if config.rationalize else "--keep correct"
+            raise ValueError(f"{config.input}: row {record.id!r} has no gold label, which {flag} needs")
+        if record.label is not None and run.prompt.read(record.label, record.input) is None:
+            odd.append(record.id)
+            example = record.label
+        yield record, body
+    if not run.ids:
+        raise ValueError(f"{config.input}: there are no rows in it")
+    if odd:
+        known = f" ({', '.join(run.prompt.labels)})" if run.prompt.labels else ""
+        what = f"{len(odd):,} gold labels are none that the prompt's {run.prompt.label_type} labels{known} can match"
+        print_line(f"warning: {what}, such as {example!r} in row {odd[-1]!r}")
 
 
 def to_ask(run, name):
     """Whether a row is still to be asked: not in the output, and not failed before unless --retry-failed says so."""
-    kind = run.failed.get(name)
-    left_out = kind == "incorrect" and run.config.keep == "correct"  # it did not fail
-    return name not in run.done and (kind is None or run.config.retry_failed and not left_out)
+    kind = run.state.failed.get(name)
+    return name not in run.state.done and (kind is None or run.config.retry_failed and kind != "incorrect")
 
 
-# ---- Render ----------------------------------------------------------------------------------------------------------
+def dry_run(config):
+    """Print one rendered request, the rows, and what they may cost; send and write nothing."""
+    run, first, rows, size = make_run(config), None, 0, 0
+    for _, body in scan(run):
+        if body:
+            first, rows, size = first or body, rows + 1, size + characters(body)
+    print(f"to {run.teacher.url or '(no --base-url)'}, {config.endpoint}:")
+    print(json.dumps(first, indent=2, ensure_ascii=False) if first else "nothing")
+    print_estimate(run, rows, size)
+    return 0
+
+
+def write_batch(run):
+    """Write the requests that are to be made into files, and say how to go on."""
+    config = run.config
+    asked = ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
+    requests = (sample_request(run, *job, i) for job in asked if job[1] for i in range(config.n))
+    url = "/v1/chat/completions" if config.endpoint == "chat" else "/v1/completions"
+    for path, count in write_requests(config.batch_requests, requests, url, config.batch_rows):
+        print_line(f"{path}: {count:,} requests")
+    print_line("next: the same command with --batch-replies REPLIES.jsonl in place of --batch-requests")
+    return 0
 
 
 def render(run, record):
-    """The body of the request for a row. Raises ValueError for an input that does not fit the prompt file."""
+    """The body of the request for a row; None for one that has a rationale, which is kept unless --replace is given.
+    Raises ValueError for an input that does not fit the prompt file."""
+    if record.rationale is not None and not run.config.replace:
+        return None
     gold = record.label if run.config.rationalize else None
     try:
         if run.config.endpoint == "chat":
             question = {"messages": run.prompt.chat(record.input, gold)}
         else:
             question = {"prompt": run.prompt.completion(record.input, gold)}
-    except ValueError as problem:
-        raise ValueError(f"{run.config.input}: row {record.id!r}: {problem}") from None
+    except ValueError as error:
+        raise ValueError(f"{run.config.input}: row {record.id!r}: {error}") from None
     return {"model": run.config.model, **question, **run.params}
 
 
@@ -164,21 +222,22 @@ def characters(body):
 
 def request_hash(run, body):
     """What makes two requests the same, as hexadecimal SHA-256."""
-    whole = body | {"endpoint": run.config.endpoint, "n": run.config.n, "reasoning": run.config.reasoning}
+    config = run.config
+    whole = body | {"endpoint": config.endpoint, "n": config.n, "reasoning": config.reasoning, "keep": config.keep}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-# ---- Ask and parse: in a worker --------------------------------------------------------------------------------------
+def sample_request(run, record, body, number):
+    """(custom id, body) of one of the samples of a row: with a seed each sample has its own."""
+    seed = {"seed": body["seed"] + number} if "seed" in body else {}
+    return custom_id(record.id, request_hash(run, body), number), body | seed
 
 
 @dataclass
 class Sample:
     """One answer to a question, or what came instead."""
 
-    rationale: str | None = None
-    label: str | None = None
-    kind: str | None = None  # of error
-    detail: str = ""
+    answer: Answer = field(default_factory=Answer)
     raw: str = ""
     model: str = ""
     attempts: int = 0
@@ -186,92 +245,97 @@ class Sample:
     usage: Counter = field(default_factory=Counter)  # of all attempts
 
 
-@dataclass
-class Outcome:
-    record: Record
-    body: dict
-    samples: list = field(default_factory=list)
-    unasked: bool = False  # the run ended before there was an answer
-    crash: BaseException | None = None
-
-
 def work(run, jobs, results):
-    """A worker: takes (record, body), gives an Outcome for each, until it takes None."""
-    teacher = Teacher(run.address)
+    """A worker: takes (record, body) and gives (record, body, samples) until it takes None. The samples are None if the
+    run ended first, or an exception that is a bug of ours."""
+    teacher = run.replies or replace(run.teacher)  # each worker has a connection of its own
     while job := jobs.get():
-        outcome = Outcome(*job)
         try:
-            for i in range(run.config.n):
-                outcome.samples.append(ask(run, teacher, *job, i))
+            samples = [ask(run, teacher, *job, number) for number in range(run.config.n if job[1] else 0)]
         except Stopped:
-            outcome.unasked = True
-        except Problem as problem:
-            question = "; is the teacher running there?" if problem.then == "retry" else ""
-            run.aborted, outcome.unasked = run.aborted or f"{problem}{question}", True
+            samples = None
+        except RequestError as error:
+            question = "; is the teacher running there?" if error.kind == "disconnect" else ""
+            run.aborted, samples = run.aborted or f"{error}{question}", None
             run.pace.stopped.set()
-        except Exception as problem:  # a bug of ours: the main thread raises it
-            outcome.crash = problem
-        results.put(outcome)
-    teacher.close()
+        except Exception as error:
+            samples = error
+        results.put((*job, samples))
+    if not run.replies:
+        teacher.close()
 
 
 def ask(run, teacher, record, body, number):
-    """Sample `number` of a row: ask until there is a reply, parse it. Raises Stopped, or Problem if all is in vain."""
-    config, sample = run.config, Sample()
-    if "seed" in body:
-        body = body | {"seed": body["seed"] + number}
-    again = config.temperature > 0 and "seed" not in body  # another answer would be another text
-    for attempt in range(config.max_retries + 1):
-        run.pace.wait()
-        sample.attempts += 1
+    """Sample `number` of a row: ask until there is a reply, read it. Raises Stopped where there will be none, and
+    RequestError if the run must end."""
+    pace, sample = run.pace, Sample()
+    identity, body = sample_request(run, record, body, number)
+    while True:
+        sent = pace.wait()
         try:
-            reply = teacher.ask(body)
-        except Problem as problem:
-            sample.kind, sample.detail, sample.raw = problem.kind, str(problem), problem.raw
-            last = problem.then == "row" or attempt == config.max_retries
-            if problem.then == "stop" or last and problem.then == "retry" and not run.answered:
-                raise
-            if last:
+            reply = teacher.ask(body, identity)
+            sample.seconds = time.monotonic() - sent
+            run.answered = body
+            pace.let_through(answered=True)
+            return take(run, record, body, reply, sample)
+        except RequestError as error:
+            if run.replies and error.then not in ("row", "denied"):  # the batch has failed here, not the row
+                raise Stopped from None
+            if error.then == "pace":
+                warn(run, "429", f"{error}; requests slow down to the server's pace, which --rpm gives beforehand")
+                pace.slow_down(sent, error)
+                continue
+            pace.let_through(answered=False)
+            sample.attempts += 1
+            sample.answer, sample.raw = Answer(error=error.kind, detail=str(error)), error.raw
+            if run.replies or error.then == "row" or error.then == "denied" and answers(run, teacher):
                 return sample
-            run.pace.back_off(attempt, problem.wait)
-            continue
-        run.answered = True
-        if reply.model and reply.model != config.model:
-            run.tally.warn("model", f"asked for {config.model!r}, served by {reply.model!r}")
-        if 0 < reply.usage["prompt"] * 8 < characters(body):
-            seen = f"{reply.usage['prompt']:,} tokens of {characters(body):,} characters"
-            run.tally.warn("cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
-        sample.usage.update(reply.usage)
-        sample.model, sample.seconds, sample.raw = reply.model, reply.seconds, reply.text
-        parse(run, record, reply, sample)
-        if not (sample.kind and again):
-            break
-    return sample
+            if error.then in ("stop", "denied"):
+                raise
+            if sample.attempts <= run.config.max_retries:
+                pace.back_off(sample.attempts, error.wait)
+            elif not run.answered:
+                raise
+            elif pace.await_teacher(sent, error, lambda: answers(run, teacher), print_line):
+                sample.attempts = 0  # it was not this row's fault
+            else:
+                return sample
 
 
-def parse(run, record, reply, sample):
-    """Put what a reply says into a Sample: rationale and label, or the kind of error."""
-    thought, said = split_thinking(reply.text)
-    thought = "\n".join(text for text in (reply.reasoning.strip(), thought) if text)
-    answer = run.prompt.parse(said, record.input, cut_short=reply.finish == "length")
-    if answer.problem == "empty" and thought:
+def answers(run, teacher):
+    """Whether the teacher still answers the request that it answered last."""
+    if not run.answered:
+        return False
+    run.pace.wait()
+    try:
+        teacher.ask(run.answered)
+    except RequestError as error:
+        return error.then == "pace"
+    return True
+
+
+def take(run, record, body, reply, sample):
+    """The Sample with a reply and what it says. Raises RequestError for a text that another attempt may better."""
+    config = run.config
+    if reply.model and reply.model != config.model:
+        warn(run, "model", f"asked for {config.model!r}, served by {reply.model!r}")
+    if 0 < reply.usage["prompt"] * 8 < characters(body):
+        seen = f"{reply.usage['prompt']:,} tokens of {characters(body):,} characters"
+        warn(run, "cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
+    sample.usage.update(reply.usage)
+    thoughts, said = split_thinking(reply.text)
+    thoughts = "\n".join(filter(None, (reply.reasoning, thoughts)))
+    answer = run.prompt.parse(said, record.input, reply.cut_short)
+    if answer.error == "empty" and thoughts:
         answer = replace(answer, detail="all tokens went into thoughts; a larger --max-tokens may do")
-        sample.raw = sample.raw or reply.reasoning
-    if thought and answer.label and run.config.reasoning == "keep":
-        thoughts_and_reasons = "\n".join(text for text in (thought, answer.rationale) if text)
-        answer = replace(answer, rationale=thoughts_and_reasons, problem=None)
-    sample.kind, sample.detail = answer.problem, answer.detail
-    sample.rationale, sample.label = (None, None) if answer.problem else (answer.rationale, answer.label)
-
-
-# ---- Check -----------------------------------------------------------------------------------------------------------
-
-
-def vote(run, record, samples):
-    """The first sample with the label that most samples have; without any label, the first sample."""
-    usable = [s for s in samples if not s.kind]
-    votes = [sum(run.prompt.same(s.label, other.label, record.input) for other in usable) for s in usable]
-    return usable[votes.index(max(votes))] if usable else samples[0]
+    if thoughts and answer.label and config.reasoning == "keep":
+        answer = Answer("\n".join(filter(None, (thoughts, answer.rationale))), answer.label)
+    vain = answer.error == "empty" and not thoughts and not reply.cut_short
+    if vain or answer.error and config.temperature > 0 and "seed" not in body:  # another attempt gives another text
+        raise RequestError(answer.error, answer.detail, "retry", reply.text)
+    sample.attempts += 1
+    sample.answer, sample.raw, sample.model = answer, (reply.text or reply.reasoning)[:RAW], reply.model
+    return sample
 
 
 def provenance(run):
@@ -282,59 +346,68 @@ def provenance(run):
         "prompt_sha256": run.prompt.sha256,
         "model": config.model,
         "model_served": None,
-        "base_url": run.address.url,
+        "base_url": run.teacher.url,
         "endpoint": config.endpoint,
         "params": run.params | {"n": config.n, "reasoning": config.reasoning},
         "rationalize": config.rationalize,
+        "keep": config.keep,
     }
 
 
-def check(run, outcome):
+def check(run, record, body, samples):
     """(Record to write, kind of error or None): the row with its answer, whether it is right, and where it is from."""
-    record, best = outcome.record, vote(run, outcome.record, outcome.samples)
-    correct = None
-    if record.label is not None and best.label is not None:
-        correct = run.prompt.same(best.label, record.label, record.input)
-    usage = sum((s.usage for s in outcome.samples), Counter())
+    config = run.config
+    if body is None:
+        return replace(record, teacher=None), None
+    usable = [s for s in samples if not s.answer.error]
+    alike = [[t for t in usable if run.prompt.same(s.answer.label, t.answer.label, record.input)] for s in usable]
+    winners = max(alike, key=len, default=[])  # the samples with the label that most have
+    best = (winners or samples)[0]
+    answer, correct = best.answer, None
+    if record.label is not None and winners:
+        correct = run.prompt.same(answer.label, record.label, record.input)
+    usage = sum((s.usage for s in samples), Counter())
     teacher = provenance(run) | {
-        "request_sha256": request_hash(run, outcome.body),
+        "request_sha256": request_hash(run, body),
         "model_served": best.model or None,
         "usage": {name: usage[name] for name in ("prompt", "completion", "cached")},
-        "attempts": sum(s.attempts for s in outcome.samples),
-        "latency_s": round(sum(s.seconds for s in outcome.samples), 3),  # of the replies, without pauses
+        "attempts": sum(s.attempts for s in samples),
+        "latency_s": round(sum(s.seconds for s in samples), 3),  # of the replies, without pauses
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": data.__version__,
     }
-    if run.config.n > 1:
-        teacher["samples"] = [
-            {"label": s.label, "rationale": s.rationale} if not s.kind else {"error": s.kind, "raw": s.raw}
-            for s in outcome.samples
-        ]
-    kind, detail = best.kind, best.detail
-    if not kind and run.config.keep == "correct" and not correct:
-        kind, detail = "incorrect", f"the label is {best.label!r}, not the gold one, and --keep correct is given"
+    if config.n > 1:
+        given = [{"label": s.answer.label, "rationale": s.answer.rationale} for s in samples]
+        failed = [{"error": s.answer.error, "raw": s.raw} for s in samples]
+        teacher["samples"] = [f if s.answer.error else g for s, f, g in zip(samples, failed, given)]
+    if winners and config.keep == "correct" and not correct:
+        what = f"the label is {answer.label!r}, not the gold one, and --keep correct is given"
+        answer = Answer(error="incorrect", detail=what)
     other = {name: value for name, value in record.other.items() if name not in ("correct", "error")}
     other |= {"correct": correct}
-    if kind:
-        other["error"] = {"kind": kind, "message": detail, "raw": best.raw}
-    return replace(record, rationale=best.rationale, teacher_label=best.label, teacher=teacher, other=other), kind
-
-
-# ---- Write: the main thread ------------------------------------------------------------------------------------------
+    if answer.error:
+        other["error"] = {"kind": answer.error, "message": answer.detail, "raw": best.raw}
+        return replace(record, rationale=None, teacher_label=None, teacher=teacher, other=other), answer.error
+    rationale = answer.rationale
+    if config.keep == "samples":
+        rationale = list(dict.fromkeys(s.answer.rationale for s in winners))
+    return replace(record, rationale=rationale, teacher_label=answer.label, teacher=teacher, other=other), None
 
 
 def ask_all(run, stop):
     """Ask about every row that is to be asked, and write each outcome as it comes. The files end up in input order."""
     config, jobs, results = run.config, queue.SimpleQueue(), queue.SimpleQueue()
-    todo = ((record, render(run, record)) for record in read_input(config) if to_ask(run, record.id))
+    todo = ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
     total = len(run.ids) - run.resumed
-    workers = min(config.concurrency, total)
+    workers = 1 if run.replies else min(config.concurrency, total)
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
-    output, errors, ending = Appender(config.output), Appender(config.errors_path), run.pace.stopped
-    patience = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+    ending = run.pace.stopped
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
     told, flying, in_a_row = False, 0, 0
-    with tqdm(total=len(run.ids), initial=run.resumed, unit="row", mininterval=patience, disable=not total) as bar:
+    layout = "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # fits into 80 columns
+    options = dict(bar_format=layout, mininterval=interval, disable=not total)
+    with tqdm(total=len(run.ids), initial=run.resumed, **options) as bar:
         while True:
             while flying < 2 * workers and not ending.is_set() and (job := next(todo, None)):
                 jobs.put(job)
@@ -344,54 +417,50 @@ def ask_all(run, stop):
             if (stop.requested or run.aborted) and not told:
                 told, run.interrupted, stop.requested = True, stop.requested, True
                 ending.set()
-                bar.write("ending: waiting for the requests in flight; Ctrl-C ends at once", file=sys.stderr)
-            try:
-                outcome = results.get(timeout=0.5)  # without a timeout Windows would hold back Ctrl-C
-            except queue.Empty:
-                continue
-            flying -= 1
-            if outcome.crash:
-                raise outcome.crash
-            if outcome.unasked:  # the next start will
-                continue
-            row, kind = check(run, outcome)
-            (errors if kind else output).write(run.address.hide(row.to_json()))
-            run.failed.pop(row.id, None)
-            if kind:
-                run.failed[row.id] = kind
-            else:
-                run.done.add(row.id)
-            run.tally.add(kind, row.teacher["usage"], row.teacher["attempts"] - config.n, row.other["correct"])
-            bar.update()
-            bar.set_postfix_str(run.tally.bar(), refresh=False)
-            in_a_row = in_a_row + 1 if kind and kind != "incorrect" else 0
-            if config.max_consecutive_failures and in_a_row == config.max_consecutive_failures:
-                last = row.other["error"]["message"]
-                run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer; the last: {last}"
+                print_line("ending: waiting for the requests in flight; Ctrl-C ends at once")
+            ready = []
+            for record, body, samples in drain(results):
+                flying -= 1
+                if isinstance(samples, Exception):
+                    raise samples
+                if samples is None:  # the next start will ask
+                    continue
+                row, kind = check(run, record, body, samples)
+                ready.append((row, kind))
+                in_a_row = in_a_row + 1 if kind and kind != "incorrect" else 0
+                if config.max_consecutive_failures and in_a_row == config.max_consecutive_failures:
+                    last = row.other["error"]["message"]
+                    run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer; the last: {last}"
+            write(run, ready, bar)
     for _ in range(workers):
         jobs.put(None)
-    output.close()
-    errors.close()
     if not ending.is_set():
         put_in_order(config.output, run.ids)
-        put_in_order(config.errors_path, run.ids, leave_out=run.done)
+        put_in_order(config.errors_path, run.ids, leave_out=run.state.done)
 
 
-def dry_run(config):
-    """Print one rendered request, the rows, and what they may cost; send and write nothing."""
-    run, first, rows, size = make_run(config), None, 0, 0
-    for record in read_input(config):
-        body = render(run, record)
-        first, rows, size = first or body, rows + 1, size + characters(body)
-    if not rows:
-        raise ValueError(f"{config.input}: there are no rows in it")
-    print(f"to {run.address.url or '(no --base-url)'}, {config.endpoint}:")
-    print(json.dumps(first, indent=2, ensure_ascii=False))
-    say_estimate(run, rows, size)
-    return 0
+def drain(results):
+    """What is in a queue, after a wait for the first: all of it is then written to the disk at once."""
+    try:
+        ready = [results.get(timeout=0.5)]  # without a timeout Windows would hold back Ctrl-C
+    except queue.Empty:
+        return []
+    while not results.empty():  # nobody else takes from it
+        ready.append(results.get())
+    return ready
 
 
-fail = partial(arguments.fail, "extract.py")
+def write(run, rows, bar):
+    """Write (Record, kind of error or None) pairs into the output or the errors file, then count them."""
+    append(run.config.output, [row.to_json() for row, kind in rows if not kind])
+    append(run.config.errors_path, [row.to_json() for row, kind in rows if kind])
+    for row, kind in rows:
+        run.state.add(row.id, kind, row.other.get("correct"))
+        if row.teacher:
+            run.kinds[kind] += 1
+            run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - run.config.n)
+        bar.update()
+        bar.set_postfix_str(bar_text(run), refresh=False)
 
 
 if __name__ == "__main__":

@@ -1,95 +1,139 @@
 """What a teacher's text answers: a rationale, a marker, a label; and when two labels are the same.
 
-The paper's released outputs and the replies that extract.py collects are cut by the same function. Nothing is guessed:
-a text without the marker, or with two answers behind it, has no label.
+The paper's released outputs and the replies that extract.py collects are read by the same function. Nothing is guessed:
+a text without a marker, or with two different answers, has no label.
 """
 
 import re
+from collections.abc import Callable, Iterable
 
 from data.equation import same_value, value
 
 CHOICES = re.compile(r"^\((\w)\) *(.+?)\s*$", re.MULTILINE)  # the lines "(a) park" of a question
 SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 
+# How reasoning models mark their thoughts: <think>, <thinking>, [THINK], and the channels of OpenAI's harmony format.
+THINKING = re.compile(r"\s*(<think(ing)?>|\[THINK\]|(<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>)")
+ANSWERING = re.compile(r"</think(ing)?>|\[/THINK\]|<\|channel\|>final<\|message\|>")
+TAGS = re.compile(r"</?think(ing)?>|\[/?THINK\]|(<\|start\|>assistant|<\|channel\|>\w+|<\|\w+\|>)+")
 
-def cut(output, next_examples, marker):
-    """One raw output -> (rationale, the text behind the marker), both None where the marker, a regular expression, is
-    missing. What begins with one of `next_examples` is an invented next example and is cut off first."""
+
+def read_answer(
+    output: str,
+    next_examples: Iterable[str],
+    markers: list[str],
+    read: Callable[[str], str | None],
+    same: Callable[[str, str], bool],
+) -> tuple[str | None, str | None, str | None]:
+    """One raw output -> (rationale, label, the text behind the marker), each None where there is none.
+
+    What begins with one of `next_examples` is an invented next example and is cut off first. `markers` are in order of
+    preference: of those that have a label behind them, the best one divides rationale and answer. `read` finds the
+    label in the text behind a marker; an output with two labels that are not the `same` has none.
+    """
     for text in next_examples:
         output = output.split(text)[0]
-    match = re.search(marker, output)
-    if not match:
-        return None, None
-    return output[: match.start()].strip() or None, output[match.end() :]
+    patterns = [re.compile(marker_pattern(marker), re.IGNORECASE) for marker in markers]
+    longest_first = "|".join(sorted((p.pattern for p in patterns), key=len, reverse=True))
+    matches = list(re.finditer(longest_first, output, re.IGNORECASE))
+    if not matches:
+        return None, None, None
+    ends = [match.start() for match in matches[1:]] + [len(output)]
+    rests = [output[match.end() : end] for match, end in zip(matches, ends)]
+    labels = [read(rest) for rest in rests]
+    ranks = [next(k for k, p in enumerate(patterns) if p.fullmatch(match[0])) for match in matches]
+    best = min(range(len(matches)), key=lambda i: (labels[i] is None, ranks[i], i))
+    ambiguous = any(label is not None and not same(label, labels[best]) for label in labels)
+    rationale = without_markup(output[: matches[best].start()])
+    return rationale or None, None if ambiguous else labels[best], rests[best]
 
 
-def split_thinking(text):
+def marker_pattern(marker: str) -> str:
+    """A regular expression for a marker: its white space may differ, and Markdown may close before its colon."""
+    return r"(?<!\w)" + r"\s+".join(map(re.escape, marker.split())).replace(":", "[*_]*:")
+
+
+def without_markup(text: str) -> str:
+    """A rationale without the Markdown that belongs to the answer behind it: `He runs.\\n\\n**` -> `He runs.`"""
+    return re.sub(r"(^|\s)[*#_>`~\s]*$", "", text).strip()
+
+
+def split_thinking(text: str) -> tuple[str, str]:
     """`<think>Hm.</think>The answer` -> ("Hm.", "The answer"): a reasoning model's thoughts and what it says then.
 
     The opening tag may be missing (a chat template can hold it); without the closing one the thought never ended.
     """
-    thought, closed, said = text.rpartition("</think>")
-    if not closed:
-        thought, said = (text, "") if text.lstrip().startswith("<think>") else ("", text)
-    return re.sub(r"</?think>", "", thought).strip(), said
+    closings = list(ANSWERING.finditer(text))
+    end = closings[-1].end() if closings else len(text) if THINKING.match(text) else 0
+    return TAGS.sub("", text[:end]).strip(), text[end:]
 
 
-def choice_answer(text):
+def choice_answer(text: str) -> str | None:
     """` (c) wooded area.` -> `wooded area`; None unless there is exactly one choice."""
     match = re.fullmatch(r"\s*\(\w\)(((?!\(\w\)).)+?)\.?\s*", text, re.DOTALL)
     return match[1].strip() if match else None
 
 
-def equation_answer(text):
+def equation_answer(text: str) -> str | None:
     """` (84 / 2).` -> `(84 / 2)`; None unless it is arithmetic."""
     match = re.search(r"\(.*\)", text)
     return match[0] if match and value(match[0]) is not None else None
 
 
-def class_answer(text, labels):
-    """` Neutral.` -> `neutral`, the one of `labels` that the text begins with, in any case of letters, or None."""
-    for label in sorted(labels, key=len, reverse=True):
-        if re.match(rf"\s*{re.escape(label)}(?!\w)", text, re.IGNORECASE):
-            return label
-    return None
+def class_answer(text: str, labels: Iterable[str]) -> str | None:
+    """` Neutral.` -> `neutral`, the one of `labels` that the text begins with, in any case of letters; None if there
+    is none or the text offers another one (`neutral or contradiction`)."""
+    labels = sorted(labels, key=len, reverse=True)
+    any_label = "|".join(map(re.escape, labels))
+    match = re.match(
+        rf"\s*({any_label})(?!\w)(?!\W*(?:\b(?:or|and)\b|[/,])\W*(?:{any_label})(?!\w))", text, re.IGNORECASE
+    )
+    return next(label for label in labels if label.casefold() == match[1].casefold()) if match else None
 
 
-def pick(answer, choices):
-    """The text of the choice, of [(letter, text)], that `answer` names by its text or else by its letter, or None."""
-    letter, text = re.fullmatch(r"(?:\((\w)\))?\s*(.*?)\.?\s*", answer.strip().casefold(), re.DOTALL).groups()
-    for _, choice in choices:
-        if text and text == choice.casefold().removesuffix("."):
-            return choice
+def pick(answer: str, choices: list[tuple[str, str]]) -> str | None:
+    """The text of the choice, of [(letter, text)], that `answer` names by its text or else by its letter, or None.
+
+    `(b) shop`, `B) shop`, `b. shop`, `shop`, `(b)` and `b` are one.
+    """
+    answer = answer.strip().casefold()
+    letter, text = re.fullmatch(r"(?:\(?(\w)[).:](?=\s|$))?\s*(.*?)", answer, re.DOTALL).groups()
+    for said in (answer, text):
+        for _, choice in choices:
+            if said and said.removesuffix(".") == choice.casefold().removesuffix("."):
+                return choice
     by_letter = {mark.casefold(): choice for mark, choice in choices}
-    return None if letter and text else by_letter.get(letter or text)
+    return None if letter and text.strip(".") else by_letter.get(letter or text.removesuffix("."))
 
 
-def same_choice(a, b, input):
+def same_choice(a: str, b: str, input: str) -> bool:
     """Whether two answers name the same choice of those `input` lists, in any case of letters."""
     x, y = (pick(answer, CHOICES.findall(input)) for answer in (a, b))
     return x is not None and y is not None and x.casefold() == y.casefold()
 
 
-def read_label(text, label_type, labels=(), input=""):
-    """What stands behind the marker -> the label, or None if it is none.
+def read_label(text: str, label_type: str, labels: Iterable[str] = (), input: str = "") -> str | None:
+    """The text behind a marker -> the label, or None.
 
     label_type: "choice" gives the choice's text as `input` lists it; "class" the one of `labels`; "equation" the
-    arithmetic as written; "text" the first line. Signs of bold, code and mathematics around it, which chat models
-    like, are taken off.
+    arithmetic as written; "text" the first line. Bold, code and mathematical markup around it, which chat models
+    like, is taken off.
     """
-    line = text.strip("*`$\"' \t\r\n").split("\n")[0].rstrip("*`$\"'. \t\r")
+    line = text.strip(":*`$\"' \t\r\n").split("\n")[0].rstrip("*`$\"'. \t\r")
+    if re.search(r"\\(boxed|text)", line):
+        line = re.sub(r"\\(boxed|text)\s*\{|\}", "", line).strip("$. ")
     if label_type == "choice":
         return None if len(re.findall(r"\(\w\)", line)) > 1 else pick(line, CHOICES.findall(input))
     if label_type == "class":
         return class_answer(line, labels)
     if label_type == "equation":
-        line = line.translate(SIGNS)
+        line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line).translate(SIGNS)  # 1,000 is a thousand
         plain = line.split("=")[0].strip()
         return plain if value(plain) is not None else equation_answer(line)
     return line or None
 
 
-def same_label(a, b, label_type, input=""):
+def same_label(a: str, b: str, label_type: str, input: str = "") -> bool:
     """Whether two labels are the same: equations by value (`84 / 2` = `( 84.0 / 2.0 )`), choices by the choice of
     `input` they name (`(c) park`, `c`, `(c)` and `park` are one), classes in any case of letters, texts by their
     words."""
@@ -102,7 +146,7 @@ def same_label(a, b, label_type, input=""):
     return a.split() == b.split()
 
 
-def choose_label_type(rows):
+def choose_label_type(rows: Iterable) -> str:
     """The label type that fits rows (with .input and .label): choices in every input; every label arithmetic, with an
     operator in some; else text."""
     rows = [row for row in rows if row.label is not None]

@@ -44,7 +44,7 @@ def parse_record(line: str, where: str, default_id: str, names: dict[str, str] |
     """One line -> Record. `where` ("FILE:LINE") begins the message of the RecordError that a bad line raises.
 
     names: {"input": "question"} where the file has another name for a key of the record. A key so hidden is kept as
-    "original_KEY"; an id under another name may be a number.
+    "original_KEY"; an id or a label may then be a number.
     """
     try:
         row = parse_json(line, where)
@@ -91,14 +91,15 @@ def is_unicode(*values):
 
 
 def renamed(row, where, names):
-    """The row with the keys of the record in place of the file's own."""
+    """The row with the keys of the record in place of the file's own. With names, an id or label may be a number."""
+    for name in (names[key] for key in ("id", "label") if key in names):
+        if isinstance(row.get(name), int) and not isinstance(row[name], bool):
+            row[name] = str(row[name])
     names = {key: name for key, name in names.items() if key != name}
     for name in names.values():
         if name not in row:
             raise RecordError(f'{where}: there is no "{name}"; the line has {", ".join(row) or "nothing"}')
     taken = {key: row.pop(name) for key, name in names.items()}
-    if isinstance(taken.get("id"), int):
-        taken["id"] = str(taken["id"])
     return {f"original_{key}" if key in taken else key: value for key, value in row.items()} | taken
 
 

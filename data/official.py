@@ -12,19 +12,19 @@ An output is a rationale, a marker, an answer, and nearly always an invented nex
     anli1    ... So the answer is contradiction.            cut at "Premise:"
     esnli    REASON\\nAnswer: neutral                        cut at "Premise:"
 
-No marker: the output ended in mid-thought, so the row keeps neither rationale nor teacher label. A marker with no
-usable answer behind it (two choices, an unknown x): the rationale stays, the teacher label is null. Both are counted.
+Without a marker the output ended in mid-thought, and the row has neither rationale nor teacher label. A marker with no
+usable answer behind it (two choices, an unknown x) leaves the rationale and no teacher label. Both are counted.
 """
 
 import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data import arguments
-from data.answers import choice_answer, class_answer, cut, equation_answer
-from data.equation import same_value
+from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
 from data.jsonl import Record, RecordError, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
@@ -47,33 +47,29 @@ def nli_answer(text):
     return class_answer(text, NLI)
 
 
-def same_text(a, b):
-    return a.strip() == b.strip()
-
-
 @dataclass(frozen=True)
 class Format:
     """How one dataset's rows and outputs are written."""
 
     read: Callable  # a row of the release -> (input, gold label)
     next_example: str  # begins the invented next example
-    marker: str  # regular expression between rationale and answer
+    markers: list[str]  # between rationale and answer, in order of preference
     answer: Callable  # what follows the marker -> teacher label or None
-    right: Callable = same_text  # (teacher label, gold label) -> bool
+    label_type: str  # how labels compare, as in data/answers.py
 
 
 FORMATS = {
-    "cqa": Format(read_cqa, "Q:", r"So the answer is", choice_answer),
-    "svamp": Format(read_svamp, "Q:", r"The answer is", equation_answer, same_value),
-    "anli1": Format(read_nli, "Premise:", r"(So the|The) answer is", nli_answer),
-    "esnli": Format(read_nli, "Premise:", r"Answer:", nli_answer),
+    "cqa": Format(read_cqa, "Q:", ["So the answer is"], choice_answer, "choice"),
+    "svamp": Format(read_svamp, "Q:", ["The answer is"], equation_answer, "equation"),
+    "anli1": Format(read_nli, "Premise:", ["So the answer is", "The answer is"], nli_answer, "class"),
+    "esnli": Format(read_nli, "Premise:", ["Answer:"], nli_answer, "class"),
 }
 
 
-def parse_output(output, form):
-    """One raw output -> (rationale or None, teacher label or None)."""
-    rationale, answer = cut(output, [form.next_example], form.marker)
-    return rationale, None if answer is None else form.answer(answer)
+def parse_output(output, form, text=""):
+    """One raw output for the question `text` -> (rationale or None, teacher label or None)."""
+    same = partial(same_label, label_type=form.label_type, input=text)
+    return read_answer(output, [form.next_example], form.markers, form.answer, same)[:2]
 
 
 def import_split(path, outputs, form, teacher):
@@ -85,24 +81,25 @@ def import_split(path, outputs, form, teacher):
     try:
         with open(path, encoding="utf-8") as file:
             lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except UnicodeDecodeError as problem:
-        raise RecordError(f"{path}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     if len(outputs) > len(lines):
         raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
     for index, (number, line) in enumerate(lines):
         try:
             text, label = form.read(json.loads(line))
-        except (ValueError, KeyError, TypeError) as problem:
-            raise RecordError(f"{path}:{number}: not a row of this dataset ({problem!r})") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{path}:{number}: not a row of this dataset ({error!r})") from None
         output, where = outputs[index] if index < len(outputs) else (None, None)
-        rationale, answer = parse_output(output, form) if output is not None else (None, None)
+        rationale, answer = parse_output(output, form, text) if output is not None else (None, None)
         counts["rows"] += 1
         counts["rationale"] += rationale is not None
         counts["teacher label"] += answer is not None
         counts["no output"] += output is None
         counts["not parsed"] += output is not None and rationale is None
         counts["no usable answer"] += rationale is not None and answer is None
-        counts["teacher right"] += answer is not None and label is not None and form.right(answer, label)
+        if answer is not None and label is not None:
+            counts["teacher right"] += same_label(answer, label, form.label_type, text)
         provenance = {"model": teacher, "output": where} if output is not None else {}
         records.append(Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance))
     return records, counts
@@ -114,8 +111,8 @@ def read_outputs(files):
     for path in files:
         try:
             items = json.loads(path.read_text("utf-8"))
-        except ValueError as problem:
-            raise RecordError(f"{path}: not JSON ({problem})") from None
+        except ValueError as error:
+            raise RecordError(f"{path}: not JSON ({error})") from None
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise RecordError(f"{path}: not a JSON list of texts")
         outputs += [(item, f"{path.name}:{index}") for index, item in enumerate(items)]
@@ -165,8 +162,8 @@ def main(argv=None):
                 heading = None
             right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
             print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
-    except (OSError, RecordError) as problem:
-        return arguments.fail("data.official", 2, problem)
+    except (OSError, RecordError) as error:
+        return arguments.fail("data.official", 2, error)
     return 0
 
 

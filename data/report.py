@@ -18,7 +18,8 @@ from data.jsonl import RecordError, read_jsonl
 
 AS = {"text": "texts", "choice": "choices, in any case of letters", "equation": "values of equations"}
 PERCENTILES = (50, 90, 99, 100)
-PAPER = {"input": 1024, "label": 256, "rationale": 256}  # what train.py cuts at, by default
+PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py puts before the input, for each target
+LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
 
 
 def main(argv=None):
@@ -41,8 +42,8 @@ def main(argv=None):
             print("\n".join([f"{path}: {len(records):,} rows", *describe(records, count, unit, args.classes)]) + "\n")
         if len(rows) > 1:
             print("\n".join(overlaps(rows)) + "\n")
-    except (OSError, ValueError, RuntimeError) as problem:
-        return arguments.fail("data.report", 2, problem)
+    except (OSError, ValueError, RuntimeError) as error:
+        return arguments.fail("data.report", 2, error)
     return 0
 
 
@@ -66,11 +67,21 @@ def describe(records, count, unit, most):
     yield from teacher(records, kind, most)
     yield ""
     yield f"  {'length in ' + unit:<34}" + "".join(f"{p:>7} %" for p in PERCENTILES) + "     rows cut by train.py"
-    for name, longest in PAPER.items():
-        lengths = sorted(count(text) for r in records if (text := getattr(r, name)) is not None)
+    for name, longest in LONGEST.items():
+        lengths = [[count(text) for text in texts(r, name)] for r in records]
+        cut = sum(any(n > longest for n in row) for row in lengths)
+        lengths = sorted(n for row in lengths for n in row)
         if lengths:
             row = "".join(f"{lengths[max(0, -(-p * len(lengths) // 100) - 1)]:>9,}" for p in PERCENTILES)
-            yield f"    {name:<32}{row}{sum(n > longest for n in lengths):>12,} (over {longest:,})"
+            yield f"    {name:<32}{row}{cut:>12,} (over {longest:,})"
+
+
+def texts(record, name):
+    """The texts of a record that train.py makes of its input (one for each target it has), label or rationales."""
+    value = getattr(record, name)
+    if name == "input":
+        return [PREFIXES[target] + value for target in PREFIXES if getattr(record, target) is not None] or [value]
+    return value if isinstance(value, list) else [value] if value is not None else []
 
 
 def lacks(records):

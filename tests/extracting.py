@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,7 +34,12 @@ def make_files(folder, rows=6):
 
 def arguments(folder, url, line=""):
     places = ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--prompt", folder / "p.json"]
-    return [str(a) for a in [*places, "--model", "stub-1", "--base-url", url, *line.split()]]
+    return [str(a) for a in [*places, "--model", "stub-1", *(["--base-url", url] if url else []), *line.split()]]
+
+
+for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):  # no test depends on what the environment holds
+    os.environ.pop(name, None)
+    os.environ.pop(name.upper(), None)
 
 
 def run(folder, url, line="", scale=FAST):
@@ -58,6 +64,23 @@ def once(*actions):
     return lambda question, attempt: actions[attempt] if attempt < len(actions) else "ok"
 
 
+def bucket(rate, burst, headers):
+    """A server's limit: `burst` requests at once and `rate` more a second; the others get a 429 with `headers`."""
+    lock, tokens, last = threading.Lock(), burst, time.monotonic()
+
+    def behave(question, attempt):
+        nonlocal tokens, last
+        with lock:
+            now = time.monotonic()
+            tokens, last = min(burst, tokens + (now - last) * rate), now
+            if tokens < 1:
+                return 429, {"error": {"message": "slow down"}}, headers
+            tokens -= 1
+            return "ok"
+
+    return behave
+
+
 def start(folder, url, line=""):
     code = f"import sys, extract; sys.exit(extract.main(sys.argv[1:], {FAST}))"
     command = [sys.executable, "-c", code, *arguments(folder, url, line)]
@@ -65,8 +88,8 @@ def start(folder, url, line=""):
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_rows(folder, number, process):
-    while process.poll() is None and not (
+def wait_for_rows(folder, number, process=None):
+    while (process is None or process.poll() is None) and not (
         (p := folder / "out.jsonl").exists() and p.read_bytes().count(b"\n") >= number
     ):
         time.sleep(0.005)

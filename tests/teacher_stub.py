@@ -1,8 +1,8 @@
 """A teacher on loopback that answers sums, and misbehaves in every way extract.py must survive.
 
 `Stub(behave)` runs in threads of the test process; `behave(question, attempt)` names what it does with each request,
-"ok" or a key of REPLIES or one of the ways in `Handler.do_POST`. `python tests/teacher_stub.py SECONDS` is a process of
-its own that answers every request after SECONDS and does nothing else, to measure against.
+"ok" or a key of REPLIES or one of the ways in `Handler.do_POST`, or gives the reply. `python tests/teacher_stub.py
+SECONDS` is a process of its own that answers every request after SECONDS and does nothing else, to measure against.
 """
 
 import asyncio
@@ -46,6 +46,9 @@ REPLIES = {  # name: (status, body, headers)
     "null": (200, completed(None), {}),
     "empty": (200, completed(" \n"), {}),
     "refusal": (200, completed(None, refusal="I would rather not."), {}),
+    "error at the end": (200, completed("Three and", "error"), {}),
+    "error in choice": (200, {"choices": [{"message": {"content": "3"}, "error": {"message": "upstream"}}]}, {}),
+    "deep": (200, "[" * 3000 + "]" * 3000, {}),
     "filtered": (200, completed("Well", "content_filter"), {}),
     "cut short": (200, completed("Three and four more. The answer is (3", "length"), {}),
     "no marker": (200, completed("It is seven, of course."), {}),
@@ -82,6 +85,13 @@ REPLIES = {  # name: (status, body, headers)
 }  # fmt: skip
 
 
+DRIPS = {  # name: (how a reply begins, what comes every 50 ms)
+    "drip": (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n", b"{"),
+    "drip, headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "drip, interim": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
 class Stub:
     """In a `with` block: a teacher at `.url`. `.requests` are (question, body, headers, time), `.most` is the largest
     number of requests in flight at a time."""
@@ -90,17 +100,19 @@ class Stub:
         """latency: seconds a reply takes; idle: seconds after which a connection without requests is closed."""
         self.behave, self.latency, self.idle, self.lock = behave, latency, idle, threading.Lock()
         self.requests, self.attempts, self.actions = [], Counter(), Counter()
-        self.flying = self.most = self.connections = 0
-        self.stalled = set()
+        self.flying = self.most = self.connections = self.port = 0
+        self.gone = False
+        self.stalled, self.paths = set(), set()
 
     def __enter__(self):
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.server.stub = self
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.server.stub, self.port, self.gone = self, self.server.server_port, False
+        self.url = f"http://127.0.0.1:{self.port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
+        self.gone = True
         self.server.shutdown()
         self.server.server_close()
 
@@ -143,14 +155,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         stub = self.server.stub
+        stub.paths.add(self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"].split("\n\n")[-1]
         action = stub.arrive(question, body, dict(self.headers))
         time.sleep(stub.latency)
         if action == "stall":
             return self.stall()
-        if action == "drip":
-            return self.drip()
+        if isinstance(action, str) and action in DRIPS:
+            return self.drip(*DRIPS[action])
+        if stub.gone:
+            action = "disconnect"
         if action == "late":  # after the client's patience
             time.sleep(1.5)
             action = "ok"
@@ -162,8 +177,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         cut = 30 if action in ("truncated", "truncated chunk") else None  # bytes of the body that are sent
-        chunked = action == "truncated chunk"
-        if action == "ok" or cut:
+        chunked, interim = action == "truncated chunk", action == "interim"
+        if action in ("ok", "interim") or cut:
             action = completed(answer(question))
         if action == "date":
             action = (429, error("slow down"), {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
@@ -176,19 +191,21 @@ class Handler(BaseHTTPRequestHandler):
             reply = f"{head}Transfer-Encoding: chunked\r\n\r\n{len(content):x}\r\n".encode() + content[:cut]
         else:
             reply = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content[:cut]
+        if interim:
+            reply = b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + reply
         stub.leave()  # before the client can have the reply and send the next request
         self.wfile.write(reply)
         self.close_connection = bool(cut) or headers.get("Connection") == "close"
         return None
 
-    def drip(self):
-        """A byte now and then: never silent for long, and never done."""
+    def drip(self, first, again):
+        """Something now and then: never silent for long, and never done."""
         self.server.stub.leave()
         self.close_connection = True
         try:
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n")
+            self.wfile.write(first)
             for _ in range(60):
-                self.wfile.write(b"{")
+                self.wfile.write(again)
                 time.sleep(0.05)
         except OSError:
             pass

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import official, toy
+from data import official, report, toy
 from data.files import replacing
 from data.jsonl import Record, RecordError, read_jsonl, write_jsonl
 
@@ -18,6 +18,7 @@ json_values = st.recursive(
     max_leaves=4,
 )
 keys = st.text().filter(lambda k: k not in {"id", "input", "label", "rationale", "teacher_label", "teacher"})
+rationales = maybe | st.lists(st.text().filter(str.strip), min_size=1)
 records = st.builds(
     Record, st.text(), texts, maybe, maybe | st.lists(texts, min_size=1, max_size=2), maybe,
     st.dictionaries(st.text(), json_values, max_size=2), st.dictionaries(keys, json_values, max_size=2),
@@ -122,6 +123,11 @@ OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
     ("anli1", "They differ. So the answer is contradiction.\n\nPremise: next", "They differ.", "contradiction"),
     ("anli1", "\nThey differ. The answer is neutral.", "They differ.", "neutral"),  # GPT-NeoX writes it so, too
     ("anli1", "Who knows. So the answer is maybe.", "Who knows.", None),
+    ("anli1", "The answer is 71. So the answer is entailment.", "The answer is 71.", "entailment"),
+    ("anli1", "They differ, so the answer is neutral.", "They differ,", "neutral"),
+    ("anli1", "The answer is neutral. So the answer is entailment.", "The answer is neutral.", None),
+    ("svamp", "First the answer is (3 + 5).\nWait. The answer is (3 + 4).", "First", None),
+    ("svamp", "First the answer is (3 + 4). Again, the answer is (4 + 3).", "First", "(3 + 4)"),
     ("esnli", "Same thing.\nAnswer: entailment\n\nPremise: x\nAnswer: neutral", "Same thing.", "entailment"),
     ("esnli", "Same thing.\n", None, None),
 ]
@@ -226,11 +232,19 @@ def test_the_real_release_has_its_published_counts(official_counts):
     }  # fmt: skip
 
 
+def test_data_official_and_data_report_have_one_accuracy_for_a_teacher(official, tmp_path, capsys):
+    from data.official import import_all
+
+    for name, counts in import_all(official, tmp_path):
+        assert report.main([str(tmp_path / name)]) == 0
+        assert f"teacher right on {counts['teacher right']:,} of {counts['rows']:,} rows" in capsys.readouterr().out
+
+
 def test_the_real_teacher_is_as_right_as_the_paper_says(official, tmp_path):
     from data.official import import_all
 
     right = {name: counts["teacher right"] / counts["rows"] for name, counts in import_all(official, tmp_path)}
-    assert round(right["cqa_test.jsonl"], 3) == 0.772 and round(right["svamp_test.jsonl"], 3) == 0.740
+    assert round(right["cqa_test.jsonl"], 3) == 0.782 and round(right["svamp_test.jsonl"], 3) == 0.740
 
 
 @pytest.fixture

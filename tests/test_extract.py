@@ -5,17 +5,8 @@ import json
 import re
 
 import pytest
-from extracting import (
-    KEY,
-    always,
-    arguments,
-    errors,
-    make_files,
-    once,
-    rows,
-    run,
-)
-from teacher_stub import Stub, answer, completed
+from extracting import KEY, PROMPT, ROOT, always, arguments, errors, lasting, make_files, once, rows, run
+from teacher_stub import REPLIES, Stub, answer, completed
 
 import extract
 from data.arguments import flag
@@ -26,12 +17,11 @@ from data.teacher.settings import ExtractConfig
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, capsys, endpoint):
+def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": "odd", "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}, "correct": "old"}
     (files / "in.jsonl").write_text(json.dumps(line) + "\n" + '{"input": "What is 1 + 2?"}\n')
     with Stub() as stub:
-        url = stub.url.replace("127", "user:hunter2hunter2@127")
-        assert run(files, url, f'--endpoint {endpoint} --seed 5 --top-p 0.5 --extra-body {{"top_k":3}}') == 0
+        assert run(files, stub.url, f'--endpoint {endpoint} --seed 5 --top-p 0.5 --extra-body {{"top_k":3}}') == 0
     first, second = rows(files)
     teacher = first.pop("teacher")
     assert first == {
@@ -40,16 +30,20 @@ def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, capsys,
     }  # fmt: skip
     assert re.fullmatch("[0-9a-f]{64}", teacher["request_sha256"]) and len(teacher["prompt_sha256"]) == 64
     assert (teacher["model"], teacher["model_served"], teacher["base_url"]) == ("stub-1", "stub-1", stub.url)
-    assert teacher["endpoint"] == endpoint and teacher["rationalize"] is False and teacher["attempts"] == 1
+    assert (
+        teacher["endpoint"] == endpoint
+        and teacher["keep"] == "all"
+        and teacher["rationalize"] is False
+        and teacher["attempts"] == 1
+    )
     params = {"temperature": 0.0, "max_tokens": 256, "top_p": 0.5, "seed": 5, "stop": ["\nQ:"], "top_k": 3}
     assert teacher["params"] == params | {"n": 1, "reasoning": "drop"}
     assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100} and teacher["latency_s"] >= 0
     assert teacher["version"] and teacher["created_at"].endswith("+00:00") and "samples" not in teacher
     assert second["id"] == "in-2" and second["correct"] is None
     for question, body, headers, _ in stub.requests:
-        assert question.endswith("?\nA:") and headers["Authorization"].startswith("Basic ")
+        assert question.endswith("?\nA:") and "Authorization" not in headers
         assert body == {"model": "stub-1", **params} | {k: body[k] for k in ("messages", "prompt") if k in body}
-    assert "hunter2" not in "".join(p.read_text() for p in files.iterdir()) + "".join(capsys.readouterr())
 
 
 def test_what_is_printed(files, capsys):
@@ -60,12 +54,13 @@ def test_what_is_printed(files, capsys):
     assert re.search(r"prompt:  \S+p.json \(sha256 [0-9a-f]{12}\), 1 exemplars", said)
     assert f"rows:    6 in {files / 'in.jsonl'}" in said
     assert said.count("warning: asked for 'other', served by 'stub-1'") == 1
-    assert "5 ok, 1 unparsed, 0 failed, 0 retries" in said and "tok/s, $0.01" in said
-    assert re.search(r"asked 6 rows in 0m0\ds: 5 ok, 1 failed \(unparsed 1\); 0 retries", said)
+    assert "5 ok, 1 left out, 0 retries" in said and "tok/s, $0.01" in said
+    assert all(len(line) < 80 for line in re.findall(r"\d/6 [^\r\n]*", said)), "the bar"
+    assert re.search(r"asked 6 rows in 0m0\ds: 5 ok, 1 left out \(unparsed 1\); 0 retries", said)
     assert "teacher right on 3 of 5 answered rows with a gold label (60.0%)" in said
     assert "tokens: 1,200 in (600 of them cached), 120 out; $0.01" in said
     assert f"{files / 'out.jsonl'}: 5 of 6 rows" in said
-    assert "errors.jsonl: unparsed 1; --retry-failed asks failed rows again" in said
+    assert "errors.jsonl: unparsed 1; --retry-failed asks again" in said
 
 
 def test_a_prompt_cut_by_the_server_is_warned_of_once(files, capsys):
@@ -119,9 +114,9 @@ def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(
     with Stub() as stub:
         assert run(files, stub.url, "--concurrency 2") == 0 and stub.connections <= 2
     closing = {"Connection": "close"}
-    for stub in (Stub(idle=0.05), Stub(lambda q, attempt: (200, completed(answer(q)), closing))):
-        with stub:  # llama.cpp closes after 5 s; the requests go out each 100 ms
-            assert run(files, stub.url, "--concurrency 1 --overwrite --rpm 60", scale=0.1) == 0
+    for stub in (Stub(idle=0.02), Stub(lambda q, attempt: (200, completed(answer(q)), closing))):
+        with stub:  # llama.cpp closes after 5 s; the requests go out each 200 ms
+            assert run(files, stub.url, "--concurrency 1 --overwrite --rpm 60", scale=0.2) == 0
         assert stub.connections == 6 and [r["teacher"]["attempts"] for r in rows(files)] == [1] * 6
 
 
@@ -129,12 +124,12 @@ def test_help_groups_the_flags_and_gives_each_default(capsys):
     with pytest.raises(SystemExit) as stop:
         extract.main(["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and re.findall(r"^([a-z]+):$", text, re.MULTILINE) == [
-        "options", "rows", "teacher", "sampling", "choice", "limits",
+    assert stop.value.code == 0 and re.findall(r"^([a-z ]+):$", text, re.MULTILINE) == [
+        "options", "rows", "teacher", "sampling", "choice", "limits", "batch files",
     ]  # fmt: skip
     words = " ".join(text.split())
     for field in dataclasses.fields(ExtractConfig):
-        shown = "" if field.default in ("", None, False) else f"[{field.default}]"
+        shown = "" if field.default in ("", None, False, ()) else f"[{field.default}]"
         assert f"{flag(field.name)} " in words and shown in words
     assert "3 aborted, the teacher cannot go on; 130 interrupted" in words
 
@@ -178,7 +173,7 @@ def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, cap
             ("r3", "incorrect", False),
         ]
         assert run(files, stub.url, "--keep correct --retry-failed") == 0 and len(stub.requests) == 6
-    assert "2 not right and left out, 0 failed" in capsys.readouterr().err
+    assert "4 ok, 2 left out (incorrect 2)" in capsys.readouterr().err
 
 
 def test_rationalize_shows_the_gold_label_and_is_recorded(files):
@@ -192,18 +187,18 @@ def test_rationalize_shows_the_gold_label_and_is_recorded(files):
     assert rows(files)[0]["teacher"]["rationalize"] is True
 
 
-@pytest.mark.parametrize("how", ["field", "tags", "closing tag"])
-@pytest.mark.parametrize("reasoning", ["drop", "keep"])
-def test_thoughts_stay_out_of_the_rationale_unless_asked_for(files, how, reasoning):
-    reply = {
-        "field": completed("Two. The answer is (2).", reasoning_content="Hm, the answer is 3?"),
-        "tags": completed("<think>Hm, the answer is 3?</think>\n\nTwo. The answer is (2)."),
-        "closing tag": completed("Hm, the answer is 3?</think>Two. The answer is (2)."),
-    }[how]
-    with Stub(always(reply)) as stub:
-        assert run(files, stub.url, f"--limit 1 --reasoning {reasoning}") == 0
-    wanted = "Two." if reasoning == "drop" else "Hm, the answer is 3?\nTwo."
-    assert (rows(files)[0]["rationale"], rows(files)[0]["teacher_label"]) == (wanted, "(2)")
+HM = "Hm, the answer is 3?"
+THOUGHTS = [f"<think>{HM}</think>\n\n", f"{HM}</think>", f"<thinking>{HM}</thinking>", f"[THINK]{HM}[/THINK]", ""]
+THOUGHTS += [f"<|channel|>analysis<|message|>{HM}<|end|><|start|>assistant<|channel|>final<|message|>"]
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+def test_thoughts_stay_out_of_the_rationale_unless_asked_for(files, thought):
+    field = {} if thought else {"reasoning_content": HM}
+    with Stub(always(completed(thought + "Two. The answer is (2).", **field))) as stub:
+        for reasoning, wanted in (("drop", "Two."), ("keep", f"{HM}\nTwo.")):
+            assert run(files, stub.url, f"--limit 1 --overwrite --reasoning {reasoning}") == 0
+            assert (rows(files)[0]["rationale"], rows(files)[0]["teacher_label"]) == (wanted, "(2)")
 
 
 def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
@@ -213,6 +208,134 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
         (row,) = errors(files)
         assert row["error"]["kind"] == "empty" and "larger --max-tokens" in row["error"]["message"]
         assert "Let me see" in row["error"]["raw"]
+
+
+def test_keep_samples_writes_the_rationales_of_all_samples_with_the_majoritys_label(files):
+    said = [
+        "One. The answer is (9).",
+        "Two. The answer is (2).",
+        "nothing",
+        "Three. The answer is (1 + 1).",
+        "Two. The answer is 2",
+    ]
+    with Stub(lambda question, attempt: completed(said[attempt])) as stub:
+        assert run(files, stub.url, "--limit 1 --n 5 --temperature 0.7 --seed 1 --keep samples") == 0
+    (row,) = read_jsonl(files / "out.jsonl")
+    assert (row.rationale, row.teacher_label) == (["Two.", "Three."], "(2)")
+
+
+# ---- What is asked --------------------------------------------------------------------------------------------------
+
+
+def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(files, capsys):
+    lines = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
+    lines[1] |= {"rationale": "Mine.", "mine": 1}
+    lines[4] |= {"rationale": ["Mine.", "Ours."]}
+    (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Stub() as stub:
+        assert (
+            run(files, stub.url, "--dry-run") == 0
+            and "rows: 4; requests: 4; 2 rows have a rat" in capsys.readouterr().out
+        )
+        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 4
+        assert "2 of them with a rationale, which is kept" in capsys.readouterr().err
+        assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
+        for i in (1, 4):
+            assert rows(files)[i] == lines[i] | {"teacher_label": None, "teacher": None}
+        assert run(files, stub.url, "--replace") == 2 and "was made with no --replace" in capsys.readouterr().err
+        assert run(files, stub.url, "--replace --overwrite") == 0 and len(stub.requests) == 10
+    assert all(r["teacher"] and r["rationale"] not in ("Mine.", ["Mine.", "Ours."]) for r in rows(files))
+
+
+def test_a_sample_is_random_by_its_seed_and_lies_in_a_larger_one(tmp_path):
+    make_files(tmp_path, 40)
+    with Stub() as stub:
+        assert run(tmp_path, stub.url, "--sample 5 --seed 1") == 0
+        five = {r["id"] for r in rows(tmp_path)}
+        assert run(tmp_path, stub.url, "--sample 12 --seed 1") == 0 and len(stub.requests) == 12
+        twelve = [r["id"] for r in rows(tmp_path)]
+        assert run(tmp_path, stub.url, "--sample 5 --seed 2 --overwrite") == 0
+    assert five < set(twelve) != {f"r{i}" for i in range(12)} and twelve == sorted(twelve, key=lambda r: int(r[1:]))
+    assert len(five) == len(rows(tmp_path)) == 5 and five != {r["id"] for r in rows(tmp_path)}
+
+
+def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(files, capsys):
+    task = PROMPT | {"label_type": "class", "labels": ["positive", "negative"]}
+    task["exemplars"] = [task["exemplars"][0] | {"label": "positive"}]
+    (files / "p.json").write_text(json.dumps(task))
+    lines = [{"input": "one", "label": "pos"}, {"input": "two", "label": "Negative"}, {"input": "three", "label": 0}]
+    (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(files, "http://127.0.0.1:9/v1", "--dry-run") == 0
+    said = capsys.readouterr().err
+    assert "warning: 2 gold labels are none that the prompt's class labels (positive, negative) can match" in said
+    assert "such as '0' in row 'in-3'" in said
+    (files / "p.json").write_text((ROOT / "data" / "prompts" / "cqa.json").read_text())
+    assert run(files, "http://127.0.0.1:9/v1") == 2
+    assert "row 'in-1': the prompt wants choices, the input has no lines" in capsys.readouterr().err
+
+
+# ---- Batch files ----------------------------------------------------------------------------------------------------
+
+
+def run_batch(requests, replies, answer_to):
+    """A batch API: each request gets a line of the replies, in another order. Returns the requests."""
+    lines = [json.loads(line) for path in requests for line in path.read_text().splitlines()]
+    made = filter(None, map(answer_to, reversed(lines)))
+    replies.write_text("".join(json.dumps(line) + "\n" for line in made))
+    return lines
+
+
+def batch_answer(line):
+    assert line["method"] == "POST" and line["url"] == "/v1/chat/completions"
+    body = completed(answer(line["body"]["messages"][-1]["content"]))
+    return {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}, "error": None}
+
+
+def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
+    def faulty(line):
+        reply = {"custom_id": line["custom_id"], "response": None, "error": {"message": "expired"}}
+        context = {"status_code": 400, "body": REPLIES["context"][1]}
+        other = {"r1": None, "r2": reply, "r4": reply | {"response": context}}
+        return other.get(line["custom_id"].split("-")[0], batch_answer(line))
+
+    again, line = files / "b.jsonl", f"--batch-requests {files}/b.jsonl"
+    assert run(files, "", f"{line} --batch-rows 4") == 0
+    lines = run_batch([again, files / "b-2.jsonl"], files / "c.jsonl", faulty)
+    assert [len(p.read_text().splitlines()) for p in (again, files / "b-2.jsonl")] == [4, 2]
+    assert re.fullmatch("r0-[0-9a-f]{12}-0", lines[0]["custom_id"])
+    assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
+    assert "2 rows have no reply yet" in capsys.readouterr().err
+    assert [r["id"] for r in rows(files)] == ["r0", "r3", "r5"] and errors(files)[0]["error"][
+        "kind"
+    ] == "context_exceeded"
+    assert run(files, "", line) == 0
+    assert [json.loads(line)["custom_id"][:3] for line in again.read_text().splitlines()] == ["r1-", "r2-"]
+    run_batch([again], files / "d.jsonl", batch_answer)
+    assert run(files, "", f"--batch-replies {files}/c.jsonl {files}/d.jsonl") == 1
+    (files / "asked").mkdir()
+    make_files(files / "asked")
+    with Stub(always("context", lambda q: "4 + 2" in q)) as stub:
+        assert run(files / "asked", stub.url) == 1
+    for asked, read in zip(rows(files / "asked") + errors(files / "asked"), rows(files) + errors(files)):
+        asked["teacher"]["base_url"] = ""
+        asked.get("error", {}).pop("message", None), read.get("error", {}).pop("message", None)
+        assert lasting(asked) == lasting(read)
+
+
+def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too(files, capsys):
+    line = "--n 3 --temperature 1 --seed 5 --limit 2"
+    assert run(files, "", f"{line} --batch-requests {files}/b.jsonl") == 0
+    lines = run_batch([files / "b.jsonl"], files / "c.jsonl", batch_answer)
+    assert [(line["custom_id"][-2:], line["body"]["seed"]) for line in lines[:3]] == [("-0", 5), ("-1", 6), ("-2", 7)]
+    for other in ("--n 3 --temperature 1 --seed 6 --limit 2", "--n 3 --temperature 1 --seed 5 --limit 1"):
+        assert run(files, "", f"{other} --batch-replies {files}/c.jsonl") == 2
+        assert "replies are to requests that these settings and rows do not make" in capsys.readouterr().err
+    assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 0
+    assert [len(r["teacher"]["samples"]) for r in rows(files)] == [3, 3]
+    for content in ("{", '{"id": 1}', '{"custom_id": "x", "response": {"status_code": "?"}}'):
+        (files / "c.jsonl").write_text(content)
+        assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 2
+        assert "c.jsonl:1: not a reply of a batch" in capsys.readouterr().err
 
 
 # ---- Wrong arguments and files --------------------------------------------------------------------------------------
@@ -233,7 +356,15 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
         ("--model ", "--model: expected one argument"),
         ("--base-url ftp://x/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
         ("--base-url http://a..b/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
-        ("--base-url http://x/v1?key=abc", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
+        ("--base-url http://x/v1?key=abc", "--base-url must not hold a key"),
+        ("--base-url http://me:secret@x/v1", "a password or key goes into --header"),
+        ("--header api-key:123", "--header api-key: a key must not stand on the command line"),
+        ("--header X-Id:sk-123456", "--header X-Id: a key must not stand on the command line"),
+        ("--header api-key:$NOT_SET", "the environment variable NOT_SET is not set"),
+        ("--header api-key", "--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'"),
+        ("--keep samples", "--keep must be another without --n"),
+        ("--batch-requests b --batch-replies c", "--batch-replies must be given without --batch-requests"),
+        ("--input /dev/null", "--input must be a regular file"),
         ("--prompt nowhere.json", "nowhere.json"),
         ("--input nowhere.jsonl", "nowhere.jsonl"),
         ("--output nowhere/out.jsonl", "--output must be in a directory that exists"),
@@ -315,15 +446,15 @@ def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):
         completed(None, model=KEY, refusal=KEY) | {"model": KEY},
     ]
     with Stub(lambda q, attempt: echoes[int(re.search(r"\d+", q)[0]) % len(echoes)]) as stub:
-        url = stub.url.replace("//", f"//me:{KEY}@")
-        line = f'--api-key-env MY_KEY --max-retries 1 --extra-body {{"user":"{KEY}"}}'
-        assert run(tmp_path, url, line) == 1
+        assert run(tmp_path, stub.url, f'--api-key-env MY_KEY --extra-body {{"user":"{KEY}"}}') == 2
+        line = "--api-key-env MY_KEY --max-retries 1 --header X-Other:${MY_KEY}"
+        assert run(tmp_path, stub.url, line) == 1
         assert all(headers["Authorization"] == f"Bearer {KEY}" for _, _, headers, _ in stub.requests)
         for status in (401, 404, 500, 400):
             stub.behave = always((status, {"error": {"message": f"bad key {KEY}", "param": KEY}}, {}))
-            run(tmp_path, url, line + " --retry-failed --max-retries 0")
+            run(tmp_path, stub.url, line + " --retry-failed --max-retries 0")
         stub.behave = always((302, "", {"Location": f"http://x/{KEY}"}))
-        assert run(tmp_path, url, line + " --retry-failed") == 3
+        assert run(tmp_path, stub.url, line + " --retry-failed") == 3
     said = "".join(capsys.readouterr())
     assert "[key]" in said and "key" in said
     for text in [said, *(p.read_text("utf-8") for p in tmp_path.iterdir())]:
@@ -334,11 +465,39 @@ def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):
 def test_a_key_that_cannot_be_sent_is_refused_without_quoting_it(files, capsys, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     assert run(files, "http://127.0.0.1:9/v1") == 2
-    assert "sk-" not in (said := capsys.readouterr().err) and "the key has a space" in said
+    assert "sk-" not in (said := capsys.readouterr().err) and "has a space" in said
 
 
-def test_a_stand_in_for_a_key_is_not_hidden_from_texts(files, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "more")
-    with Stub() as stub:
-        assert run(files, stub.url) == 0
-    assert rows(files)[1]["rationale"] == "1 and 2 more."
+@pytest.mark.parametrize("key", ["more", "anything"])
+def test_a_stand_in_for_a_key_is_not_hidden_from_texts(files, monkeypatch, key):
+    """LiteLLM's own README says OPENAI_API_KEY=anything."""
+    line = {"id": "anything-1", "input": "anything: what is 1 + 2?", "anything": 3}
+    (files / "in.jsonl").write_text(json.dumps(line) + "\n")
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with Stub(always(completed("1 and 2 more than anything. The answer is (1 + 2)."))) as stub:
+        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 1
+    (row,) = rows(files)
+    assert {name: row[name] for name in line} == line and row["rationale"] == "1 and 2 more than anything."
+
+
+def test_headers_come_from_the_environment_and_a_query_goes_with_every_request(files, monkeypatch, capsys):
+    monkeypatch.setenv("AZURE_KEY", KEY)
+    with Stub(always((422, {"detail": f"{KEY} is bad"}, {}), lambda q: "4 + 2" in q)) as stub:
+        url = stub.url + "/chat/completions?api-version=2024-06-01"
+        assert run(files, url, "--header api-key:$AZURE_KEY X-Title:mine") == 1
+        assert stub.paths == {"/v1/chat/completions?api-version=2024-06-01"}
+        assert all((h["api-key"], h["X-Title"]) == (KEY, "mine") for _, _, h, _ in stub.requests)
+    assert rows(files)[0]["teacher"]["base_url"] == f"{stub.url}?api-version=2024-06-01"
+    for text in ["".join(capsys.readouterr()), *(p.read_text("utf-8") for p in files.iterdir())]:
+        assert KEY not in text
+
+
+def test_a_proxy_is_used_except_for_hosts_that_no_proxy_names(files, monkeypatch):
+    with Stub() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:secret12@"))
+        assert run(files, "http://teacher.invalid/v1") == 0
+        assert proxy.paths == {"http://teacher.invalid/v1/chat/completions"}
+        assert {h["Proxy-Authorization"] for _, _, h, _ in proxy.requests} == {"Basic bWU6c2VjcmV0MTI="}
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with Stub() as stub:
+            assert run(files, stub.url, "--overwrite") == 0 and len(stub.requests) == len(proxy.requests) == 6

@@ -33,7 +33,7 @@ def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_in
     for e in p.exemplars:
         for text in (p.reply(e), p.reply(e).strip(), p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0])):
             read = p.parse(text, e["input"])
-            assert (read.rationale, read.label, read.problem) == (e["rationale"], e["label"], None)
+            assert (read.rationale, read.label, read.error) == (e["rationale"], e["label"], None)
 
 
 @pytest.mark.parametrize("name", ["anli", "esnli", "toy"])
@@ -67,7 +67,7 @@ def test_toy_exemplars_are_right_and_of_the_embedded_task():
 
 
 def test_the_prompt_file_in_the_readme_works(tmp_path):
-    text = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+    text = (FOLDER.parent / "README.md").read_text("utf-8")
     (tmp_path / "p.json").write_text(re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1])
     p = load_prompt(tmp_path / "p.json")
     assert p.label_type == "class" and p.completion("Fine.", "good").endswith("known to be good.)\nReasons:")
@@ -79,9 +79,10 @@ def test_the_prompt_file_in_the_readme_works(tmp_path):
 def test_a_question_is_put_as_chat_and_as_completion():
     p = prompt("esnli")
     chat, text = p.chat("A dog runs.</s>An animal moves."), p.completion("A dog runs.</s>An animal moves.")
-    assert [m["role"] for m in chat] == ["system"] + ["user", "assistant"] * 9 + ["user"]
+    assert [m["role"] for m in chat] == ["user", "assistant"] * 9 + ["user"], "some templates refuse a system message"
+    assert chat[0]["content"].startswith(p.instruction + "\n\nPremise: ")
     assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
-    assert chat[2]["content"].endswith("\nAnswer: entailment") and text.endswith("\n\n" + chat[-1]["content"])
+    assert chat[1]["content"].endswith("\nAnswer: entailment") and text.endswith("\n\n" + chat[-1]["content"])
     assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9 and "known" not in text
 
 
@@ -111,6 +112,10 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
         ("svamp", "Two. The answer is (9**9**9).", False, "Two.", None, "label_invalid"),
         ("svamp", "Two. The answer is", False, "Two.", None, "label_invalid"),
         ("svamp", "The answer is (1 + 1).", False, None, "(1 + 1)", "unparsed"),
+        ("svamp", "Two.\n\n**The answer is:** $\\boxed{3 + 4}$.", False, "Two.", "3 + 4", None),
+        ("svamp", "Two.\n\n### The answer is 1,000 + 5", False, "Two.", "1000 + 5", None),
+        ("svamp", "First the answer is (3 + 5).\nWait. The answer is (3 + 4).", False, "First", None, "label_invalid"),
+        ("svamp", "First the answer is (3 + 4). I mean: the answer is 7.", False, "First", "(3 + 4)", None),
         ("svamp", "It is two.", False, None, None, "unparsed"),
         ("svamp", " \n", False, None, None, "empty"),
         ("svamp", "\nQ: What? A: Two. The answer is (2).", False, None, None, "unparsed"),
@@ -124,24 +129,42 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
         ("cqa", "Trees. So the answer is (c).", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
         ("cqa", "Land. So the answer is (d) U.S.", False, "Land.", "U.S.", None),
+        ("cqa", "Trees. So the answer is C) wooded area.", False, "Trees.", "wooded area", None),
+        ("cqa", "Trees. So the answer is c. wooded area", False, "Trees.", "wooded area", None),
+        ("cqa", "Land. So the answer is D.", False, "Land.", "U.S.", None),
         ("cqa", "Both. So the answer is either (a) park or (c) wooded area.", False, "Both.", None, "label_invalid"),
         ("cqa", "Sea. So the answer is (e) sea.", False, "Sea.", None, "label_invalid"),
         ("esnli", "Same.\nAnswer: Neutral.", False, "Same.", "neutral", None),
+        ("esnli", "Same.\n\n**Answer**: **Neutral**", False, "Same.", "neutral", None),
+        ("esnli", "Is it *so*?\n## Answer:\nneutral", False, "Is it *so*?", "neutral", None),
+        ("esnli", "Same.\nAnswer: neutral or contradiction", False, "Same.", None, "label_invalid"),
+        ("esnli", "Same.\nAnswer: neutral, not contradiction", False, "Same.", "neutral", None),
         ("esnli", "Same.\nANSWER: neutrality", False, "Same.", None, "label_invalid"),
         ("esnli", "Same.\nAnswer: neutral", True, None, None, "truncated"),
         ("anli", "Yes. The answer is entailment because", False, "Yes.", "entailment", None),
+        ("anli", "The answer is 71. So the answer is neutral.", False, "The answer is 71.", "neutral", None),
+        ("anli", "It is so, so the answer is neutral.", False, "It is so,", "neutral", None),
+        ("anli", "So the answer is plain. The answer is neutral.", False, "So the answer is plain.", "neutral", None),
+        (
+            "anli",
+            "The answer is neutral. So the answer is entailment.",
+            False,
+            "The answer is neutral.",
+            None,
+            "label_invalid",
+        ),
     ],
 )
 def test_an_answer_is_read_or_its_problem_named(name, text, short, rationale, label, problem):
     read = prompt(name).parse(text, Q, short)
-    assert (read.rationale, read.label, read.problem) == (rationale, label, problem)
+    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
     assert bool(read.detail) == bool(problem)
 
 
 @given(st.sampled_from(NAMES), st.text(), st.booleans())
 def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
     read = prompt(name).parse(text, Q, short)
-    assert read.problem or read.rationale.strip() and read.label.strip()
+    assert read.error or read.rationale.strip() and read.label.strip()
 
 
 def test_texts_are_labels_too_and_labels_compare_by_their_kind():
@@ -183,7 +206,7 @@ def test_the_smallest_file(tmp_path):
         ({"question": None}, '"question" must be a text, got None'),
         ({"shots": []}, 'unknown key "shots"'),
         ({"answer_marker": ""}, '"answer_marker" must be a list of texts that are not blank'),
-        ({"answer_marker": []}, '"answer_marker" must not be empty'),
+        ({"answer_marker": []}, '"answer_marker" must be a list of texts that are not blank'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),
         ({"stop": ["a", "b", "c", "d", "e"]}, "4 texts"),
@@ -191,9 +214,12 @@ def test_the_smallest_file(tmp_path):
         ({"question": "{input} {premise}"}, '{premise} means nothing in "question"'),
         ({"answer": "{label}"}, '{rationale} is missing from "answer"'),
         ({"exemplars": [{"input": "x"}]}, "exemplar 1 must have input, rationale and label"),
-        ({"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]}, "exemplar 1: input, rationale and label"),
+        (
+            {"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]},
+            "exemplar 1 must have input, rationale and label",
+        ),
         ({"answer_marker": "Therefore"}, "exemplar 1: its answer does not read back as itself"),
-        ({"exemplars": [{"input": "x", "rationale": "It is so.", "label": "2"}]}, "does not read back"),
+        ({"exemplars": [{"input": "x", "rationale": "It is 3.", "label": "2"}]}, "does not read back"),
         ({"input_parts": ["a", "b"], "question": "{a} {b}"}, "exemplar 1: the prompt wants 2 parts (a, b)"),
     ],
 )

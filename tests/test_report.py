@@ -41,7 +41,9 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
 
 
 def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
-    rows = [Record(str(n), "one " * n, "two") for n in range(1, 101)] + [Record("long", "one " * 1100, "two")]
+    rows = [Record(str(n), "one " * n, "two") for n in range(1, 101)] + [
+        Record("long", "one " * 1020, "two")
+    ]  # too long with the prefix alone
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
     with_tokens = capsys.readouterr().out
@@ -49,8 +51,8 @@ def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_pat
     with_words = capsys.readouterr().out
     (tokens,) = (line.split() for line in with_tokens.splitlines() if line.startswith("    input"))
     (words,) = (line.split() for line in with_words.splitlines() if line.startswith("    input"))
-    assert tokens == ["input", "52", "92", "101", "1,101", "1", "(over", "1,024)"], "a token a word, and </s>"
-    assert words == ["input", "51", "91", "100", "1,100", "1", "(over", "1,024)"]
+    assert tokens == ["input", "61", "101", "110", "1,030", "1", "(over", "1,024)"], "</s>, and 9 of the prefix"
+    assert words == ["input", "53", "93", "102", "1,022", "0", "(over", "1,024)"]
 
 
 def test_inputs_that_two_files_share_are_counted(files, capsys):

@@ -1,172 +1,193 @@
 """An OpenAI-compatible teacher over HTTP: one request, its reply, and what each way of failing means.
 
-    stop    nothing further can succeed: 401, 402, 403, 404, a redirect, no quota, an unsupported parameter, a
-            Retry-After of more than two minutes
+    stop    nothing further can succeed: 401, 402, 404, a redirect, no quota, an unsupported parameter, a certificate
+            that is not trusted, a Retry-After of more than two minutes
+    denied  403: as `row` if the teacher answers other requests (some send it for what they will not read), else `stop`
     row     this row cannot succeed: the context exceeded, 413, 422, a content filter, another 4xx
-    retry   the next attempt may: 408, 409, 429, 5xx, no connection, a reset, a timeout, a reply that is cut off, is not
-            JSON or has no choices
+    retry   the next attempt may: no connection, a reset, a timeout, 408, 409, 5xx, a reply that is cut off, is not
+            JSON, is empty or ended in an error
+    pace    429: so it may, but later
 
-The pause between attempts, the limit of requests a minute and a Retry-After, which holds for all workers, are `Pace`.
-The key goes into one header and nowhere else: `hide` takes it out of whatever a server echoes.
+Secrets go into headers and nowhere else: `hide` takes them out of whatever a server echoes.
 """
 
 import base64
 import email.utils
+import functools
 import http.client
+import io
 import json
-import random
+import os
 import re
 import selectors
-import threading
+import ssl
 import time
+import urllib.request
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from http.client import HTTPConnection, HTTPSConnection
+from typing import NamedTuple
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 LONGEST_WAIT = 120  # seconds of Retry-After that are waited for
 CONNECT = 30  # seconds for a connection to be made
 LARGEST_REPLY = 32 << 20  # bytes
-SECRET = 8  # characters; a shorter "key" (EMPTY, ollama, x) is a stand-in, and hiding it would spoil texts
+RAW = 20_000  # characters of a failed reply that are kept
+CREDENTIAL = r"(?i)key|token|secret|auth|cookie|password|signature"  # in a name: what it holds must not be shown
+HINTS = {  # what to look at after a status
+    401: "is the key right, and in the variable that --api-key-env names?",
+    402: "the account has nothing left to spend",
+    403: "is the key right, and in the variable that --api-key-env names?",
+    404: "are --base-url, --endpoint and --model right?",
+}
 FLAGS = {  # what to do about a parameter that the server refuses
-    "max_tokens": "--max-tokens-field max_completion_tokens",
-    "max_completion_tokens": "--max-tokens-field max_tokens",
-    "stop": "--no-stop",
-    "temperature": "--temperature 1",
-    "top_p": "a command line without --top-p",
-    "seed": "a command line without --seed",
+    "max_tokens": "use --max-tokens-field max_completion_tokens",
+    "max_completion_tokens": "use --max-tokens-field max_tokens",
+    "stop": "use --no-stop",
+    "temperature": "use --temperature 1",
 }
 UNSUPPORTED = r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs"
 CONTEXT = r"context.{0,20}(length|size|window)|too many tokens|(prompt|input) is too long|maximum.{0,20}context"
+ROW_ERRORS = (  # (kind, its code, its message)
+    ("context_exceeded", "context_length|exceed_context", CONTEXT),
+    ("content_filter", "content_filter|content_policy", "content management policy"),
+)
 
 
-class Problem(Exception):
-    """Why there is no usable reply. `kind` is what it is counted as, `then` is "stop", "row" or "retry"; `raw` is what
-    the server sent, `wait` the seconds of its Retry-After or None."""
+class RequestError(Exception):
+    """Why there is no usable reply. `kind` is what it is counted as; `then` what follows from it, a word of the list
+    above; `raw` what the server sent; `wait` the seconds of its Retry-After or None."""
 
-    def __init__(self, kind, message, then, raw="", wait=None):
+    def __init__(self, kind: str, message: str, then: str, raw: str = "", wait: float | None = None):
         super().__init__(message)
-        self.kind, self.then, self.raw, self.wait = kind, then, raw, wait
+        self.kind, self.then, self.raw, self.wait = kind, then, raw[:RAW], wait
 
 
-class Stopped(Exception):
-    """The run is ending: ask no more."""
-
-
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     text: str
     reasoning: str  # from a field of its own; "" where there is none
-    finish: str  # "stop", "length", ...
+    cut_short: bool  # it ended at the token limit
     model: str  # that served it, as the server says
     usage: dict  # tokens: prompt, completion, cached
-    seconds: float
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where the teacher is: `url` is shown and recorded, `headers` hold the secrets."""
+class Timed(io.RawIOBase):
+    """What a socket receives, all of it before the time `until`, or TimeoutError."""
 
-    url: str  # without user and password
+    def __init__(self, sock, until):
+        self.sock, self.until, self.stream = sock, until, sock.makefile("rb", buffering=0)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.sock.settimeout(left)
+        return self.stream.readinto(buffer)
+
+    def close(self):
+        self.stream.close()
+        super().close()
+
+
+class Response(http.client.HTTPResponse):
+    """A response that must be there before `until`, and before which a server may send any interim one: http.client
+    skips 100 alone, and takes a 102 or 103 for the reply."""
+
+    def __init__(self, sock, *args, until, **options):
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(Timed(sock, until))
+
+    def _read_status(self):
+        version, status, reason = super()._read_status()
+        return version, 100 if 100 <= status < 200 else status, reason
+
+
+@dataclass
+class Teacher:
+    """An endpoint and, from the first request on, one keep-alive connection to it: for one thread."""
+
+    parts: SplitResult  # of the base URL
     endpoint: str  # "chat" | "completions"
     headers: dict
-    secrets: tuple  # texts that must appear nowhere
+    secrets: list[str]  # that must appear nowhere, the longest first
     timeout: float  # seconds for a whole reply
+    proxy: tuple | None  # (host, port)
+    login: dict  # headers for the proxy
+    tls: ssl.SSLContext | None
+    connection: HTTPConnection | None = None
 
-    def hide(self, text):
+    @property
+    def url(self) -> str:
+        return self.parts.geturl()
+
+    def hide(self, text: str) -> str:
         for secret in self.secrets:
             text = text.replace(secret, "[key]")
         return text
 
-
-def make_address(base_url, endpoint, key, timeout):
-    """The Address of a base URL, or of none. Raises ValueError, which never quotes a secret."""
-    if not base_url:
-        return Address("", endpoint, {}, (), timeout)
-    parts = urlsplit(base_url)
-    try:
-        good = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment)
-        port = parts.port
-        (parts.hostname or "").encode("idna")  # as the socket will; http://a..b is refused here, not in a worker
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError("--base-url must be http(s)://HOST[:PORT][/PATH], such as http://localhost:11434/v1")
-    if key and not re.fullmatch(r"[!-~]+", key):
-        raise ValueError("the key has a space, a line end or another character in it that no key has")
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    url = f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path.rstrip('/')}"
-    headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
-    secrets = [key or "", unquote(parts.password or ""), parts.password or ""]
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    elif parts.username:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        secrets.append(base64.b64encode(pair.encode()).decode())
-        headers["Authorization"] = f"Basic {secrets[-1]}"
-    secrets += [json.dumps(secret)[1:-1] for secret in secrets]  # as a line of JSON has them
-    longest_first = sorted({s for s in secrets if len(s) >= SECRET}, key=len, reverse=True)
-    return Address(url, endpoint, headers, tuple(longest_first), timeout)
-
-
-class Teacher:
-    """One keep-alive connection, for one thread."""
-
-    def __init__(self, address):
-        self.address, self.connection = address, None
-        parts = urlsplit(address.url)
-        self.kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.host, self.port = parts.hostname, parts.port
-        self.path = parts.path + ("/chat/completions" if address.endpoint == "chat" else "/completions")
-
-    def ask(self, body):
-        """One request, a dict -> Reply. Raises Problem."""
-        start = time.monotonic()
+    def ask(self, body: dict, identity: str = "") -> Reply:
+        """Send one request. Raises RequestError. (Its `identity` is for batch files, which are asked alike.)"""
+        start, url = time.monotonic(), self.url
         try:
-            status, headers, content = self.exchange(json.dumps(body).encode(), start + self.address.timeout)
+            status, headers, content = self.exchange(json.dumps(body).encode(), start + self.timeout)
         except TimeoutError:
             self.close()  # a reply that comes later has nowhere to go
-            waited = f"{time.monotonic() - start:.3g} s (--timeout {self.address.timeout:g})"
-            raise Problem("timeout", f"{self.address.url}: no whole reply within {waited}", "retry") from None
-        except http.client.IncompleteRead:
+            waited = f"{time.monotonic() - start:.3g} s (--timeout {self.timeout:g})"
+            raise RequestError("timeout", f"{url}: no whole reply within {waited}", "retry") from None
+        except ssl.SSLCertVerificationError as error:
+            what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
+            raise RequestError("certificate", f"{url}: {what}", "stop") from None
+        except (OSError, http.client.HTTPException) as error:
             self.close()
-            raise Problem("disconnect", "the reply was cut off", "retry") from None
-        except (OSError, http.client.HTTPException) as problem:
-            self.close()
-            what = str(problem) or type(problem).__name__
-            raise Problem("disconnect", f"{self.address.url}: {self.address.hide(what)}", "retry") from None
-        text = self.address.hide(content.decode("utf-8", "replace"))
-        if not 200 <= status < 300:
-            raise classify(status, headers, text, body, self.address)
-        return read_reply(text, self.address, time.monotonic() - start)
+            what = "the reply was cut off" if isinstance(error, http.client.IncompleteRead) else str(error)
+            what = self.hide(what or type(error).__name__)
+            raise RequestError("disconnect", f"{url}: {what}", "retry") from None
+        return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
 
-    def exchange(self, content, deadline):
-        """(status, headers, body as bytes), all of it before `deadline` or TimeoutError."""
-        if self.connection is not None and dropped(self.connection.sock):
-            self.close()
-        if self.connection is None:
-            self.connection = self.kind(self.host, self.port, timeout=min(self.address.timeout, CONNECT))
-            self.connection.connect()
-        sock = self.connection.sock
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        self.connection.request("POST", self.path, content, self.address.headers)
+    def exchange(self, content, until):
+        """(status, headers, body as bytes), all of it before the time `until` or TimeoutError."""
+        if self.connection is not None and self.connection.sock is not None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.connection.sock, selectors.EVENT_READ)
+                if selector.select(0):  # nothing is expected, so the server has closed it (llama.cpp's does after 5 s)
+                    self.close()
+        if self.connection is None or self.connection.sock is None:
+            self.connect(until)
+        path = self.parts.path + ("/chat/completions" if self.endpoint == "chat" else "/completions")
+        path, headers = self.parts._replace(path=path).geturl(), self.headers
+        if self.proxy and not self.tls:  # such a proxy is told the whole URL
+            headers = headers | self.login
+        else:
+            path = path.partition(self.parts.netloc)[2]
+        self.connection.response_class = functools.partial(Response, until=until)
+        self.connection.sock.settimeout(max(until - time.monotonic(), 0.001))
+        self.connection.request("POST", path, content, headers)
         response = self.connection.getresponse()
-        chunks, size = [], 0
-        while True:
-            if response.isclosed():  # read to its end, and with "Connection: close" the socket is gone, too
-                break
-            sock.settimeout(max(deadline - time.monotonic(), 0.001))
-            chunk = response.read1(1 << 16)
-            if not chunk:
-                break
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > LARGEST_REPLY:
-                raise http.client.HTTPException(f"a reply of more than {LARGEST_REPLY >> 20} MB")
-        if response.length:  # read1 does not notice by itself
+        body = response.read(LARGEST_REPLY + 1)
+        if len(body) > LARGEST_REPLY:
+            raise http.client.HTTPException(f"a reply of more than {LARGEST_REPLY >> 20} MB")
+        if response.length:  # read() does not notice by itself
             raise http.client.IncompleteRead(b"")
-        response.close()  # read1 leaves it open at its end, and an open one blocks the connection
-        if response.will_close:
+        response.close()
+        if response.will_close or not 200 <= response.status < 300:  # after an error nothing that follows is trusted
             self.close()
-        return response.status, response.headers, b"".join(chunks)
+        return response.status, response.headers, body
+
+    def connect(self, until):
+        host, port = self.proxy or (self.parts.hostname, self.parts.port)
+        timeout = min(self.timeout, CONNECT)
+        kind, tls = (HTTPSConnection, {"context": self.tls}) if self.tls else (HTTPConnection, {})
+        self.connection = kind(host, port, timeout=timeout, **tls)
+        if self.tls and self.proxy:
+            self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
+        self.connection.response_class = functools.partial(Response, until=until)
+        try:
+            self.connection.connect()
+        except TimeoutError:
+            raise ConnectionError(f"no connection within {timeout:g} s") from None
 
     def close(self):
         if self.connection is not None:
@@ -174,92 +195,130 @@ class Teacher:
             self.connection = None
 
 
-def dropped(sock):
-    """Whether the server has closed a connection that lay idle (llama.cpp's does after 5 s)."""
-    if sock is None:
-        return True
-    with selectors.DefaultSelector() as selector:
-        selector.register(sock, selectors.EVENT_READ)
-        return bool(selector.select(0))  # nothing is expected, so what can be read is the end
-
-
-def read_reply(text, address, seconds):
-    """The text of a 200 -> Reply. Raises Problem for one without choices, or a content filter's."""
+def make_teacher(base_url: str, endpoint: str, key: str, headers: list[str], timeout: float) -> Teacher:
+    """The Teacher at a base URL, or at none. Raises ValueError, which never quotes a secret."""
+    sent = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
+    sent |= {"Authorization": f"Bearer {key}"} if key else {}
+    secrets, proxy, login = [key], None, {}
+    for name, value, hidden in map(read_header, headers):
+        sent = {n: v for n, v in sent.items() if n.casefold() != name.casefold()} | {name: value}
+        secrets += hidden
+    if " " in key or not all(re.fullmatch("[ -~]*", value) for value in sent.values()):
+        raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
     try:
-        reply = json.loads(text)
-        choice = reply["choices"][0]
-        message = choice if address.endpoint == "completions" else choice["message"]
-        content = message.get("text" if address.endpoint == "completions" else "content")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        what = "has no choices" if text.lstrip().startswith("{") else "is not JSON"
-        start = " ".join(text.split())[:100]
-        raise Problem("bad_reply", f"a reply with status 200 {what}: {start!r}", "retry", text) from None
-    if isinstance(content, list):  # content in parts
-        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    finish = str(choice.get("finish_reason") or "")
-    if finish == "content_filter" or (message.get("refusal") and not content):
-        raise Problem("content_filter", "the teacher's content filter held the reply back", "row", text)
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
-    details = usage.get("prompt_tokens_details") if isinstance(usage.get("prompt_tokens_details"), dict) else {}
-    counts = {
-        "prompt": usage.get("prompt_tokens"),
-        "completion": usage.get("completion_tokens"),
-        "cached": details.get("cached_tokens"),
-    }
-    return Reply(
-        text=address.hide(whole(content)),
-        reasoning=address.hide(whole(reasoning)),
-        finish=finish,
-        model=address.hide(whole(reply.get("model"))),
-        usage={name: count if type(count) is int and count >= 0 else 0 for name, count in counts.items()},
-        seconds=seconds,
-    )
+        parts = urlsplit(base_url)
+        good = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment and "@" not in parts.netloc
+        good = good and (parts.port or True) and parts.hostname.encode("idna")  # raises, as the socket would later
+    except ValueError:
+        good = False
+    if base_url and not good:
+        form = "http(s)://HOST[:PORT][/PATH][?QUERY], such as http://localhost:11434/v1"
+        raise ValueError(f"--base-url must be {form}; a password or key goes into --header 'NAME: $VARIABLE'")
+    if any(re.search(CREDENTIAL, name) for name, _ in parse_qsl(parts.query)):
+        raise ValueError("--base-url must not hold a key; --header 'NAME: $VARIABLE' sends one")
+    parts = parts._replace(path=re.sub("/+$|/(chat/)?completions/*$", "", parts.path))
+    through = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
+    if through.hostname and not urllib.request.proxy_bypass(parts.netloc):
+        proxy = through.hostname, through.port or 80
+        if through.username:
+            secrets.append(unquote(through.password or ""))
+            secrets.append(base64.b64encode(f"{unquote(through.username)}:{secrets[-1]}".encode()).decode())
+            login = {"Proxy-Authorization": f"Basic {secrets[-1]}"}
+    tls = ssl.create_default_context() if parts.scheme == "https" else None
+    # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
+    secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
+    longest_first = sorted(secrets, key=len, reverse=True)
+    return Teacher(parts, endpoint, sent, longest_first, timeout, proxy, login, tls)
 
 
-def whole(text):
-    """A text that UTF-8 can write: JSON may hold half of a surrogate pair."""
-    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+def read_header(header):
+    """`api-key: $AZURE_KEY` -> (name, value, [the secret in it])."""
+    name, _, value = header.partition(":")
+    name, value, variable = name.strip(), value.strip(), r"\$\{?(\w+)\}?"
+    if not value or not re.fullmatch(r"[\w-]+", name):
+        raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
+    secrets = {v: os.environ.get(v, "").strip() for v in re.findall(variable, value)}
+    looks_like_a_key = re.search(CREDENTIAL, name) or re.search(r"(?i)\b[sp]k-|\b(bearer|basic) |[\w+=-]{32}", value)
+    if looks_like_a_key and not secrets:
+        raise ValueError(f"--header {name}: a key must not stand on the command line; give '{name}: $VARIABLE'")
+    for unset in [v for v, secret in secrets.items() if not secret]:
+        raise ValueError(f"--header {name}: the environment variable {unset} is not set")
+    return name, re.sub(variable, lambda match: secrets[match[1]], value), [*secrets.values()]
 
 
-def classify(status, headers, text, body, address):
-    """The Problem that a reply with another status than 200 means."""
-    try:
-        error = json.loads(text)
-        error = error.get("error", error) if isinstance(error, dict) else error
+def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) -> Reply:
+    """The reply that a response with `status` and the JSON `text` is. Raises RequestError for one that is none.
+
+    body: the request, for the parameters in it that a server may refuse.
+    """
+    text = teacher.hide(text)
+    try:  # half a character (a lone surrogate) can't be written to a file, and an escaped key must be hidden, too
+        text = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode()
+        content = json.loads(text := teacher.hide(text))
     except (ValueError, RecursionError):
-        error = text
+        content = None
+    if not 200 <= status < 300:
+        raise status_error(status, headers, text, content, body, teacher)
+    try:
+        choice = content["choices"][0]
+        message = choice if teacher.endpoint == "completions" else choice["message"]
+        said = message.get("text" if teacher.endpoint == "completions" else "content")
+        finish, failed = shown(choice.get("finish_reason") or "stop").lower(), choice.get("error")
+    except (LookupError, TypeError, AttributeError):
+        what = "is not JSON" if content is None else "has no choices"
+        raise RequestError("bad_reply", f"a reply {what}: {shown(text)[:100]!r}", "retry", text) from None
+    if isinstance(said, list):  # content in parts
+        said = "".join(str(part.get("text") or "") for part in said if isinstance(part, dict))
+    if finish in ("content_filter", "safety") or message.get("refusal") and not said:
+        raise RequestError("content_filter", "the teacher's content filter held the reply back", "row", text)
+    cut_short = finish in ("length", "max_tokens")
+    if failed or not (cut_short or finish.startswith(("stop", "eos", "end"))):
+        why = shown(failed or f"finish_reason {finish}")[:200]
+        raise RequestError("bad_reply", f"the reply ended in an error: {why}", "retry", text)
+    usage = content.get("usage") if isinstance(content.get("usage"), dict) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
+    counts = {name: n if type(n) is int and 0 <= n < 1e9 else 0 for name, n in counts.items()}
+    texts = said, message.get("reasoning_content") or message.get("reasoning"), content.get("model")
+    said, reasoning, model = (text if isinstance(text, str) else "" for text in texts)
+    return Reply(said, reasoning.strip(), cut_short, model, counts)
+
+
+def shown(value) -> str:
+    """Anything from a server as one line for a terminal, which no control character in it may reach."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def status_error(status, headers, text, content, body, teacher):
+    """The RequestError that a response with another status than 2xx means."""
+    error = content.get("error", content) if isinstance(content, dict) else content or text
     fields = error if isinstance(error, dict) else {}
-    code = f"{fields.get('code')} {fields.get('type')}"
-    message = str(fields.get("message") or fields.get("detail") or (error if error else "no message"))
-    message = " ".join(message.split())[:300]
-    said = f"{status} from {address.url}: {message}"
-    wait = retry_after(headers)
+    code = f"{shown(fields.get('code'))} {shown(fields.get('type'))}"
+    message = shown(fields.get("message") or fields.get("detail") or error or "no message")[:300]
+    said, kind, wait = f"{status} from {teacher.url}: {message}", f"http_{status}", retry_after(headers)
     if 300 <= status < 400:
-        where = address.hide((headers.get("Location") or "nowhere").split("?")[0])
-        return Problem(
-            f"http_{status}", f"{status}: {address.url} redirects to {where}; use that as --base-url", "stop"
-        )
-    if status in (401, 403):
-        return Problem(f"http_{status}", f"{said}; is the key right, and in the variable --api-key-env names?", "stop")
-    if status == 404:
-        return Problem("http_404", f"{said}; are --base-url, --endpoint and --model right?", "stop")
-    if status == 402 or status == 429 and re.search(r"insufficient_quota|billing", code):
-        return Problem("insufficient_quota", f"{said}; the account has nothing left to spend", "stop")
-    if re.search("context_length|exceed_context", code) or status == 400 and re.search(CONTEXT, message, re.I):
-        return Problem("context_exceeded", said, "row", text)
-    if re.search("content_filter|content_policy", code) or status == 400 and "content management policy" in message:
-        return Problem("content_filter", said, "row", text)
+        where = teacher.hide(shown(headers.get("Location") or "nowhere").split("?")[0])
+        return RequestError(kind, f"{status}: {teacher.url} redirects to {where}; use that as --base-url", "stop")
+    if status == 429 and re.search(r"insufficient_quota|billing", code):
+        status = 402
+    if status in HINTS:
+        kind = "insufficient_quota" if status == 402 else kind
+        return RequestError(kind, f"{said}; {HINTS[status]}", "denied" if status == 403 else "stop", text)
+    for kind_of_row, in_code, in_message in ROW_ERRORS:
+        if re.search(in_code, code) or status == 400 and re.search(in_message, message, re.I):
+            return RequestError(kind_of_row, said, "row", text)
     if status == 400 and re.search(UNSUPPORTED, f"{code} {message}", re.I):
-        named = {str(fields.get("param"))} | set(re.findall(r"\w+", message.split(". ")[0]))
+        named = {shown(fields.get("param"))} | set(re.findall(r"\w+", message.split(". ")[0]))
         for name in [n for n in body if n in named and n not in ("model", "messages", "prompt")]:
-            flag = FLAGS.get(name, "another --extra-body")
-            return Problem("unsupported", f"{said}; the server refuses {name}: use {flag}", "stop")
-    if status in (408, 409, 429) or status >= 500:
-        if wait is not None and wait > LONGEST_WAIT:
-            return Problem(f"http_{status}", f"{said}; it wants a pause of {wait:.0f} s; start again then", "stop")
-        return Problem("rate_limited" if status == 429 else f"http_{status}", said, "retry", text, wait)
-    return Problem(f"http_{status}", said, "row", text)
+            hint = FLAGS.get(name, f"do without --{name.replace('_', '-')}, or give another --extra-body")
+            return RequestError("unsupported", f"{said}; the server refuses {name}: {hint}", "stop")
+    if not (status in (408, 409, 429) or status >= 500):
+        return RequestError(kind, said, "row", text)
+    if wait is not None and wait > LONGEST_WAIT:
+        return RequestError(kind, f"{said}; it wants a pause of {wait:.0f} s; start again then", "stop")
+    return RequestError(kind, said, "pace" if status == 429 else "retry", text, wait)
 
 
 def retry_after(headers):
@@ -270,40 +329,5 @@ def retry_after(headers):
             return float(value) / scale
     try:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-
-
-class Pace:
-    """When the next request may go out, for all workers together. `scale` shortens every pause, for tests."""
-
-    def __init__(self, per_minute=0, scale=1.0):
-        self.interval = 60 / per_minute * scale if per_minute else 0.0
-        self.scale, self.lock, self.stopped = scale, threading.Lock(), threading.Event()
-        self.open = time.monotonic()  # no request before this
-        self.next = self.open - self.interval  # when the last one of an even stream went out
-
-    def wait(self):
-        """Return when a request may go out. Raises Stopped if the run ends first."""
-        while True:
-            self.sleep(self.open - time.monotonic())
-            with self.lock:
-                now = time.monotonic()
-                if now < self.open:  # another worker was told to wait while this one did
-                    continue
-                turn = self.next = max(now, self.next + self.interval)
-            self.sleep(turn - now)
-            if time.monotonic() >= self.open:
-                return
-
-    def back_off(self, attempt, wait):
-        """Pause after failed attempt 0, 1, ...: all workers for the server's `wait`, else this one, ever longer."""
-        if wait:
-            with self.lock:
-                self.open = max(self.open, time.monotonic() + wait * self.scale)
-        else:
-            self.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.75, 1) * self.scale)
-
-    def sleep(self, seconds):
-        if self.stopped.wait(seconds) if seconds > 0 else self.stopped.is_set():
-            raise Stopped

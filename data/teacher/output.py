@@ -1,162 +1,121 @@
-"""A file that is written a row at a time and is its own state: what is in it is done, whatever happened to the writer.
+"""A file that is written row by row and is its own state: what is in it is done, whatever happened to the writer.
 
-One process writes (`locked`), each line is on the disk before the next (`Appender`), a last line torn by a crash is cut
-off (`mend`), and at the end the lines are put in order (`put_in_order`).
+One process writes (`locked`), a row counts as done when it is on the disk (`append`), a last line torn by a crash is
+cut off (`read_state`), and at the end the lines are put in order (`put_in_order`).
 """
 
 import json
 import os
 from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from data.files import replacing
 from data.jsonl import RecordError
+from data.teacher.tally import print_line
 
 BEGIN = b'{"id": '  # of every line
 
 
-def mend(path):
-    """Cut off a last line that a crash has torn. Returns the bytes cut off; a whole row that only lacks its line end
-    gets one."""
-    with open(path, "r+b") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        tail = b""
-        while end and b"\n" not in tail:  # backwards to the last line end
-            start = max(0, end - (1 << 16))
-            file.seek(start)
-            tail, end = file.read(end - start) + tail, start
-        torn = tail.rpartition(b"\n")[2]
-        if not torn:
-            return 0
-        try:
-            whole = isinstance(json.loads(torn), dict)
-        except ValueError:
-            whole = False
-        if whole:
-            file.seek(size)
-            file.write(b"\n")
-        else:
-            file.truncate(size - len(torn))
-        os.fsync(file.fileno())
-        return 0 if whole else len(torn)
-
-
-def read_rows(path):
-    """Yield (where, row) of a file that extract.py wrote, but for a torn last line.
-
-    Raises RecordError, naming file and line, for another file.
-    """
+def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
+    """Yield (FILE:LINE, row, line) of a file that extract.py wrote, but for a torn last line. Raises RecordError,
+    naming file and line, for another file or a damaged one."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
             try:
                 row = json.loads(line)
             except ValueError:
                 if not line.endswith(b"\n") and (number > 1 or line[:7] == BEGIN[: len(line)]):
                     return  # the last line, torn
                 row = None
-            if not isinstance(row, dict) or "id" not in row or "request_sha256" not in (row.get("teacher") or ()):
-                raise RecordError(f"{where}: not a row that extract.py wrote; name another file, or give --overwrite")
-            yield where, row
+            teacher = row.get("teacher", "none") if isinstance(row, dict) and "id" in row else "none"
+            if teacher is not None and not (isinstance(teacher, dict) and "request_sha256" in teacher):
+                what = "name another file" if number == 1 else "remove this line, and its row is asked again"
+                raise RecordError(f"{path}:{number}: not a row that extract.py wrote; {what}")
+            yield f"{path}:{number}", row, line
 
 
 @dataclass
 class State:
-    """What earlier starts have left."""
+    """What is done, in earlier starts and in this one."""
 
-    hashes: dict = field(default_factory=dict)  # id -> request hash
+    hashes: dict = field(default_factory=dict)  # id -> request hash; None: kept with the rationale it came with
     done: set = field(default_factory=set)  # ids in the output
     failed: dict = field(default_factory=dict)  # id -> kind of error, of those in the errors file
     right: Counter = field(default_factory=Counter)  # `correct` of the rows in the output
-    torn: list = field(default_factory=list)  # (path, bytes cut off)
+
+    def add(self, name: str, kind: str | None, correct: bool | None):
+        """A row is on the disk: in the errors file if it has a kind of error, else in the output."""
+        self.failed.pop(name, None)
+        if kind:
+            self.failed[name] = kind
+        else:
+            self.done.add(name)
+            self.right[correct] += 1
 
 
-def read_state(output, errors):
-    """The State that the output and the errors file hold. Raises RecordError for files that are not extract.py's."""
-    state = State()
-    for path in (errors, output):  # the output has the last word
-        if not os.path.exists(path):
-            continue
-        for where, row in read_rows(path):
-            name = row["id"]
-            if path == errors:
-                state.failed[name] = row.get("error", {}).get("kind", "unknown")
-            elif name in state.done:
-                raise RecordError(f"{where}: the id {name!r} is there twice; remove one of the lines")
-            else:
-                state.done.add(name)
-                state.failed.pop(name, None)
-                state.right[row.get("correct")] += 1
-            state.hashes[name] = row["teacher"]["request_sha256"]
-        if torn := mend(path):  # not before every line is known to be ours
-            state.torn.append((path, torn))
+def read_state(output: str, errors: str) -> State:
+    """The State that the output and the errors file hold. A last line that a crash has torn is cut off. Raises
+    RecordError for files that are not extract.py's, and then leaves them as they are."""
+    state, sizes = State(), {}
+    for path in filter(os.path.exists, (errors, output)):  # the output has the last word
+        size, line = 0, b"\n"
+        for where, row, line in read_rows(path):
+            if row["id"] in state.done:
+                raise RecordError(f"{where}: the id {row['id']!r} is there twice; remove one of the lines")
+            kind = row.get("error", {}).get("kind", "unknown") if path == errors else None
+            state.add(row["id"], kind, row.get("correct"))
+            state.hashes[row["id"]] = (row["teacher"] or {}).get("request_sha256")
+            size += len(line)
+        sizes[path] = size, line.endswith(b"\n")
+    for path, (size, ended) in sizes.items():
+        if torn := os.path.getsize(path) - size:
+            os.truncate(path, size)
+            print_line(f"{path}: a last line torn by a crash was cut off ({torn:,} bytes); its row is asked again")
+        elif not ended:
+            with open(path, "ab") as file:
+                file.write(b"\n")
     return state
 
 
-class Appender:
-    """Appends lines to a file; each is on the disk when `write` returns."""
-
-    def __init__(self, path):
-        self.path, self.file = path, None
-
-    def write(self, line):
-        if self.file is None:  # no file for no rows
-            self.file = open(self.path, "ab", buffering=0)  # a full disk must not leave a rest to be flushed later
-        rest = memoryview(line.encode() + b"\n")
-        while rest:
-            rest = rest[self.file.write(rest) :]
-        os.fsync(self.file.fileno())
-
-    def close(self):
-        if self.file is not None:
-            self.file.close()
+def append(path: str, lines: list[str]):
+    """Append lines to a file; they are on the disk when this returns."""
+    if lines:  # no file for no rows
+        with open(path, "ab", buffering=0) as file:  # a full disk must not leave a rest to be flushed later
+            rest = memoryview("".join(f"{line}\n" for line in lines).encode())
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
 
 
-def put_in_order(path, order, leave_out=()):
-    """Put the lines of a file in the order of their ids, others after them; of several with one id the last stays.
-
-    Lines with an id in `leave_out` go; a file left without lines goes, too. Memory: an id and an offset a line.
-    """
+def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = ()):
+    """Put the lines of a file in the order of their ids, others after them; of several with one id the last stays, and
+    lines with an id in `leave_out` go. A file left without lines goes, too. Memory: an id and an offset a line."""
     if not os.path.exists(path):
         return
-    places, offset, count = {}, 0, 0
+    places, offsets = {}, [0]
     with open(path, "rb") as file:
         for line in file:
-            name = json.loads(line)["id"]
-            places.pop(name, None)
-            places[name] = offset
-            offset, count = offset + len(line), count + 1
-    for name in [name for name in places if name in leave_out]:
-        del places[name]
-    wanted = [places.pop(name) for name in order if name in places]
-    wanted += places.values()
+            places[json.loads(line)["id"]] = offsets[-1]
+            offsets.append(offsets[-1] + len(line))
+    wanted = [places[n] for n in dict.fromkeys([*order, *places]) if n in places and n not in leave_out]
     if not wanted:
         os.unlink(path)
-    elif len(wanted) < count or wanted != sorted(wanted):
+    elif wanted != offsets[:-1]:
         with replacing(path) as ordered, open(path, "rb") as file:
             for offset in wanted:
                 file.seek(offset)
                 ordered.write(file.readline())
 
 
-def what_changed(path, name, now):
-    """Name what makes the request of row `name` another than the one its line in the file was made with.
-
-    now: the `teacher` of this run's rows. The answer is in the words of the command line.
-    """
-    before = next(row["teacher"] for _, row in read_rows(path) if row["id"] == name)
-    flags = {name: f"--{name}" for name in ("temperature", "seed", "n", "reasoning")} | {"top_p": "--top-p"}
-    flags |= {"max_tokens": "--max-tokens", "max_completion_tokens": "--max-tokens", "stop": "(--no-stop) stop texts"}
-    found = [f"--{n} {before.get(n)}, not {now[n]}" for n in ("model", "endpoint") if before.get(n) != now[n]]
-    if before.get("rationalize") != now["rationalize"]:
-        found.append("--rationalize" if before.get("rationalize") else "no --rationalize")
-    old, new = before.get("params", {}), now["params"]
-    if ("max_tokens" in old) != ("max_tokens" in new):
-        found.append(f"--max-tokens-field {'max_tokens' if 'max_tokens' in old else 'max_completion_tokens'}")
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            flag = flags.get(key, f"--extra-body {key}")
-            found.append(f"{flag} {old.get(key, 'unset')}, not {new.get(key, 'unset')}")
-    if before.get("prompt_sha256") != now["prompt_sha256"]:
-        found.append(f"another --prompt file (sha256 {str(before.get('prompt_sha256'))[:12]})")
-    return "; ".join(found) or f"another input in row {name!r}"
+def what_changed(path: str, name: str, now: dict | None) -> str:
+    """What makes the request of row `name` another than the one that its line in the file was made with. `now` is the
+    `teacher` of this run's rows, None for a row that is kept as it came."""
+    before = next(row["teacher"] for _, row, _ in read_rows(path) if row["id"] == name)
+    if before is None or now is None:
+        return f"{'no ' if before is None else ''}--replace, or another rationale in row {name!r}"
+    names = ("model", "endpoint", "rationalize", "keep", "prompt_sha256")
+    old, new = ({n: t.get(n) for n in names} | t.get("params", {}) for t in (before, now))
+    changed = [n for n in old | new if old.get(n) != new.get(n)]
+    shown = (f"{n} {old.get(n, 'unset')}, not {new.get(n, 'unset')}" for n in changed)
+    return "; ".join(shown) or f"another input in row {name!r}"

@@ -1,32 +1,20 @@
 """A prompt file: the few-shot exemplars of one task, how a question is put, and how an answer is read.
 
-One JSON object (data/prompts/ has five):
-
-    exemplars      [{"input", "rationale", "label"}]
-    question       template of a question:  "Q: {input}{hint}\\nA:"
-    answer         template of an answer:   " {rationale} So the answer is {label}."
-    answer_marker  what stands between rationale and label, a text or a list of texts, in any case of letters
-    label_type     "choice" (one of the lines "(a) park" of the input), "class" (one of `labels`), "equation", "text"
-    labels         the labels of "class"
-    stop           texts that begin an invented next question; asked for as `stop`, and cut off here in any case
-and, where needed,
-    instruction    said first: the system message of a chat, the first lines of a completion
-    hint           template that stands for {hint} under --rationalize:  "\\n(The answer is {label}.)"
-    separator      between exemplars of a completion; a blank line if not given
-    input_parts    names for the parts of an input that `input_separator` divides, for use in `question`
+data/prompts/ has five; data/README.md describes them and says how to write one.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from data.answers import CHOICES, cut, pick, read_label, same_label
+from data.answers import CHOICES, pick, read_answer, read_label, same_label
 
 # Tokens that end a turn, which a server whose chat template is not the model's lets through as text (llama.cpp with a
 # base model: all of 8 replies). What follows is an invented next turn.
-ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<end_of_turn>", "</s>")
+ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<|endoftext|>", "<end_of_turn>", "</s>")
 LABEL_TYPES = ("choice", "class", "equation", "text")
 
 
@@ -36,40 +24,42 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher's text holds: rationale and label, or else the kind of problem and a word on it."""
+    """What a teacher's text holds: rationale and label, or else the kind of error and a word on it."""
 
     rationale: str | None = None
     label: str | None = None
-    problem: str | None = None  # "empty" | "truncated" | "unparsed" | "label_invalid"
+    error: str | None = None  # "empty" | "truncated" | "unparsed" | "label_invalid", or why there was no reply
     detail: str = ""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    exemplars: list
-    question: str
-    answer: str
-    answer_marker: str | list
-    label_type: str
-    labels: list = ()
-    stop: list = ()
-    instruction: str = ""
-    hint: str = ""
-    separator: str = "\n\n"
-    input_parts: list = ()
-    input_separator: str = "</s>"
+    exemplars: list  # [{"input", "rationale", "label"}]
+    question: str  # template:  "Q: {input}{hint}\nA:"
+    answer: str  # template:  " {rationale} So the answer is {label}."
+    answer_marker: list[str]  # between rationale and label, in any case of letters, the best first; or a single text
+    label_type: str  # "choice" (one of the lines "(a) park" of the input), "class", "equation", "text"
+    labels: list[str] = ()  # of "class"
+    stop: list[str] = ()  # what begins an invented next question; asked for as `stop`, and cut off here in any case
+    instruction: str = ""  # said before the first exemplar
+    hint: str = ""  # template that stands for {hint} under --rationalize:  "\n(The answer is {label}.)"
+    separator: str = "\n\n"  # between the exemplars of a completion
+    input_parts: list[str] = ()  # names, for use in `question`, of the parts of an input
+    input_separator: str = "</s>"  # that this divides
     sha256: str = field(default="", kw_only=True)  # of the file
 
-    # ---- Putting the question ----------------------------------------------------------------------------------------
+    def chat(self, input: str, gold: str | None = None) -> list[dict]:
+        """The messages of a chat. With a `gold` label every question carries the hint (--rationalize).
 
-    def chat(self, input, gold=None):
-        """The messages of a chat. With a `gold` label every question carries the hint (--rationalize)."""
-        messages = [{"role": "system", "content": self.instruction}] if self.instruction else []
-        for asked, reply in self.shots[gold is not None]:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": reply.strip()}]
-        return [*messages, {"role": "user", "content": self.ask(input, gold)}]
+        The instruction is in the first user turn: some chat templates (Gemma's) refuse a system message.
+        """
+        turns = [*self.shots[gold is not None], (self.ask(input, gold), None)]
+        if self.instruction:
+            turns[0] = f"{self.instruction}\n\n{turns[0][0]}", turns[0][1]
+        texts = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
+        return [{"role": role, "content": text.strip() if role == "assistant" else text} for role, text in texts[:-1]]
 
-    def completion(self, input, gold=None):
+    def completion(self, input: str, gold: str | None = None) -> str:
         """The text of a completion, which the teacher goes on from."""
         head = [self.instruction] if self.instruction else []
         shots = [asked + reply for asked, reply in self.shots[gold is not None]]
@@ -84,12 +74,15 @@ class Prompt:
         ]
 
     def ask(self, input, gold=None):
+        """The question for one input. Raises ValueError for an input that does not fit."""
         parts = input.split(self.input_separator) if self.input_parts else []
         if len(parts) != len(self.input_parts):
             raise ValueError(
                 f"the prompt wants {len(self.input_parts)} parts ({', '.join(self.input_parts)}) joined by "
                 f"{self.input_separator!r}, the input has {len(parts)}"
             )
+        if self.label_type == "choice" and not CHOICES.search(input):
+            raise ValueError('the prompt wants choices, the input has no lines like "(a) park"')
         named = {name: part.strip() for name, part in zip(self.input_parts, parts)}
         hint = fill(self.hint, label=self.show(gold, input)) if gold is not None else ""
         return fill(self.question, input=input.strip(), hint=hint, **named)
@@ -104,37 +97,32 @@ class Prompt:
         chosen = pick(label, choices)
         return next((f"({letter}) {text}" for letter, text in choices if text == chosen), label)
 
-    # ---- Reading the answer ------------------------------------------------------------------------------------------
-
-    def parse(self, text, input, cut_short=False):
+    def parse(self, text: str, input: str, cut_short: bool = False) -> Answer:
         """A teacher's text -> Answer. `cut_short`: it ended at the token limit, so what stands last may be torn."""
         if not text.strip():
-            return Answer(problem="empty", detail="the reply has no text")
+            return Answer(error="empty", detail="the reply has no text")
         ends = [*self.stop, *ENDS]
-        rationale, rest = cut(text, ends, self.marker)
+        rationale, label, rest = read_answer(
+            text, ends, self.answer_marker, lambda rest: self.read(rest, input), lambda a, b: self.same(a, b, input)
+        )
         if cut_short and not any(end in text for end in ends) and "\n" not in (rest or "").lstrip():
-            return Answer(problem="truncated", detail="the reply ended at the token limit, before a whole answer")
+            return Answer(error="truncated", detail="the reply ended at the token limit, before a whole answer")
         if rest is None:
-            return Answer(problem="unparsed", detail=f"the reply does not say {self.markers[0]!r}")
-        label = read_label(rest, self.label_type, self.labels, input)
+            return Answer(error="unparsed", detail=f"the reply does not say {self.answer_marker[0]!r}")
         if label is None:
-            return Answer(rationale, problem="label_invalid", detail=f"no {self.label_type} in {rest.strip()[:80]!r}")
+            what = "two answers" if self.read(rest, input) else f"no {self.label_type} in {rest.strip()[:80]!r}"
+            return Answer(rationale, error="label_invalid", detail=what)
         if rationale is None:
-            return Answer(label=label, problem="unparsed", detail=f"no rationale before {self.markers[0]!r}")
+            return Answer(label=label, error="unparsed", detail=f"no rationale before {self.answer_marker[0]!r}")
         return Answer(rationale, label)
 
-    def same(self, a, b, input):
+    def read(self, text: str, input: str) -> str | None:
+        """The label in the text behind a marker."""
+        return read_label(text, self.label_type, self.labels, input)
+
+    def same(self, a: str, b: str, input: str) -> bool:
         """Whether two labels are the same one."""
         return same_label(a, b, self.label_type, input)
-
-    @property
-    def markers(self):
-        return [self.answer_marker] if isinstance(self.answer_marker, str) else list(self.answer_marker)
-
-    @property
-    def marker(self):
-        """A regular expression for `cut`."""
-        return "(?i)" + "|".join(map(re.escape, self.markers))
 
 
 def fill(template, **values):
@@ -142,61 +130,52 @@ def fill(template, **values):
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
-def load_prompt(path):
-    """The Prompt of a file. Raises PromptError, in one line, for one that cannot work; OSError if it cannot be read.
-
-    Every exemplar's answer must parse back to its own rationale and label, so that a marker or template that does not
-    fit is found before anything is paid for.
-    """
+def load_prompt(path: str) -> Prompt:
+    """The Prompt of a file. Raises PromptError, in one line, for one that cannot work; OSError if it cannot be read."""
     with open(path, "rb") as file:
         content = file.read()
     try:
         values = json.loads(content)
-    except ValueError as problem:
-        raise PromptError(f"{path}: not JSON ({problem})") from None
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{path}: not JSON ({error})") from None
     try:
         check_values(values)
         prompt = Prompt(**values, sha256=hashlib.sha256(content).hexdigest())
         check_prompt(prompt)
-    except ValueError as problem:
-        raise PromptError(f"{path}: {problem}") from None
+    except ValueError as error:
+        raise PromptError(f"{path}: {error}") from None
     return prompt
 
 
 def check_values(values):
     """Raise ValueError unless the keys are those of a prompt file and each has its type."""
+
+    def texts(value):
+        return isinstance(value, list | tuple) and all(isinstance(text, str) and text.strip() for text in value)
+
     if not isinstance(values, dict):
         raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
-    texts = {"question", "answer", "label_type", "instruction", "hint", "separator", "input_separator"}
-    lists = {"labels", "stop", "input_parts"}
-    known = texts | lists | {"exemplars", "answer_marker"}
-    for name in sorted(values.keys() - known):
+    known = {f.name: f for f in dataclasses.fields(Prompt) if f.name != "sha256"}
+    for name in sorted(values.keys() - known.keys()):
         raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(known))}')
-    for name in ("exemplars", "question", "answer", "answer_marker", "label_type"):
-        if name not in values:
-            raise ValueError(f'"{name}" is missing')
-    marker = values["answer_marker"]
-    for name, value in [(n, values[n]) for n in sorted(values.keys() & texts)]:
-        if not isinstance(value, str):
+    for name in (name for name, of in known.items() if of.default is dataclasses.MISSING and name not in values):
+        raise ValueError(f'"{name}" is missing')
+    if isinstance(values["answer_marker"], str):
+        values["answer_marker"] = [values["answer_marker"]]
+    for name, value in values.items():
+        if known[name].type is str and not isinstance(value, str):
             raise ValueError(f'"{name}" must be a text, got {value!r}')
-    for name, value in [(n, values[n]) for n in sorted(values.keys() & lists)] + [("answer_marker", marker)]:
-        if name == "answer_marker" and isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        if known[name].type == list[str] and not (texts(value) and (value or name != "answer_marker")):
             raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
-    if not marker:
-        raise ValueError('"answer_marker" must not be empty')
-    if not isinstance(values["exemplars"], list):
-        raise ValueError('"exemplars" must be a list')
-    for number, e in enumerate(values["exemplars"], 1):
-        if not isinstance(e, dict) or e.keys() != {"input", "rationale", "label"}:
-            raise ValueError(f"exemplar {number} must have input, rationale and label, and nothing else")
-        if not all(isinstance(text, str) and text.strip() for text in e.values()):
-            raise ValueError(f"exemplar {number}: input, rationale and label must be texts that are not blank")
+    keys = {"input", "rationale", "label"}
+    for number, e in enumerate(values["exemplars"] if isinstance(values["exemplars"], list) else [None], 1):
+        if not (isinstance(e, dict) and e.keys() == keys and texts([*e.values()])):
+            raise ValueError(f"exemplar {number} must have input, rationale and label, texts that are not blank")
 
 
 def check_prompt(prompt):
-    """Raise ValueError unless the templates, the marker and the exemplars fit together."""
+    """Raise ValueError unless each template has its places and no others, and every exemplar reads back as its own
+    rationale and label: a marker that does not fit is found before anything is paid for."""
     if prompt.label_type not in LABEL_TYPES:
         raise ValueError(f'"label_type" must be one of {", ".join(LABEL_TYPES)}, got {prompt.label_type!r}')
     if (prompt.label_type == "class") != bool(prompt.labels):
@@ -213,8 +192,8 @@ def check_prompt(prompt):
     for number, e in enumerate(prompt.exemplars, 1):
         try:
             prompt.ask(e["input"])
-        except ValueError as problem:
-            raise ValueError(f"exemplar {number}: {problem}") from None
+        except ValueError as error:
+            raise ValueError(f"exemplar {number}: {error}") from None
         read = prompt.parse(prompt.reply(e), e["input"])
         if (read.rationale, read.label) != (e["rationale"], e["label"]):
             seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"

@@ -26,9 +26,11 @@ class ExtractConfig:
     prompt: str = ""  # prompt file, such as data/prompts/svamp.json
     errors: str = ""  # where rows without a usable answer are written; none: OUTPUT.errors.jsonl
     limit: int = 0  # only the first N rows of the input; 0: all
+    sample: int = 0  # only N rows of the input, drawn at random by --seed; a larger N adds to them; 0: all
     id_field: str = "id"  # the input's name for the id
     input_field: str = "input"  # the input's name for the question
     label_field: str = "label"  # the input's name for the gold label
+    replace: bool = False  # ask also about rows that have a rationale, which are otherwise kept as they are
     overwrite: bool = False  # begin anew: delete the output and the errors file first
     retry_failed: bool = False  # ask the rows of the errors file again
     dry_run: bool = False  # print one request, the rows, tokens and cost; send and write nothing
@@ -37,6 +39,7 @@ class ExtractConfig:
     model: str = ""  # the teacher's name, as the server knows it
     endpoint: Literal["chat", "completions"] = "chat"  # chat, or plain text to go on from (for base models)
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset: no key is sent
+    header: list[str] = ()  # more headers, each as 'NAME: VALUE'; a $VARIABLE in VALUE is taken from the environment
     extra_body: str = ""  # more parameters for every request, a JSON object
     # sampling
     temperature: float = 0.0  # 0: the likeliest text
@@ -47,38 +50,48 @@ class ExtractConfig:
     seed: int | None = None  # sent with every request, plus the number of the sample
     n: int = 1  # answers to each question, asked one by one; the majority's label is taken, ties go to the first
     # choice
-    keep: Literal["all", "correct"] = "all"  # all (the paper), or only rows whose label is the gold one
+    keep: Literal["all", "correct", "samples"] = "all"  # all (the paper), only right ones, all samples' rationales
     rationalize: bool = False  # show the teacher the gold label and ask for the reasons
     reasoning: Literal["drop", "keep"] = "drop"  # a reasoning model's thoughts: not in the rationale, or before it
     # limits
     concurrency: int = 8  # requests in flight at most
     max_retries: int = 5  # further attempts after one that failed for the moment
     timeout: float = 600.0  # seconds for a whole reply
+    patience: float = 600.0  # seconds to wait for a teacher that is gone, or that only says 429
     rpm: int = 0  # requests a minute at most; 0: no limit
     max_consecutive_failures: int = 20  # abort after so many rows in a row without a usable answer; 0: never
     price_in: float = 0.0  # $ per million prompt tokens
     price_out: float = 0.0  # $ per million tokens written
+    # batch files
+    batch_requests: str = ""  # send nothing; write the requests to this file, in the form of OpenAI's batch API
+    batch_rows: int = 50000  # requests in a file at most; more go to F-2.jsonl, F-3.jsonl, ...
+    batch_replies: list[str] = ()  # send nothing; read the answers from these files
 
     def check(self):
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         for name in ("input", "output", "prompt", "model"):
             require(getattr(self, name), name, "given", self)
-        for name in ("max_tokens", "n", "concurrency"):
+        for name in ("max_tokens", "n", "concurrency", "batch_rows"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("limit", "max_retries", "rpm", "max_consecutive_failures", "price_in", "price_out"):
+        for name in ("limit", "sample", "max_retries", "rpm", "max_consecutive_failures", "price_in", "price_out"):
             require(getattr(self, name) >= 0, name, "0 or more", self)
         require(0 <= self.temperature <= 2, "temperature", "from 0 to 2", self)
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0 and at most 1", self)
         require(0 < self.timeout < 1e6, "timeout", "more than 0", self)
+        require(0 <= self.patience < 1e6, "patience", "0 or more", self)
         require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
+        require(self.n > 1 or self.keep != "samples", "keep", "another without --n, which gives several samples", self)
         require(not (self.overwrite and self.retry_failed), "retry_failed", "given without --overwrite", self)
-        paths = [os.path.realpath(p) for p in (self.input, self.output, self.errors_path, self.prompt)]
-        require(len(set(paths)) == 4, "output", "another file than --input, --errors and --prompt", self)
-        folder = os.path.dirname(self.output) or "."
-        require(os.path.isdir(folder), "output", "in a directory that exists", self)
-        extra = self.extra  # raises for what is not a JSON object
+        both = self.batch_requests and self.batch_replies
+        require(not both, "batch_replies", "given without --batch-requests", self)
+        regular = os.path.isfile(self.input) or not os.path.exists(self.input)
+        require(regular, "input", "a regular file, for it is read twice", self)
+        paths = [self.input, self.prompt, self.output, self.errors_path, self.batch_requests, *self.batch_replies]
+        paths = [os.path.realpath(path) for path in paths if path]
+        require(len(set(paths)) == len(paths), "output", "another file than --input, --errors, --prompt, ...", self)
+        require(os.path.isdir(os.path.dirname(self.output) or "."), "output", "in a directory that exists", self)
         for name in ("model", "messages", "prompt", "n", "stream"):
-            require(name not in extra, "extra_body", f'without "{name}"', self)
+            require(name not in self.extra, "extra_body", f'without "{name}"', self)
 
     def params(self, stop):
         """The parameters of every request, besides the model and the question. stop: the prompt file's texts."""
@@ -92,9 +105,10 @@ class ExtractConfig:
 
     @property
     def extra(self):
+        """--extra-body as a dict. Raises ValueError for what is not a JSON object."""
         try:
             extra = json.loads(self.extra_body or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             extra = None
         require(isinstance(extra, dict), "extra_body", "a JSON object", self)
         return extra

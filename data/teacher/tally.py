@@ -1,4 +1,4 @@
-"""What extract.py says: the header, the progress bar, the summary, and the counts behind them."""
+"""What extract.py prints: the header, the progress bar, the summary and the estimate of a dry run."""
 
 import sys
 import time
@@ -7,113 +7,102 @@ from collections import Counter
 from tqdm import tqdm
 
 
-class Tally:
-    """Counts of one start, and how often the teacher was right in the whole output."""
+def print_line(line: str):
+    """A line on stderr, above a progress bar; nothing that a server sent may control the terminal."""
+    tqdm.write("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
 
-    def __init__(self, price_in, price_out):
-        self.price_in, self.price_out = price_in, price_out  # $ per million tokens
-        self.kept, self.retries, self.start = 0, 0, time.monotonic()
-        self.kinds, self.tokens = Counter(), Counter()  # of errors; prompt, completion, cached
-        self.warned = set()
-        self.right = Counter()  # of answered rows with a gold label: True, False
 
-    def add(self, kind, usage, retries, correct):
-        """One row: its kind of error or None, its tokens, and whether its label is the gold one (None: unknown)."""
-        if kind is None:
-            self.kept += 1
-        else:
-            self.kinds[kind] += 1
-        self.tokens.update(usage)
-        self.retries += retries
-        self.right[correct] += 1
+def warn(run, what: str, line: str):
+    """Print a warning, once for each `what`."""
+    if what not in run.warned:
+        run.warned.add(what)
+        print_line(f"warning: {line}")
 
-    def warn(self, what, line):
-        """Say it, once for each `what`. Any thread may."""
-        if what not in self.warned:
-            self.warned.add(what)
-            tqdm.write(f"warning: {line}", file=sys.stderr)
 
-    @property
-    def failed(self):
-        return self.kinds.total() - self.kinds["incorrect"]
+def counts(run):
+    """(seconds since the start, dollars spent) of this start."""
+    dollars = run.spent["prompt"] * run.config.price_in + run.spent["completion"] * run.config.price_out
+    return max(time.monotonic() - run.start, 1e-3), dollars / 1e6
 
-    @property
-    def dollars(self):
-        return (self.tokens["prompt"] * self.price_in + self.tokens["completion"] * self.price_out) / 1e6
 
-    def bar(self):
-        """For the progress bar, short."""
-        unparsed = self.kinds["unparsed"] + self.kinds["label_invalid"]
-        parts = [f"{self.kept:,} ok", f"{unparsed:,} unparsed", f"{self.failed - unparsed:,} failed"]
-        parts += [f"{self.retries:,} retries", f"{self.tokens['completion'] / self.seconds:,.0f} tok/s"]
-        return ", ".join(parts + [f"${self.dollars:,.2f}"] * bool(self.dollars))
-
-    @property
-    def seconds(self):
-        return max(time.monotonic() - self.start, 1e-3)
-
-    def summary(self):
-        """Lines for the end: rows, accuracy, tokens and cost."""
-        minutes, seconds = divmod(round(self.seconds), 60)
-        asked = self.kept + self.kinds.total()
-        line = f"asked {asked:,} rows in {minutes}m{seconds:02}s: {self.kept:,} ok"
-        line += f", {self.kinds['incorrect']:,} not right and left out" if self.kinds["incorrect"] else ""
-        line += f", {self.failed:,} failed" + (f" ({listed(self.kinds)})" if self.failed else "")
-        yield line + f"; {self.retries:,} retries"
-        gold = self.right[True] + self.right[False]
-        if gold:
-            share = self.right[True] / gold
-            yield f"teacher right on {self.right[True]:,} of {gold:,} answered rows with a gold label ({share:.1%})"
-        if self.tokens.total():
-            cached = f" ({self.tokens['cached']:,} of them cached)" if self.tokens["cached"] else ""
-            cost = f"; ${self.dollars:,.2f}" if self.price_in or self.price_out else ""
-            yield f"tokens: {self.tokens['prompt']:,} in{cached}, {self.tokens['completion']:,} out{cost}"
+def bar_text(run) -> str:
+    (seconds, dollars), ok = counts(run), run.kinds[None]
+    parts = [f"{ok:,} ok", f"{run.kinds.total() - ok:,} left out", f"{run.spent['retries']:,} retries"]
+    if run.pace.refused and run.pace.interval > 0.01:
+        parts.append(f"{60 / run.pace.interval:,.0f}/min")
+    parts.append(f"{run.spent['completion'] / seconds:,.0f} tok/s")
+    return ", ".join(parts + [f"${dollars:,.2f}"] * bool(dollars))
 
 
 def listed(kinds):
     """`truncated 5, unparsed 2` of a Counter of kinds of error."""
-    return ", ".join(f"{kind} {n:,}" for kind, n in sorted(kinds.items()) if n)
+    return ", ".join(f"{kind} {n:,}" for kind, n in sorted((kind, n) for kind, n in kinds.items() if kind and n))
 
 
-def say(line):
-    print(line, file=sys.stderr)
-
-
-def say_header(run):
-    config = run.config
-    key = "" if "Authorization" in run.address.headers else f"; no key (${config.api_key_env} is not set)"
-    say(f"teacher: {run.address.url}, {config.endpoint}, {config.model}{key}")
-    say(f"prompt:  {config.prompt} (sha256 {run.prompt.sha256[:12]}), {len(run.prompt.exemplars)} exemplars")
+def print_header(run):
+    config, teacher = run.config, run.teacher
+    key = "" if "Authorization" in teacher.headers or config.header else f"; no key (${config.api_key_env} is not set)"
+    proxy = f", through the proxy {teacher.proxy[0]}:{teacher.proxy[1]}" if teacher.proxy else ""
+    where = (
+        ", ".join(config.batch_replies) or f"{teacher.url or 'a batch'}, {config.endpoint}, {config.model}{key}{proxy}"
+    )
+    print_line(f"teacher: {where}")
+    print_line(f"prompt:  {config.prompt} (sha256 {run.prompt.sha256[:12]}), {len(run.prompt.exemplars)} exemplars")
+    kept = f", {run.kept:,} of them with a rationale, which is kept" if run.kept else ""
     resumed = f", {run.resumed:,} of them done or failed before" if run.resumed else ""
-    say(f"rows:    {len(run.ids):,} in {config.input}{resumed}")
-    if others := len(run.done - run.ids.keys()):
-        say(f"         {others:,} more in {config.output} that are not in this input stay there")
+    print_line(f"rows:    {len(run.ids):,} in {config.input}{kept}{resumed}")
+    if others := len(run.state.done - run.ids.keys()):
+        print_line(f"         {others:,} more in {config.output} that are not in this input stay there")
 
 
-def say_summary(run):
-    """Say what came of it. Returns how many rows of the input failed, in this start or before."""
-    config, kinds = run.config, Counter(run.failed[name] for name in run.ids if name in run.failed)
-    left_out = kinds.pop("incorrect", 0)
+def print_summary(run) -> tuple[int, str]:
+    """Say what came of it. Returns the exit status, and the reason if the run ended early."""
+    config, state, spent, (seconds, dollars) = run.config, run.state, run.spent, counts(run)
+    kinds = Counter(state.failed[name] for name in run.ids if name in state.failed)
+    done, asked = sum(name in state.done for name in run.ids), run.kinds.total()
+    unasked = len(run.ids) - done - kinds.total()
     if run.resumed == len(run.ids):
-        say("nothing left to ask")
-    for line in run.tally.summary() if run.resumed < len(run.ids) else ():
-        say(line)
-    say(f"{config.output}: {sum(name in run.done for name in run.ids):,} of {len(run.ids):,} rows")
-    if kinds or left_out:
-        listing = ", ".join(filter(None, [listed(kinds), f"left out as not right {left_out:,}" if left_out else ""]))
-        say(f"{config.errors_path}: {listing}" + ("; --retry-failed asks failed rows again" if kinds else ""))
-    if run.done:
-        say(f"next: python train.py --data {config.output}")
-    return kinds.total()
+        print_line("nothing left to ask")
+    if asked:
+        which = f" ({listed(run.kinds)})" if asked > run.kinds[None] else ""
+        now = f"{run.kinds[None]:,} ok, {asked - run.kinds[None]:,} left out{which}; {spent['retries']:,} retries"
+        print_line(f"asked {asked:,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {now}")
+        if gold := state.right[True] + state.right[False]:
+            share = f"({state.right[True] / gold:.1%})"
+            print_line(f"teacher right on {state.right[True]:,} of {gold:,} answered rows with a gold label {share}")
+        if run.pace.refused:
+            rate = 60 * (asked + spent["retries"]) / seconds
+            print_line(f"pace: {rate:,.0f} requests a minute got through; {run.pace.refused:,} came too early (429)")
+        cached = f" ({spent['cached']:,} of them cached)" if spent["cached"] else ""
+        cost = f"; ${dollars:,.2f}" if config.price_in or config.price_out else ""
+        print_line(f"tokens: {spent['prompt']:,} in{cached}, {spent['completion']:,} out{cost}")
+    print_line(f"{config.output}: {done:,} of {len(run.ids):,} rows")
+    failed = kinds.total() - kinds["incorrect"]  # a row that --keep correct leaves out has not failed
+    if kinds:
+        again = "; --retry-failed asks again" if failed else ""
+        print_line(f"{config.errors_path}: {listed(kinds)}{again}")
+    if run.aborted:
+        return 3, f"aborted: {run.aborted}. What was finished is kept; the same command goes on"
+    if run.interrupted:
+        return 130, "interrupted; what was finished is kept, the same command goes on"
+    if unasked and not run.replies:
+        return 3, f"{unasked:,} rows were not asked: did {config.input} change meanwhile?"
+    if unasked:
+        print_line(f"{unasked:,} rows have no reply yet; --batch-requests writes what is to be asked")
+    errors = f" {config.errors_path}  (its rows train the label task, by their gold labels)" if kinds else ""
+    print_line(f"next: python train.py --data {config.output}{errors}")
+    return 1 if failed or unasked else 0, ""
 
 
-def say_estimate(run, rows, characters):
+def print_estimate(run, rows, characters):
     """Print what asking may cost, on stdout: it is what a dry run is for."""
-    config, requests = run.config, rows * run.config.n
+    config, requests, kept = run.config, rows * run.config.n, len(run.ids) - rows
     replies = [len(run.prompt.reply(e)) / 3 for e in run.prompt.exemplars] or [config.max_tokens]
     usual = round(requests * min(sum(replies) / len(replies), config.max_tokens))
     sent, most = characters * config.n // 3, requests * config.max_tokens
-    print(f"rows: {rows:,}; requests: {requests:,}")
+    print(
+        f"rows: {rows:,}; requests: {requests:,}" + (f"; {kept:,} rows have a rationale and are kept" if kept else "")
+    )
     print(f"tokens, at 3 characters each (English prose has 4 to 5): {sent:,} in;")
     print(f"        {usual:,} out if answers are as long as the exemplars', at most {most:,}")
     if config.price_in or config.price_out:
