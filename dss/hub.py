@@ -170,7 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         line = str(directory := locate(args.model))
         if args.check:
             model, tokenizer = load_t5(directory), T5Tokenizer(directory)
-            [ids] = generate(model, [tokenizer.encode(QUESTION)], 32)
+            if max(question := tokenizer.encode(QUESTION)) >= model.config.vocab_size:
+                raise ValueError(f"{directory}: the tokenizer has more ids than the model embeds")
+            [ids] = generate(model, [question], 32)
             line += f": {model.num_parameters():,} parameters; {QUESTION!r} -> {tokenizer.decode(ids)!r}"
     except (OSError, ValueError) as problem:
         return arguments.fail("dss.hub", 2, problem)
