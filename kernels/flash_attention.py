@@ -189,10 +189,10 @@ class Call:
 
     def __init__(self, q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest):
         self.q, self.tensors, self.longest = q, (q, k, v, q if diag is None else diag), longest
-        self.B, (self.Tq, self.H, D) = len(cu_seqlens_q) - 1, q.shape
+        self.B, (self.Tq, self.H, D) = cu_seqlens_q.shape[0] - 1, q.shape
         self.where = (cu_seqlens_q, cu_seqlens_k, q if seed is None else seed)
         reach = 0 if diag is None else diag.shape[1] // 2 - MARGIN.value
-        strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1)]
+        strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]  # of tokens and heads
         self.numbers = (self.Tq, self.H, *strides, reach, threshold)
         self.flags = dict(CAUSAL=causal, BIAS=diag is not None, DROPOUT=threshold > 0, D=D)
         self.flags |= dict(WIDEN=INTERPRETED, PRECISION="ieee")
@@ -200,15 +200,21 @@ class Call:
 
     def tile(self, name):
         """(BM, BN, num_warps, num_stages)"""
-        return self.tiles[name, self.q.element_size()][max(self.q.shape[2], 32)]
+        size, causal = self.q.element_size(), " causal" * self.flags["CAUSAL"]
+        row = self.tiles.get((name + causal, size)) or self.tiles[name, size]
+        return row[max(self.q.shape[2], 32)]
 
     def launch(self, kernel, name, side, *tensors, **flags):
         """Run a kernel with a program for each tile of side 0 (queries) or 1 (keys), and head."""
         BM, BN, warps, stages = self.tile(name)
         tiles = -(-self.longest[side] // (BN if side else BM))
         options = dict(self.flags, **flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        if name == "forward" and warps == 4 and not (self.flags["CAUSAL"] or self.flags["DROPOUT"]):
-            options["maxnreg"] = 168  # three blocks an SM; the others would spill
+        if (
+            name == "forward"
+            and warps == 4
+            and not (self.flags["CAUSAL"] or self.flags["DROPOUT"] or options["D"] > 64)
+        ):
+            options["maxnreg"] = 168  # three blocks on a multiprocessor; others would spill
         launch(kernel, (self.B * tiles, self.H), *self.tensors, *tensors, *self.where, tiles, *self.numbers, **options)
 
     def forward(self):
@@ -223,11 +229,10 @@ class Call:
         """dq, stats (H, Tq, 2), and d table (num_buckets, H) or, for num_buckets = 0, None."""
         dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=o.device)
         buckets = next_power_of_2(num_buckets) if num_buckets else 1
-        name = "dq causal" if self.flags["CAUSAL"] else "dq"
-        slots = self.Tq // self.tile(name)[0] + self.B if num_buckets else 1
+        slots = self.Tq // self.tile("dq")[0] + self.B if num_buckets else 1
         partial = torch.zeros(slots, self.H, buckets, device=o.device)
         tensors = (self.where[0] if lut is None else lut, o, do, dq, lse, stats, partial)
-        self.launch(attention_dq_kernel, name, 0, *tensors, BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
+        self.launch(attention_dq_kernel, "dq", 0, *tensors, BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
         return dq, stats, partial.sum(0).T[:num_buckets] if num_buckets else None
 
     def dkdv(self, stats, do):

@@ -107,18 +107,14 @@ def check_matrices(hidden: Tensor, weight: Tensor) -> None:
 def cross_entropy_row_kernel(
     logits_ptr,
     gradient_ptr,  # may be logits_ptr: a thread writes what it has read
-    labels_ptr,
-    weights_ptr,
+    labels_ptr, weights_ptr,
     losses_ptr,  # weighted
     nll_ptr,  # unweighted
-    V,
-    logits_stride,
-    gradient_stride,
+    V, logits_stride, gradient_stride,
     HAS_GRADIENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK: the row is read once
-    BLOCK: tl.constexpr,
-    IGNORED: tl.constexpr,
-):
+    BLOCK: tl.constexpr, IGNORED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     weight = tl.load(weights_ptr + row)
