@@ -39,9 +39,7 @@ class ExtractConfig:
     model: str = ""  # the teacher's name, as the server knows it
     endpoint: Literal["chat", "completions"] = "chat"  # chat, or plain text to go on from (for base models)
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset: no key is sent
-    header: tuple[
-        str, ...
-    ] = ()  # more headers, each as 'NAME: VALUE'; a $VARIABLE in VALUE is taken from the environment
+    header: tuple[str, ...] = ()  # more headers, each 'NAME: VALUE'; a $VARIABLE in VALUE is the environment's
     extra_body: str = ""  # more parameters for every request, a JSON object
     # sampling
     temperature: float = 0.0  # 0: the likeliest text
