@@ -27,7 +27,7 @@ def dropout_reference(x, p, seed=None):
 
 def dropout_mask(shape, p, seed, device):
     """A tensor of 0 (with probability p) and 1 / (1 - p), determined by `seed`."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)  # meta: shapes alone
     return torch.empty(shape, device=device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
