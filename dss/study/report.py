@@ -32,12 +32,11 @@ LOOKS = {  # colour (Okabe and Ito's, told apart by colour-blind readers too), m
 }
 
 
-def write_report(out, cells, rows):
-    """Write the report of finished runs into `out`; returns it. cells: {name: TrainConfig}; rows: {name: Rows}."""
+def write_report(out, cells, compared):
+    """Write the report of finished runs into `out`; returns it. cells, compared: a TrainConfig and levels a run."""
     runs = [read_run(name, cell, method) for name, cell in cells.items() for method in cell.method]
     groups = summarise(runs)
-    lines = {"teacher": mean(teacher_accuracy(rows[name]) for name in cells)}
-    lines["commonest label"] = mean(commonest_accuracy(rows[name]) for name in cells)
+    lines = {level: mean(compared[name][level] for name in cells) for level in ("teacher", "commonest label")}
     pictures, why_not = draw(out, groups, lines)
     about = dict(
         date=time.strftime("%Y-%m-%d"), machine=machine(), command="python -m dss.study " + shlex.join(sys.argv[1:])
@@ -101,6 +100,11 @@ def interval(differences, seed=0):
         means = np.where(drawn == s, (counts[..., 2] - counts[..., 0]) / len(d), means)
     low, high = np.percentile(means.mean(1), [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def levels(rows):
+    """What the students of these rows are compared with."""
+    return {"teacher": teacher_accuracy(rows), "commonest label": commonest_accuracy(rows)}
 
 
 def teacher_accuracy(rows):
