@@ -29,7 +29,7 @@ def dropout_reference(x, p, seed=None):
 
 def dropout_mask(shape, p, seed, device):
     """A tensor of 0 (with probability p) and 1 / (1 - p), determined by `seed`."""
-    generator = torch.Generator(device).manual_seed(int(seed))
+    generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(int(seed))  # meta: shapes alone
     return torch.empty(shape, device=device).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
