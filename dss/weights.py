@@ -31,10 +31,11 @@ EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_toke
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # T5 1.0 has it, nothing reads it
 
 
-def load_t5(path_or_hub_id, dropout_rate=None):
+def load_t5(path_or_hub_id, dropout_rate=None, mapped=False):
     """The T5 in a directory or on the hub (downloaded once, see dss/hub.py), in fp32 on the CPU and in eval mode.
 
-    dropout_rate replaces the checkpoint's own. Raises OSError if something is missing or cannot be reached, ValueError
+    dropout_rate replaces the checkpoint's own. mapped: the weights stay in their files, in the files' dtype, and cost
+    memory only where they are read. Raises OSError if something is missing or cannot be reached, ValueError
     if it is damaged or not a T5 that this code computes; both name the file.
     """
     directory = locate(path_or_hub_id)
@@ -55,6 +56,9 @@ def load_t5(path_or_hub_id, dropout_rate=None):
 
     with torch.device("meta"):
         model = T5(config)
+    if mapped:
+        model.load_state_dict({n: tensors[checkpoint_name(n, model)] for n, _ in model.named_parameters()}, assign=True)
+        return model.eval()
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
