@@ -39,7 +39,7 @@ class ExtractConfig:
     model: str = ""  # the teacher's name, as the server knows it
     endpoint: Literal["chat", "completions"] = "chat"  # chat, or plain text to go on from (for base models)
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset: no key is sent
-    header: list[str] = ()  # more headers, each as 'NAME: VALUE'; a $VARIABLE in VALUE is taken from the environment
+    header: tuple[str, ...] = ()  # more headers, each as 'NAME: VALUE'; a $VARIABLE in VALUE is taken from the environment
     extra_body: str = ""  # more parameters for every request, a JSON object
     # sampling
     temperature: float = 0.0  # 0: the likeliest text
@@ -65,7 +65,7 @@ class ExtractConfig:
     # batch files
     batch_requests: str = ""  # send nothing; write the requests to this file, in the form of OpenAI's batch API
     batch_rows: int = 50000  # requests in a file at most; more go to F-2.jsonl, F-3.jsonl, ...
-    batch_replies: list[str] = ()  # send nothing; read the answers from these files
+    batch_replies: tuple[str, ...] = ()  # send nothing; read the answers from these files
 
     def check(self):
         """Raise ValueError, naming the flag, for a value that makes no sense."""
