@@ -1,11 +1,11 @@
 """What extract.py can be told: `ExtractConfig`, from which its command line is made."""
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 from data.arguments import require
+from data.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class ExtractConfig:
         require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
         require(self.n > 1 or self.keep != "samples", "keep", "another without --n, which gives several samples", self)
         require(not (self.overwrite and self.retry_failed), "retry_failed", "given without --overwrite", self)
-        both = self.batch_requests and self.batch_replies
-        require(not both, "batch_replies", "given without --batch-requests", self)
+        require(
+            not (self.batch_requests and self.batch_replies), "batch_replies", "given without --batch-requests", self
+        )
         regular = os.path.isfile(self.input) or not os.path.exists(self.input)
         require(regular, "input", "a regular file, for it is read twice", self)
         paths = [self.input, self.prompt, self.output, self.errors_path, self.batch_requests, *self.batch_replies]
@@ -106,9 +107,6 @@ class ExtractConfig:
     @property
     def extra(self):
         """--extra-body as a dict. Raises ValueError for what is not a JSON object."""
-        try:
-            extra = json.loads(self.extra_body or "{}")
-        except (ValueError, RecursionError):
-            extra = None
+        extra = parse_json(self.extra_body or "{}", "--extra-body")
         require(isinstance(extra, dict), "extra_body", "a JSON object", self)
         return extra
