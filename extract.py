@@ -342,9 +342,9 @@ def check(run, record, body, samples):
     alike = [[t for t in usable if run.prompt.same(s.answer.label, t.answer.label, record.input)] for s in usable]
     winners = max(alike, key=len, default=[])  # the samples with the label that most have
     best = (winners or samples)[0]
-    answer, correct = best.answer, None
-    if record.label is not None and winners:
-        correct = run.prompt.same(answer.label, record.label, record.input)
+    answer = best.answer
+    judged = record.label is not None and winners
+    correct = run.prompt.same(answer.label, record.label, record.input) if judged else None
     usage = sum((s.usage for s in samples), Counter())
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
@@ -362,14 +362,15 @@ def check(run, record, body, samples):
     if winners and config.keep == "correct" and not correct:
         what = f"the label is {answer.label!r}, not the gold one, and --keep correct is given"
         answer = Answer(error="incorrect", detail=what)
-    other = {name: value for name, value in record.other.items() if name not in ("correct", "error")}
-    other |= {"correct": correct}
+    other = {name: value for name, value in record.other.items() if name != "error"} | {"correct": correct}
+    rationale, label = answer.rationale, answer.label
     if answer.error:
         other["error"] = {"kind": answer.error, "message": answer.detail, "raw": best.raw}
-        return replace(record, rationale=None, teacher_label=None, teacher=teacher, other=other), answer.error
-    several = list(dict.fromkeys(s.answer.rationale for s in winners))
-    rationale = several if config.keep == "samples" else answer.rationale
-    return replace(record, rationale=rationale, teacher_label=answer.label, teacher=teacher, other=other), None
+        rationale = label = None
+    elif config.keep == "samples":
+        rationale = list(dict.fromkeys(s.answer.rationale for s in winners))
+    row = replace(record, rationale=rationale, teacher_label=label, teacher=teacher, other=other)
+    return row, answer.error
 
 
 def ask_all(run, stop):

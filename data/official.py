@@ -17,7 +17,7 @@ usable answer behind it (two choices, an unknown x) leaves the rationale and no 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -62,13 +62,13 @@ FORMATS = {
 }
 
 
-def parse_output(output, form, text=""):
+def parse_output(output: str, form: Format, text: str = "") -> tuple[str | None, str | None]:
     """One raw output for the question `text` -> (rationale or None, teacher label or None)."""
     same = partial(same_label, label_type=form.label_type, input=text)
     return read_answer(output, [form.next_example], form.markers, form.answer, same)[:2]
 
 
-def import_split(path, outputs, form, teacher):
+def import_split(path: Path, outputs: list, form: Format, teacher: str) -> tuple[list[Record], Counter]:
     """The Records of one split file and the Counter of what its outputs held.
 
     outputs: [(raw output, where it lies)], in the rows' order; rows past their end have none.
@@ -117,7 +117,7 @@ def part(path):
     return int(number)
 
 
-def import_all(root, out):
+def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
     """Import every split below `root` into `out`; yield (name of the file written, Counter) for each.
 
     Raises FileNotFoundError if `root` holds none of the datasets, RecordError for a file that is not as released.
@@ -137,7 +137,7 @@ def import_all(root, out):
                 yield f"{path.stem}{suffix}.jsonl", counts
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = arguments.OneLineParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
     parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")

@@ -23,7 +23,7 @@ PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py put
 LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong."""
     parser = arguments.OneLineParser(
         prog="python -m data.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

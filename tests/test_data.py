@@ -113,11 +113,6 @@ OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
     ("anli1", "They differ. So the answer is contradiction.\n\nPremise: next", "They differ.", "contradiction"),
     ("anli1", "\nThey differ. The answer is neutral.", "They differ.", "neutral"),  # GPT-NeoX writes it so, too
     ("anli1", "Who knows. So the answer is maybe.", "Who knows.", None),
-    ("anli1", "The answer is 71. So the answer is entailment.", "The answer is 71.", "entailment"),
-    ("anli1", "They differ, so the answer is neutral.", "They differ,", "neutral"),
-    ("anli1", "The answer is neutral. So the answer is entailment.", "The answer is neutral.", None),
-    ("svamp", "First the answer is (3 + 5).\nWait. The answer is (3 + 4).", "First", None),
-    ("svamp", "First the answer is (3 + 4). Again, the answer is (4 + 3).", "First", "(3 + 4)"),
     ("esnli", "Same thing.\nAnswer: entailment\n\nPremise: x\nAnswer: neutral", "Same thing.", "entailment"),
     ("esnli", "Same thing.\n", None, None),
 ]

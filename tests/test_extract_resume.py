@@ -71,20 +71,14 @@ def test_a_changed_prompt_file_or_row_is_named(files, capsys):
         assert run(files, stub.url) == 0 and len(stub.requests) == 6, "the same requests: what is done is done"
 
 
-def test_failed_rows_may_be_asked_under_other_settings(files):
+@pytest.mark.parametrize("as_input", [False, True])
+def test_failed_rows_may_be_asked_under_other_settings_also_with_the_errors_file_as_input(files, as_input):
     with Stub(always("cut short")) as stub:
         assert run(files, stub.url) == 1 and len(errors(files)) == 6
+        if as_input:
+            (files / "out.jsonl.errors.jsonl").rename(files / "in.jsonl")
         stub.behave = always("ok")
         assert run(files, stub.url, "--max-tokens 999") == 0 and not errors(files)
-        assert len(rows(files)) == 6
-
-
-def test_the_errors_file_can_be_the_input_of_another_run(files):
-    with Stub(always("no marker")) as stub:
-        assert run(files, stub.url) == 1
-        (files / "out.jsonl.errors.jsonl").rename(files / "in.jsonl")
-        stub.behave = always("ok")
-        assert run(files, stub.url, "--max-tokens 999") == 0
     assert len(rows(files)) == 6 and all("error" not in r and r["rationale"] for r in rows(files))
 
 

@@ -123,6 +123,12 @@ class Teacher:
                 self.login = {"Proxy-Authorization": f"Basic {login}"}
                 secrets += [password, login]
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        target = parts._replace(path=parts.path + ("/chat/completions" if endpoint == "chat" else "/completions"))
+        if self.proxy and not self.tls:  # such a proxy is told the whole URL
+            self.headers |= self.login
+        else:
+            target = target._replace(scheme="", netloc="")
+        self.target = target.geturl()
         # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
         secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
         self.secrets = sorted(secrets, key=len, reverse=True)  # the longest first: one may hold another
@@ -159,16 +165,19 @@ class Teacher:
                 if selector.select(0):  # nothing is expected, so the server has closed it (llama.cpp's does after 5 s)
                     self.close()
         if not self.connection:
-            self.connect(until)
-        path = self.parts.path + ("/chat/completions" if self.endpoint == "chat" else "/completions")
-        path, headers = self.parts._replace(path=path).geturl(), self.headers
-        if self.proxy and not self.tls:  # such a proxy is told the whole URL
-            headers = headers | self.login
-        else:
-            path = path.partition(self.parts.netloc)[2]
+            host, port = self.proxy or (self.parts.hostname, self.parts.port)
+            kind, tls = (HTTPSConnection, {"context": self.tls}) if self.tls else (HTTPConnection, {})
+            self.connection = kind(host, port, timeout=min(self.timeout, CONNECT), **tls)
+            if self.tls and self.proxy:
+                self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
         self.connection.response_class = functools.partial(Response, until=until)
+        if not self.connection.sock:
+            try:
+                self.connection.connect()
+            except TimeoutError:
+                raise ConnectionError(f"no connection within {self.connection.timeout:g} s") from None
         self.connection.sock.settimeout(time_left(until))
-        self.connection.request("POST", path, content, headers)
+        self.connection.request("POST", self.target, content, self.headers)
         response = self.connection.getresponse()
         body = response.read(LARGEST_REPLY + 1)
         if len(body) > LARGEST_REPLY:
@@ -179,19 +188,6 @@ class Teacher:
         if response.will_close or not 200 <= response.status < 300:  # after an error nothing that follows is trusted
             self.close()
         return response.status, response.headers, body
-
-    def connect(self, until):
-        host, port = self.proxy or (self.parts.hostname, self.parts.port)
-        timeout = min(self.timeout, CONNECT)
-        kind, tls = (HTTPSConnection, {"context": self.tls}) if self.tls else (HTTPConnection, {})
-        self.connection = kind(host, port, timeout=timeout, **tls)
-        if self.tls and self.proxy:
-            self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
-        self.connection.response_class = functools.partial(Response, until=until)
-        try:
-            self.connection.connect()
-        except TimeoutError:
-            raise ConnectionError(f"no connection within {timeout:g} s") from None
 
     def close(self):
         if self.connection:

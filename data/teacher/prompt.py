@@ -70,10 +70,8 @@ class Prompt:
         """The question for one input. Raises ValueError for an input that does not fit."""
         parts = input.split(self.input_separator) if self.input_parts else []
         if len(parts) != len(self.input_parts):
-            raise ValueError(
-                f"the prompt wants {len(self.input_parts)} parts ({', '.join(self.input_parts)}) joined by "
-                f"{self.input_separator!r}, the input has {len(parts)}"
-            )
+            wanted = f"{len(self.input_parts)} parts ({', '.join(self.input_parts)})"
+            raise ValueError(f"the prompt wants {wanted} joined by {self.input_separator!r}, and finds {len(parts)}")
         if self.label_type == "choice" and not CHOICES.search(input):
             raise ValueError('the prompt wants choices, the input has no lines like "(a) park"')
         named = {name: part.strip() for name, part in zip(self.input_parts, parts)}

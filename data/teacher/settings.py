@@ -82,9 +82,8 @@ class ExtractConfig:
         require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
         require(self.n > 1 or self.keep != "samples", "keep", "another without --n, which gives several samples", self)
         require(not (self.overwrite and self.retry_failed), "retry_failed", "given without --overwrite", self)
-        require(
-            not (self.batch_requests and self.batch_replies), "batch_replies", "given without --batch-requests", self
-        )
+        both = self.batch_requests and self.batch_replies
+        require(not both, "batch_replies", "given without --batch-requests", self)
         regular = os.path.isfile(self.input) or not os.path.exists(self.input)
         require(regular, "input", "a regular file, for it is read twice", self)
         paths = [self.input, self.prompt, self.output, self.errors_path, self.batch_requests, *self.batch_replies]

@@ -67,8 +67,8 @@ def print_summary(run) -> tuple[int, str]:
         now = f"{run.kinds[None]:,} ok, {asked - run.kinds[None]:,} left out{which}; {spent['retries']:,} retries"
         print_line(f"asked {asked:,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {now}")
         if gold := state.right[True] + state.right[False]:
-            share = f"({state.right[True] / gold:.1%})"
-            print_line(f"teacher right on {state.right[True]:,} of {gold:,} answered rows with a gold label {share}")
+            right = state.right[True]
+            print_line(f"teacher right on {right:,} of {gold:,} answered rows with a gold label ({right / gold:.1%})")
         if run.pace.refused:
             rate = 60 * (asked + spent["retries"]) / seconds
             print_line(f"pace: {rate:,.0f} requests a minute got through; {run.pace.refused:,} came too early (429)")
@@ -107,5 +107,3 @@ def print_estimate(run):
     if config.price_in or config.price_out:
         usual, most = ((sent * config.price_in + out * config.price_out) / 1e6 for out in (usual, most))
         print(f"cost: about ${usual:,.2f}, at most ${most:,.2f}")
-    else:
-        print("cost: give --price-in and --price-out, $ per million tokens")
