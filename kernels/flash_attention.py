@@ -229,8 +229,8 @@ class Call:
         """dq, stats (H, Tq, 2), and d table (num_buckets, H) or, for num_buckets = 0, None."""
         dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=o.device)
         buckets = next_power_of_2(num_buckets) if num_buckets else 1
-        slots = self.Tq // self.tile("dq")[0] + self.B if num_buckets else 1
-        partial = torch.zeros(slots, self.H, buckets, device=o.device)
+        programs = self.B * -(-self.longest[0] // self.tile("dq")[0]) if num_buckets else 1
+        partial = torch.empty(programs, self.H, buckets, device=o.device)
         tensors = (self.where[0] if lut is None else lut, o, do, dq, lse, stats, partial)
         self.launch(attention_dq_kernel, "dq", 0, *tensors, BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
         return dq, stats, partial.sum(0).T[:num_buckets] if num_buckets else None

@@ -11,7 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = {"data", "tokenizer", "kernels", "dss", "train", "extract", "tests"}
 MAY_IMPORT = {"data": set(), "tokenizer": set(), "kernels": set(), "dss": {"data", "tokenizer", "kernels"}}
 PACKAGES = {"torch", "triton", "sentencepiece", "numpy", "tqdm"}
-OPTIONAL = {"matplotlib", "liger_kernel"}  # pictures, and a peer to time: imported where used, and done without
+OPTIONAL = {
+    "matplotlib",
+    "liger_kernel",
+    "cut_cross_entropy",
+}  # pictures, and peers to time: imported where used, and done without
 
 
 def imports(path):
