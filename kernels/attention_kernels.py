@@ -259,7 +259,7 @@ def attention_dq_kernel(
     dq_ptr,  # o, do, dq: (Tq, H, D), contiguous
     lse_ptr,
     stats_ptr,  # (H, Tq, 2) fp32: lse and delta, written here for attention_dkdv_kernel
-    partial_ptr,  # (slots, H, BUCKETS) fp32; a query tile has the slot  its sequence's first token // BM + b + tile
+    partial_ptr,  # (programs, H, BUCKETS) fp32
     cu_q_ptr, cu_k_ptr,
     seed_ptr,  # (1,) int64
     tiles, Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
@@ -273,7 +273,10 @@ def attention_dq_kernel(
     i0 = tl.program_id(0) % tiles * BM
     q_start, k_start = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start
+    partial_ptr += (tl.program_id(0).to(tl.int64) * H + h) * BUCKETS + tl.arange(0, BUCKETS)[None, :]
     if i0 >= M:
+        if TABLE_GRADIENT:
+            tl.store(partial_ptr, tl.zeros([1, BUCKETS], tl.float32))
         return
     q_ptr += q_start.to(tl.int64) * q_stride + h.to(tl.int64) * q_head
     k_ptr += k_start.to(tl.int64) * k_stride + h.to(tl.int64) * k_head
@@ -331,8 +334,7 @@ def attention_dq_kernel(
         bucket = tl.arange(0, BUCKETS)[None, :]
         sums += tl.where(bucket == tl.load(lut_ptr), tl.sum(sum_before, 0), 0.0)
         sums += tl.where(bucket == tl.load(lut_ptr + 2 * (reach + MARGIN)), tl.sum(sum_after, 0), 0.0)
-        slot = (q_start // BM + b + i0 // BM).to(tl.int64)
-        tl.store(partial_ptr + (slot * H + h) * BUCKETS + bucket, sums)
+        tl.store(partial_ptr, sums)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ if not INSTALLED:  # what defining the kernels, as opposed to launching them, ne
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 recording = None  # a `kernels.aot.Recording` while launches are written down instead of made
-compiled = {}  # {what Triton compiles anew for: (the compiled kernel, its constexpr arguments)}
+compiled = {}  # {what Triton compiles anew for: (launcher, function, metadata, constexpr arguments)}
 
 
 def launch(kernel, grid, *arguments, **options):
@@ -56,10 +56,14 @@ def launch(kernel, grid, *arguments, **options):
                 key += x.dtype, x.data_ptr() % 16
         found = compiled.get(key := tuple(key))
         if found is None:
+            built = kernel[grid](*arguments, **options)
             constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
-            compiled[key] = kernel[grid](*arguments, **options), constants
+            compiled[key] = built.run, built.function, built.packed_metadata, constants
         else:
-            found[0][(*grid, 1, 1)[:3]](*arguments, *found[1])
+            run, function, metadata, constants = found
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+            x, y, z = (*grid, 1, 1)[:3]
+            run(x, y, z, stream, function, metadata, None, None, None, *arguments, *constants)  # None: no hooks
 
 
 def architecture(device):

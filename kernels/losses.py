@@ -181,24 +181,11 @@ def launch_rows(logits, gradient, labels, weights, losses, nll, block=None):
     """Fill losses and nll (T,) fp32 and, unless it is None, gradient (T, V), which may be `logits` itself."""
     T, V = logits.shape
     block = block or min(max(next_power_of_2(V), 16), max(WARPS))
-    launch(
-        cross_entropy_row_kernel,
-        (T,),
-        logits,
-        logits if gradient is None else gradient,
-        labels,
-        weights,
-        losses,
-        nll,
-        V,
-        logits.stride(0),
-        logits.stride(0) if gradient is None else gradient.stride(0),
-        HAS_GRADIENT=gradient is not None,
-        ONE_BLOCK=block >= V,
-        BLOCK=block,
-        IGNORED=IGNORE,
-        num_warps=next(WARPS[size] for size in WARPS if block <= size),
-    )
+    target = logits if gradient is None else gradient
+    tensors, strides = (logits, target, labels, weights, losses, nll), (logits.stride(0), target.stride(0))
+    flags = dict(HAS_GRADIENT=gradient is not None, ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
+    warps = next(WARPS[size] for size in WARPS if block <= size)
+    launch(cross_entropy_row_kernel, (T,), *tensors, V, *strides, **flags, num_warps=warps)
 
 
 def multiply_(x, factor):
