@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--spiece", default="", help="a spiece.model, or its directory, to count tokens with")
     parser.add_argument("--classes", type=int, default=10, help="most classes shown, commonest first [10]")
     args = parser.parse_args(argv)
+    if args.classes < 0:
+        parser.error(f"--classes must be 0 or more, got {args.classes}")
     try:
         count, unit = counter(args.spiece)
         rows = {path: list(read_jsonl(path)) for path in args.files}

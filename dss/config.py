@@ -168,6 +168,7 @@ class TrainConfig:
             require(getattr(self, name) >= 0, name, "0 or more", self)
         for name in ("max_input_length", "max_target_length"):
             require(getattr(self, name) >= 2, name, "at least 2", self)
+        require(self.batch_size <= 2**20, "batch_size", f"at most {2**20:,} rows", self)
         require(0 < self.subsample <= 1, "subsample", "more than 0 and at most 1", self)
         require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)

@@ -213,12 +213,19 @@ def line(row):
     return f"| {' | '.join('' if shown[key] is None else str(shown[key]) for key in KEYS)} |"
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n\n")[0])
+    parser = OneLineParser(prog="python -m kernels.aot", description=__doc__.split("\n\n")[0])
     parser.add_argument("--arch", choices=ARCHITECTURES, nargs="+", default=["sm_90"], help="[sm_90]")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     args = parser.parse_args(argv)
+    if not any(text in case for case in CASES for text in args.only):
+        parser.error(f"--only: no case is named {' or '.join(args.only)}")
     if not launch.INSTALLED or launch.INTERPRETED:
         print("kernels.aot: needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
         return 2

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from . import attention_kernels, launch
 from .activations import geglu_reference, geglu_triton
+from .aot import OneLineParser
 from .buckets import relative_position_bucket
 from .flash_attention import attention_reference, attention_triton
 from .losses import (
@@ -488,7 +489,7 @@ def machine():
 
 def main(argv=None):
     """Exit status: 0 done; 1 a kernel of ours failed its check; 2 the arguments are wrong, or there is no GPU."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="one size of each kernel, fewer repeats")

@@ -41,6 +41,7 @@ from dss.rows import Rows, load_rows
 from dss.run.output import find_output, identify, require_free, require_same
 from dss.study.presets import PRESETS
 from dss.study.report import levels, write_report
+from dss.weights import locate
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 COST = dict.fromkeys(METHODS, 2.2) | {"standard": 1.0, "single_task": 1.3, "label_first": 1.3}  # time a method takes
@@ -115,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     out, cells = config.directory, config.cells()
     try:
         require_free(out, config)
+        for weights in config.weights:
+            locate(weights, weights=False)
         levels, done = look_at_rows(config, cells)  # whatever is wrong with a file is found here
         if config.overwrite:
             for cell in cells.values():  # refuses to delete what is no run, or holds what a run reads
