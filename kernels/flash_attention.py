@@ -26,9 +26,10 @@ FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) runs ove
 program owns one tile of queries (or, for dk and dv, of keys) of one sequence and head, and walks along the other side.
 
 **Bias.** diag = table[bucket], (H, 2 (reach + MARGIN) + 1), holds the bias of every distance up to `reach`, where the
-last bucket of each direction begins, and of a few more, so that a tile can be read without limiting each distance. A tile whose distances are all beyond adds one number to all its scores ("plain"). The others,
-a band along the diagonal of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need
-a mask. Plain tiles and edge tiles have a loop each: a branch inside one loop would put both bodies into it.
+last bucket of each direction begins, and of a few more, so that a tile can be read without limiting each distance. A
+tile whose distances are all beyond adds one number to all its scores ("plain"). The others, a band along the diagonal
+of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need a mask. Plain tiles and
+edge tiles have a loop each: a branch inside one loop would put both bodies into it.
 
 **Determinism.** No atomics: every number is written by one program, which adds in a fixed order. Two runs are equal bit
 for bit, on one device with one configuration.
