@@ -23,21 +23,21 @@ SEQUENCES = [
 ]
 
 
-def student(shape, dropout_rate=0.0):
+def student(shape, **changes):
     torch.manual_seed(0)
-    model = T5(T5Config(**SHAPE, **shape, dropout_rate=dropout_rate)).to(DEVICE)
+    model = T5(T5Config(**(SHAPE | shape | dict(dropout_rate=0.0) | changes))).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():  # away from the initial ones and from alike scores
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def train_step(model, monkeypatch, kernels, bf16=False):
+def train_step(model, monkeypatch, kernels, bf16=False, sequences=SEQUENCES):
     """(L, L_label, L_rationale) and {name: gradient} of one step."""
     monkeypatch.setenv("DSS_KERNELS", kernels)
     model.zero_grad()
     with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-        losses = distillation_loss(model, pack(SEQUENCES, DEVICE), *count_targets(SEQUENCES), lam=0.5)
+        losses = distillation_loss(model, pack(sequences, DEVICE), *count_targets(sequences), lam=0.5)
     losses[0].backward()
     return torch.stack([x.detach() for x in losses]), {n: p.grad.clone() for n, p in model.named_parameters()}
 
@@ -65,16 +65,14 @@ def test_every_gradient_under_bfloat16_autocast(monkeypatch, measured):
 
 
 def test_dropout_trains_and_follows_torch_s_seed(monkeypatch):
-    model = student(V1_1, dropout_rate=0.2).train()
+    model = student(V1_1, dropout_rate=0.2, num_layers=1, num_decoder_layers=1).train()
     results = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        losses, gradients = train_step(model, monkeypatch, "triton")
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses, gradients = train_step(model, monkeypatch, "triton", sequences=SEQUENCES[:2])
         results.append(torch.cat([losses, *(g.flatten() for g in gradients.values())]))
-    assert torch.equal(*results) and results[0].isfinite().all()
-    with torch.no_grad():
-        again = distillation_loss(model, pack(SEQUENCES, DEVICE), *count_targets(SEQUENCES), lam=0.5)[0]
-    assert again != results[0][0], "the generator has moved on"
+    assert torch.equal(*results[:2]) and results[0].isfinite().all()
+    assert results[2][0] != results[0][0]
 
 
 def test_generation_is_equal(monkeypatch):
