@@ -8,9 +8,8 @@ Every input row without a rationale is asked about once. A usable answer is a ro
 the errors file, with the raw text. The output is the state: the same command goes on where an earlier one ended,
 however it ended.
 
-One thread reads, counts and writes; --concurrency workers ask. The parts are in data/teacher/: prompt.py renders
-questions and parses answers, endpoint.py asks and says what a failure means, pace.py says when, output.py is the file
-that survives a crash. With --batch-requests and --batch-replies (batch.py) files take the place of the asking.
+One thread reads, counts and writes; --concurrency workers ask. The parts are in data/teacher/. With --batch-requests
+and --batch-replies files take the place of the asking.
 """
 
 import hashlib
@@ -22,6 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
@@ -35,8 +35,8 @@ from data.files import locked
 from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
-from data.teacher.endpoint import RAW, RequestError, Teacher, make_teacher, shown
-from data.teacher.output import State, append, put_in_order, read_state, what_changed
+from data.teacher.endpoint import RAW, RequestError, Teacher, shown
+from data.teacher.output import SETTINGS, State, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
     config = arguments.parse(argv, ExtractConfig)
     try:
         if config.dry_run:
-            return dry_run(config)
+            print_estimate(prepare(config, scale))
+            return 0
         with locked(config.output):
             run = prepare(config, scale)
             if config.batch_requests:
@@ -81,23 +82,25 @@ class Run:
     replies: Replies | None = None  # of --batch-replies
     resumed: int = 0  # rows of the input that are done or failed before
     kept: int = 0  # rows of the input that are to be written as they are
+    first: dict | None = None  # of all requests
+    characters: int = 0  # in all of them
     answered: dict | None = None  # the last request that the teacher answered
     kinds: Counter = field(default_factory=Counter)  # of errors, in this start; None: of answered rows
     spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion, cached), retries
     start: float = field(default_factory=time.monotonic)
     warned: set = field(default_factory=set)
-    interrupted: bool = False
-    aborted: str = ""  # why
+    interrupted: bool = False  # by a signal or, if `aborted` says why, by itself
+    aborted: str = ""
 
 
-def make_run(config, scale=1.0):
-    """The part of a Run that needs no rows but, for --sample, their number."""
+def prepare(config, scale):
+    """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
     prompt = load_prompt(config.prompt)
     if config.rationalize and not (prompt.hint and "{hint}" in prompt.question):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
     base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = os.environ.get(config.api_key_env, "").strip()
-    teacher = make_teacher(base_url, config.endpoint, key, config.header, config.timeout)
+    teacher = Teacher(base_url, config.endpoint, key, config.header, config.timeout)
     if teacher.hide(config.extra_body) != config.extra_body:
         raise ValueError("--extra-body must not hold the key, for it is written into every row")
     pace = Pace(config.rpm, config.patience, scale)
@@ -106,19 +109,16 @@ def make_run(config, scale=1.0):
         order = list(range(sum(1 for _ in read_input(run))))
         random.Random(config.seed or 0).shuffle(order)
         run.drawn = set(order[: config.sample])
-    return run
-
-
-def prepare(config, scale):
-    """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
-    run, expected = make_run(config, scale), set()
-    if not (run.teacher.url or config.batch_requests or config.batch_replies):
+    if not (teacher.url or config.batch_requests or config.batch_replies or config.dry_run):
         raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
     if config.batch_replies:
-        run.replies = Replies(config.batch_replies, run.teacher)
-    if not config.overwrite:
+        run.replies = Replies(config.batch_replies, teacher)
+    if not (config.overwrite or config.dry_run):
         run.state = read_state(config.output, config.errors_path)
+    expected = set()
     for record, body in scan(run):
+        run.first = run.first or body
+        run.characters += characters(body or {})
         digest = request_hash(run, body) if body else None
         run.kept += body is None and record.id not in run.state.done
         expected.update(custom_id(record.id, digest or "", i) for i in range(config.n) if run.replies)
@@ -132,7 +132,7 @@ def prepare(config, scale):
         what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
         raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
     run.resumed = sum(not to_ask(run, name) for name in run.ids)
-    if config.overwrite:
+    if config.overwrite and not config.dry_run:
         for path in filter(os.path.exists, (config.output, config.errors_path)):
             os.unlink(path)
     print_header(run)
@@ -174,18 +174,6 @@ def to_ask(run, name):
     """Whether a row is still to be asked: not in the output, and not failed before unless --retry-failed says so."""
     kind = run.state.failed.get(name)
     return name not in run.state.done and (kind is None or run.config.retry_failed and kind != "incorrect")
-
-
-def dry_run(config):
-    """Print one rendered request, the rows, and what they may cost; send and write nothing."""
-    run, first, rows, size = make_run(config), None, 0, 0
-    for _, body in scan(run):
-        if body:
-            first, rows, size = first or body, rows + 1, size + characters(body)
-    print(f"to {run.teacher.url or '(no --base-url)'}, {config.endpoint}:")
-    print(json.dumps(first, indent=2, ensure_ascii=False) if first else "nothing")
-    print_estimate(run, rows, size)
-    return 0
 
 
 def write_batch(run):
@@ -248,7 +236,7 @@ class Sample:
 def work(run, jobs, results):
     """A worker: takes (record, body) and gives (record, body, samples) until it takes None. The samples are None if the
     run ended first, or an exception that is a bug of ours."""
-    teacher = run.replies or replace(run.teacher)  # each worker has a connection of its own
+    teacher = run.replies or copy(run.teacher)  # each worker has a connection of its own
     while job := jobs.get():
         try:
             samples = [ask(run, teacher, *job, number) for number in range(run.config.n if job[1] else 0)]
@@ -296,7 +284,7 @@ def ask(run, teacher, record, body, number):
                 pace.back_off(sample.attempts, error.wait)
             elif not run.answered:
                 raise
-            elif pace.await_teacher(sent, error, lambda: answers(run, teacher), print_line):
+            elif pace.await_teacher(sent, error, lambda: answers(run, teacher)):
                 sample.attempts = 0  # it was not this row's fault
             else:
                 return sample
@@ -339,19 +327,10 @@ def take(run, record, body, reply, sample):
 
 
 def provenance(run):
-    """The part of a row's `teacher` that is the same for all rows of a run, and its keys in order."""
-    config = run.config
-    return {
-        "request_sha256": None,
-        "prompt_sha256": run.prompt.sha256,
-        "model": config.model,
-        "model_served": None,
-        "base_url": run.teacher.url,
-        "endpoint": config.endpoint,
-        "params": run.params | {"n": config.n, "reasoning": config.reasoning},
-        "rationalize": config.rationalize,
-        "keep": config.keep,
-    }
+    """The part of a row's `teacher` that is the same for all rows of a run."""
+    params = run.params | {"n": run.config.n, "reasoning": run.config.reasoning}
+    given = {name: getattr(run.config, name) for name in SETTINGS}
+    return {"base_url": run.teacher.url, "prompt_sha256": run.prompt.sha256, "params": params} | given
 
 
 def check(run, record, body, samples):
@@ -363,9 +342,9 @@ def check(run, record, body, samples):
     alike = [[t for t in usable if run.prompt.same(s.answer.label, t.answer.label, record.input)] for s in usable]
     winners = max(alike, key=len, default=[])  # the samples with the label that most have
     best = (winners or samples)[0]
-    answer, correct = best.answer, None
-    if record.label is not None and winners:
-        correct = run.prompt.same(answer.label, record.label, record.input)
+    answer = best.answer
+    judged = record.label is not None and winners
+    correct = run.prompt.same(answer.label, record.label, record.input) if judged else None
     usage = sum((s.usage for s in samples), Counter())
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
@@ -383,15 +362,15 @@ def check(run, record, body, samples):
     if winners and config.keep == "correct" and not correct:
         what = f"the label is {answer.label!r}, not the gold one, and --keep correct is given"
         answer = Answer(error="incorrect", detail=what)
-    other = {name: value for name, value in record.other.items() if name not in ("correct", "error")}
-    other |= {"correct": correct}
+    other = {name: value for name, value in record.other.items() if name != "error"} | {"correct": correct}
+    rationale, label = answer.rationale, answer.label
     if answer.error:
         other["error"] = {"kind": answer.error, "message": answer.detail, "raw": best.raw}
-        return replace(record, rationale=None, teacher_label=None, teacher=teacher, other=other), answer.error
-    rationale = answer.rationale
-    if config.keep == "samples":
+        rationale = label = None
+    elif config.keep == "samples":
         rationale = list(dict.fromkeys(s.answer.rationale for s in winners))
-    return replace(record, rationale=rationale, teacher_label=answer.label, teacher=teacher, other=other), None
+    row = replace(record, rationale=rationale, teacher_label=label, teacher=teacher, other=other)
+    return row, answer.error
 
 
 def ask_all(run, stop):
@@ -402,9 +381,8 @@ def ask_all(run, stop):
     workers = 1 if run.replies else min(config.concurrency, total)
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
-    ending = run.pace.stopped
+    ending, flying, in_a_row = run.pace.stopped, 0, 0
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
-    told, flying, in_a_row = False, 0, 0
     layout = "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # fits into 80 columns
     options = dict(bar_format=layout, mininterval=interval, disable=not total)
     with tqdm(total=len(run.ids), initial=run.resumed, **options) as bar:
@@ -414,8 +392,8 @@ def ask_all(run, stop):
                 flying += 1
             if not flying:
                 break
-            if (stop.requested or run.aborted) and not told:
-                told, run.interrupted, stop.requested = True, stop.requested, True
+            if (stop.requested or run.aborted) and not run.interrupted:
+                run.interrupted = stop.requested = True
                 ending.set()
                 print_line("ending: waiting for the requests in flight; Ctrl-C ends at once")
             ready = []

@@ -42,6 +42,7 @@ from dss.rows import Rows, load_rows, rows_for, single_rationales
 from dss.run import parallel
 from dss.run.ending import Ended, Keeper, require_finite
 from dss.run.output import claimed, find_output, forget_state, identify, write_json
+from dss.run.plan import make_plan, plan_of
 from dss.run.report import Log, introduce, progress_bar, report, say_what_was_cut
 from dss.run.start import choose_device, choose_dtype, choose_threads, make_model, make_tokenizer
 from dss.run.state import Progress
@@ -54,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with parallel.joined():
             config = parse_args(argv)
+            if config.plan:
+                print(plan_of(config))
+                return 0
             run = prepare(config)
             notice = "stopping after this step; Ctrl-C again ends at once"
             with claimed(run.out, config, run.identity), Stop(notice) as stop:
@@ -206,9 +210,11 @@ def prepare(config: TrainConfig) -> Run:
     device = choose_device(config.device, config.dtype)
     config = replace(config, dtype=choose_dtype(config.dtype, device))
     kernels.choice(device)
+    parallel.require_as_many(config.processes)
     rows = load_rows(config)
     out = find_output(config, rows.name)
     tok = make_tokenizer(config, rows, out)
+    make_plan(config, rows, tok, device).require_fit()
     model = make_model(config, tok)
     identity = identify(config, rows, tok)
     choose_threads(config.threads, model)
@@ -256,7 +262,7 @@ def matched_steps(examples: Examples, run: Run) -> int:
 def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.Optimizer:
     settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(model.parameters(), **settings)
+        return torch.optim.Adafactor(model.parameters(), foreach=False, **settings)  # one matrix at a time: memory
     return torch.optim.AdamW(model.parameters(), betas=(0.9, config.beta2), fused=True, **settings)
 
 

@@ -8,9 +8,11 @@ import ast
 import math
 import operator
 import re
+import threading
 
 LONGEST = 200  # characters
 LARGEST = 1e15  # magnitude of any number or intermediate result; beyond it floats no longer tell integers apart
+PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' parsing as one: SystemError, now and then
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -19,7 +21,9 @@ def value(text):
     if len(text) > LONGEST or not re.fullmatch(r"[0-9.+\-*/()\s]+", text):
         return None
     try:
-        return compute(ast.parse(text.strip(), mode="eval").body)
+        with PARSING:
+            tree = ast.parse(text.strip(), mode="eval")
+        return compute(tree.body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 

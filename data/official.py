@@ -16,16 +16,16 @@ Without a marker the output ended in mid-thought, and the row has neither ration
 usable answer behind it (two choices, an unknown x) leaves the rationale and no teacher label. Both are counted.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from data import arguments
 from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
-from data.jsonl import Record, RecordError, write_jsonl
+from data.files import parse_json, read_json
+from data.jsonl import Record, RecordError, read_lines, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
 
@@ -43,12 +43,7 @@ def read_nli(row):
     return f"{row['premise']}</s>{row['hypothesis']}", NLI[row["label"]] if 0 <= row["label"] < 3 else None
 
 
-def nli_answer(text):
-    return class_answer(text, NLI)
-
-
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """How one dataset's rows and outputs are written."""
 
     read: Callable  # a row of the release -> (input, gold label)
@@ -58,6 +53,7 @@ class Format:
     label_type: str  # how labels compare, as in data/answers.py
 
 
+nli_answer = partial(class_answer, labels=NLI)
 FORMATS = {
     "cqa": Format(read_cqa, "Q:", ["So the answer is"], choice_answer, "choice"),
     "svamp": Format(read_svamp, "Q:", ["The answer is"], equation_answer, "equation"),
@@ -66,30 +62,27 @@ FORMATS = {
 }
 
 
-def parse_output(output, form, text=""):
+def parse_output(output: str, form: Format, text: str = "") -> tuple[str | None, str | None]:
     """One raw output for the question `text` -> (rationale or None, teacher label or None)."""
     same = partial(same_label, label_type=form.label_type, input=text)
     return read_answer(output, [form.next_example], form.markers, form.answer, same)[:2]
 
 
-def import_split(path, outputs, form, teacher):
+def import_split(path: Path, outputs: list, form: Format, teacher: str) -> tuple[list[Record], Counter]:
     """The Records of one split file and the Counter of what its outputs held.
 
     outputs: [(raw output, where it lies)], in the rows' order; rows past their end have none.
     """
     records, counts = [], Counter()
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    with open(path, "rb") as file:
+        lines = [(place, line) for place, _, line in read_lines(file, str(path)) if line.strip()]
     if len(outputs) > len(lines):
         raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
-    for index, (number, line) in enumerate(lines):
+    for index, (place, line) in enumerate(lines):
         try:
-            text, label = form.read(json.loads(line))
+            text, label = form.read(parse_json(line, place))
         except (ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"{path}:{number}: not a row of this dataset ({error!r})") from None
+            raise RecordError(f"{place}: not a row of this dataset ({error!r})") from None
         output, where = outputs[index] if index < len(outputs) else (None, None)
         rationale, answer = parse_output(output, form, text) if output is not None else (None, None)
         counts["rows"] += 1
@@ -109,17 +102,14 @@ def read_outputs(files):
     """[(raw output, "FILE:INDEX")] of JSON lists that continue one another."""
     outputs = []
     for path in files:
-        try:
-            items = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise RecordError(f"{path}: not JSON ({error})") from None
+        items = read_json(path, most=1 << 30)  # one file may hold the outputs for a whole split
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise RecordError(f"{path}: not a JSON list of texts")
         outputs += [(item, f"{path.name}:{index}") for index, item in enumerate(items)]
     return outputs
 
 
-def place(path):
+def part(path):
     """K of SPLIT_CoT_K.json."""
     number = path.stem.rsplit("_", 1)[1]
     if not number.isdecimal():
@@ -127,7 +117,7 @@ def place(path):
     return int(number)
 
 
-def import_all(root, out):
+def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
     """Import every split below `root` into `out`; yield (name of the file written, Counter) for each.
 
     Raises FileNotFoundError if `root` holds none of the datasets, RecordError for a file that is not as released.
@@ -138,31 +128,29 @@ def import_all(root, out):
     out.mkdir(parents=True, exist_ok=True)
     for path, form in splits:
         name, split = path.stem.rsplit("_", 1)
-        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=place)
+        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=part)
         neox = root / "gpt-neox" / name / f"{split}.json"
         for suffix, teacher, files in (("", "PaLM 540B", palm), ("_gpt-neox", "GPT-NeoX 20B", [neox])):
-            if suffix and not neox.exists():
-                continue
-            records, counts = import_split(path, read_outputs(files), form, teacher)
-            write_jsonl(out / f"{path.stem}{suffix}.jsonl", records)
-            yield f"{path.stem}{suffix}.jsonl", counts
+            if all(file.exists() for file in files):
+                records, counts = import_split(path, read_outputs(files), form, teacher)
+                write_jsonl(out / f"{path.stem}{suffix}.jsonl", records)
+                yield f"{path.stem}{suffix}.jsonl", counts
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = arguments.OneLineParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
     parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)
     columns = ("rows", "rationale", "teacher label", "not parsed", "no usable answer", "no output")
-    heading = "  ".join([f"{'file':<28}", *columns, "teacher right"])
+    heading = "  ".join([f"{'file':<28}", *columns, "teacher right"]) + "\n"
     try:
         for name, counts in import_all(args.datasets, args.out):
-            if heading:
-                print(heading)
-                heading = None
+            print(heading, end="")
+            heading = ""
             right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
             print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
-    except (OSError, RecordError) as error:
+    except (OSError, ValueError) as error:
         return arguments.fail("data.official", 2, error)
     return 0
 

@@ -8,6 +8,7 @@ about 3 for every 4 tokens.
 import argparse
 import re
 from collections import Counter, defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import sentencepiece
@@ -22,15 +23,13 @@ PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py put
 LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong."""
     parser = arguments.OneLineParser(
         prog="python -m data.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows as JSONL")
-    parser.add_argument(
-        "--spiece", default="", help="a spiece.model (or the directory that holds one) to count tokens with"
-    )
+    parser.add_argument("--spiece", default="", help="a spiece.model, or its directory, to count tokens with")
     parser.add_argument("--classes", type=int, default=10, help="most classes shown, commonest first [10]")
     args = parser.parse_args(argv)
     try:
@@ -97,9 +96,8 @@ def lacks(records):
         else:
             counts["neither label: train nothing"] += 1
         counts["a rationale, but no teacher label"] += r.rationale is not None and r.teacher_label is None
-    for what, n in counts.items():
-        if n:
-            yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
+    for what, n in (+counts).items():
+        yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
 
 
 def duplicates(records):
@@ -108,9 +106,8 @@ def duplicates(records):
         inputs[normal(record.input)].append(record)
     repeated = [group for group in inputs.values() if len(group) > 1]
     differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
-    ids = len(records) - len({r.id for r in records})
-    if repeated:
-        shared = sum(map(len, repeated))
+    shared, ids = sum(map(len, repeated)), len(records) - len({r.id for r in records})
+    if shared:
         yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
     if ids:
         yield f"  {ids:>8,}  rows repeat an id"
@@ -121,11 +118,9 @@ def teacher(records, kind, most):
     judged = [r for r in records if r.label is not None and (r.teacher_label is not None or r.teacher)]
     right = {id(r): r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input) for r in judged}
     classes = Counter(r.label for r in records if r.label is not None)
-    if not judged:
-        yield "  no row has both a gold label and a teacher's answer"
-    else:
-        n, of = sum(right.values()), len(judged)
-        yield f"  teacher right on {n:,} of {of:,} rows with gold, {n / of:.1%}; labels compared as {AS[kind]}"
+    n, of = sum(right.values()), len(judged)
+    share = f", {n / of:.1%}; labels compared as {AS[kind]}" if judged else ""
+    yield f"  teacher right on {n:,} of {of:,} rows with gold{share}"
     if len(classes) > len(records) / 2 or not classes:
         yield f"  {len(classes):,} different labels: no classes to balance"
         return
@@ -142,11 +137,8 @@ def teacher(records, kind, most):
 def overlaps(files):
     """Lines on inputs that two files share: test rows among the training rows are the usual accident."""
     seen = {path: {normal(r.input) for r in records} for path, records in files.items()}
-    paths = list(seen)
-    for i, a in enumerate(paths):
-        for b in paths[i + 1 :]:
-            shared = len(seen[a] & seen[b])
-            yield f"{a} and {b} share {shared:,} inputs (white space and case of letters apart)"
+    for a, b in combinations(seen, 2):
+        yield f"{a} and {b} share {len(seen[a] & seen[b]):,} inputs (white space and case of letters apart)"
 
 
 def normal(text):

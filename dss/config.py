@@ -43,7 +43,7 @@ class T5Config:
             kind = type(getattr(T5Config, key))
             if type(value) is not kind and not (key == "dropout_rate" and type(value) is int):  # as in transformers
                 raise ValueError(f"{key} is {value!r}, not {kind.__name__}")
-        size, layers, token, share = (1, 2**20), (1, 1000), (0, self.vocab_size - 1), (0, 0.99)
+        size, layers, token, share = (1, 2**20), (1, 100), (0, self.vocab_size - 1), (0, 0.99)
         ranges = dict(vocab_size=size, d_model=size, d_kv=size, d_ff=size, num_heads=size)
         ranges |= dict(num_layers=layers, num_decoder_layers=layers, relative_attention_num_buckets=(4, 1024))
         ranges |= dict(relative_attention_max_distance=(self.relative_attention_num_buckets // 2 + 1, 2**20))

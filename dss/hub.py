@@ -148,9 +148,10 @@ def weight_files(directory: Path, has: Callable[[str], bool]) -> list[str]:
 def shards(index: str | os.PathLike) -> list[str]:
     """The file names that an index.json lists. Raises ValueError if it is not such an index."""
     try:
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        if any(name != os.path.basename(name) or name in ("", ".", "..") for name in names):
-            raise ValueError("it names a file in another directory")
+        content = read_json(index)
+        names, about = sorted(set(content["weight_map"].values())), content.get("metadata", {})
+        if not isinstance(about, dict) or any(n != os.path.basename(n) or n in ("", ".", "..") for n in names):
+            raise ValueError("its metadata are none, or it names a file in another directory")
         return names
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise ValueError(f"{index}: not an index of shards ({problem})") from None
@@ -169,7 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         line = str(directory := locate(args.model))
         if args.check:
             model, tokenizer = load_t5(directory), T5Tokenizer(directory)
-            [ids] = generate(model, [tokenizer.encode(QUESTION)], 32)
+            if max(question := tokenizer.encode(QUESTION)) >= model.config.vocab_size:
+                raise ValueError(f"{directory}: the tokenizer has more ids than the model embeds")
+            [ids] = generate(model, [question], 32)
             line += f": {model.num_parameters():,} parameters; {QUESTION!r} -> {tokenizer.decode(ids)!r}"
     except (OSError, ValueError) as problem:
         return arguments.fail("dss.hub", 2, problem)

@@ -49,8 +49,9 @@ class T5(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The decoder state (T, C) that predicts each of batch.labels."""
-        memory = self.encode(batch.input_ids, batch.inputs)
-        return self.decode(batch.decoder_input_ids, batch.targets, memory, batch.inputs)
+        with kernels.seeds_drawn_together(batch.input_ids.device):
+            memory = self.encode(batch.input_ids, batch.inputs)
+            return self.decode(batch.decoder_input_ids, batch.targets, memory, batch.inputs)
 
     def encode(self, input_ids: Tensor, inputs: Segments) -> Tensor:
         """(T_in,) packed tokens -> (T_in, C) encoder states."""

@@ -1,5 +1,6 @@
 """Which rows train the student, which select it and which test it."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,20 +23,20 @@ class Rows:
     unlabelled: int  # training rows left out because they have no label of the kind asked for
 
 
-def load_rows(config: TrainConfig) -> Rows:
+def load_rows(config: TrainConfig, read: Callable[[str], Iterable[Record]] = read_jsonl) -> Rows:
     """The `Rows` of a TrainConfig. Raises OSError or ValueError, naming the file, for rows that cannot be used.
 
     The validation rows are those of --eval-data, or a share cut from the training rows. A share that is cut has the
     labels of training: with --labels teacher, students are selected on a teacher's labels. Test labels are always gold.
     --subsample is the share of all labelled rows of --data, and the validation cut comes out of that share. With
     --labels gold-or-teacher it is the share of gold labels; every other row with a teacher's label trains on that, as
-    the paper does with unlabelled questions (section 4.2).
+    the paper does with unlabelled questions (section 4.2). read: of a file; a study reads each once for all its runs.
     """
     if config.data:
         name = Path(config.data[0]).stem
-        rows = [record for path in config.data for record in read_jsonl(path)]
-        validation = list(read_jsonl(config.eval_data)) if config.eval_data else []
-        test = list(read_jsonl(config.test_data)) if config.test_data else []
+        rows = [record for path in config.data for record in read(path)]
+        validation = list(read(config.eval_data)) if config.eval_data else []
+        test = list(read(config.test_data)) if config.test_data else []
     elif config.eval_data or config.test_data:
         raise ValueError("--eval-data and --test-data go with --data")
     else:

@@ -36,12 +36,13 @@ MOST_HEADER = 100_000_000  # bytes, the format's own limit
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # T5 1.0 has it, nothing reads it
 
 
-def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None) -> T5:
+def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None, mapped: bool = False) -> T5:
     """The T5 in a directory or on the hub (downloaded once, see dss/hub.py), in fp32 on the CPU and in eval mode.
 
-    dropout_rate replaces the checkpoint's own. Raises OSError if something is missing or cannot be reached, ValueError
-    if it is damaged or not a T5 that this code computes; both name the file. No memory is taken for weights before
-    every shape is known to be the one in the files.
+    dropout_rate replaces the checkpoint's own. mapped: the weights stay in their files, in the files' dtype, and cost
+    memory only where they are read. Raises OSError if something is missing or cannot be reached, ValueError if it is
+    damaged or not a T5 that this code computes; both name the file. No memory is taken for weights before every shape
+    is known to be the one in the files.
     """
     directory = locate(path_or_hub_id)
     config = read_config(directory / "config.json")
@@ -72,6 +73,9 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
             )
     if homeless := sorted(tensors.keys() - shapes):
         raise ValueError(f"{directory}: {len(homeless)} tensors have no place in this T5: {', '.join(homeless[:3])}")
+    if mapped:
+        model.load_state_dict({n: tensors[checkpoint_name(n, model)] for n, _ in model.named_parameters()}, assign=True)
+        return model.eval()
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import launch
 from .activations import geglu_reference, geglu_triton, relu_reference, relu_triton
+from .dropout import seeds_drawn_together  # noqa: F401, for the model
 from .flash_attention import attention_reference, attention_triton
 from .losses import (
     cross_entropy_reference,

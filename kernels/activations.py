@@ -65,17 +65,9 @@ def activation_kernel(
     y_ptr,  # BACKWARD: d up; else y
     d_gate_ptr,  # dy, y, d gate: (T, F), contiguous
     seed_ptr,
-    T,
-    F,
-    gate_stride,
-    up_stride,
-    threshold,
-    BACKWARD: tl.constexpr,
-    GATED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    T, F, gate_stride, up_stride, threshold,
+    BACKWARD: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = (rows[:, None] < T) & (columns[None, :] < F)

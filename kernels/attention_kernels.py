@@ -17,35 +17,33 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware 
 # precision a chain of two products puts all warps along the rows of a tile, 16 to each: more warps than that compute
 # the same scores twice. Among the others, large tiles that do not spill inside a loop; smaller ones for wider heads,
 # and for fp32, whose products do without tensor cores to keep its digits. Decoding has one query a sequence, and 16 is
-# the least that a product takes.
+# the least that a product takes. "causal" rows are exceptions: masks need registers too.
 CONFIGURATIONS = {
     "sm_90": {
         ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)},
         ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2)},
         ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-        ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 2)},
+        ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
         ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
+        ("dkdv causal", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (16, 128, 8, 2)},
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
         ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
         ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-        ("dq causal", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
         ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     },
     "sm_80": {
         ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
         ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
         ("dq", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
-        ("dq causal", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
         ("dkdv", 2): {32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 64, 4, 2)},
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
         ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
         ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-        ("dq causal", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
         ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     },
     "interpreter": {
         (kernel, size): dict.fromkeys((32, 64, 128), (16 if kernel == "decode" else 128, 128, 1, 1))
-        for kernel in ("forward", "decode", "dq", "dq causal", "dkdv")
+        for kernel in ("forward", "decode", "dq", "dkdv")
         for size in (2, 4)
     },
 }
@@ -152,35 +150,16 @@ def softmax_step(s, bias, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: t
 
 @triton.jit(do_not_specialize=CHANGING)
 def attention_forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    diag_ptr,
+    q_ptr, k_ptr, v_ptr, diag_ptr,
     o_ptr,  # (Tq, H, D), contiguous
     lse_ptr,  # (H, Tq) fp32
-    cu_q_ptr,
-    cu_k_ptr,
+    cu_q_ptr, cu_k_ptr,
     seed_ptr,  # (1,) int64
     tiles,  # query tiles of the longest sequence
-    Tq,
-    H,
-    q_stride,
-    q_head,
-    k_stride,
-    k_head,
-    v_stride,
-    v_head,
-    reach,
-    threshold,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     i0 = tl.program_id(0) % tiles * BM
@@ -274,48 +253,30 @@ def add_diagonals(sums, ds, lut_ptr, corner, reach):
 
 @triton.jit(do_not_specialize=CHANGING)
 def attention_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    diag_ptr,
+    q_ptr, k_ptr, v_ptr, diag_ptr,
     lut_ptr,  # (2 (reach + MARGIN) + 1,) int32, the bucket of each distance
-    o_ptr,
-    do_ptr,
+    o_ptr, do_ptr,
     dq_ptr,  # o, do, dq: (Tq, H, D), contiguous
     lse_ptr,
     stats_ptr,  # (H, Tq, 2) fp32: lse and delta, written here for attention_dkdv_kernel
-    partial_ptr,  # (slots, H, BUCKETS) fp32; a query tile has the slot  its sequence's first token // BM + b + tile
-    cu_q_ptr,
-    cu_k_ptr,
+    partial_ptr,  # (programs, H, BUCKETS) fp32
+    cu_q_ptr, cu_k_ptr,
     seed_ptr,  # (1,) int64
-    tiles,
-    Tq,
-    H,
-    q_stride,
-    q_head,
-    k_stride,
-    k_head,
-    v_stride,
-    v_head,
-    reach,
-    threshold,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    TABLE_GRADIENT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    tiles, Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, TABLE_GRADIENT: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
     BUCKETS: tl.constexpr,  # a power of two
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     i0 = tl.program_id(0) % tiles * BM
     q_start, k_start = tl.load(cu_q_ptr + b), tl.load(cu_k_ptr + b)
     M, N = tl.load(cu_q_ptr + b + 1) - q_start, tl.load(cu_k_ptr + b + 1) - k_start
+    partial_ptr += (tl.program_id(0).to(tl.int64) * H + h) * BUCKETS + tl.arange(0, BUCKETS)[None, :]
     if i0 >= M:
+        if TABLE_GRADIENT:
+            tl.store(partial_ptr, tl.zeros([1, BUCKETS], tl.float32))
         return
     q_ptr += q_start.to(tl.int64) * q_stride + h.to(tl.int64) * q_head
     k_ptr += k_start.to(tl.int64) * k_stride + h.to(tl.int64) * k_head
@@ -373,8 +334,7 @@ def attention_dq_kernel(
         bucket = tl.arange(0, BUCKETS)[None, :]
         sums += tl.where(bucket == tl.load(lut_ptr), tl.sum(sum_before, 0), 0.0)
         sums += tl.where(bucket == tl.load(lut_ptr + 2 * (reach + MARGIN)), tl.sum(sum_after, 0), 0.0)
-        slot = (q_start // BM + b + i0 // BM).to(tl.int64)
-        tl.store(partial_ptr + (slot * H + h) * BUCKETS + bucket, sums)
+        tl.store(partial_ptr, sums)
 
 
 @triton.jit
@@ -391,35 +351,14 @@ def stats_of(ptr, first, count, ROWS: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def dkdv_step(
-    i0,
-    bias,  # of the whole tile, times log2 e; an EDGE tile looks it up
-    k,
-    v,
-    dk,
-    dv,
-    q_ptr,
-    do_ptr,
-    diag_ptr,
-    stats_ptr,
-    q_stride,
-    do_stride,
-    j0,
-    M,
-    shift,
-    reach,
-    seed,
-    q_start,
-    h,
-    threshold,
-    EDGE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dk and dv with the queries from i0 on added. Scores are transposed here, (BN, BM), as both products want them."""
+    i0, bias, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, do_stride, j0, M, shift, reach, seed,
+    q_start, h, threshold, EDGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BM: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv with the queries from i0 on added. Scores are transposed here, (BN, BM), as both products want them.
+
+    bias: of the whole tile, times log2 e; an EDGE tile looks it up.
+    """
     BN: tl.constexpr = k.shape[0]
     q = rows_of(q_ptr, i0, M, q_stride, BM, k.shape[1], EDGE, WIDEN)
     do = rows_of(do_ptr, i0, M, do_stride, BM, k.shape[1], EDGE, WIDEN)
@@ -449,37 +388,17 @@ def dkdv_step(
 
 @triton.jit(do_not_specialize=CHANGING)
 def attention_dkdv_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    diag_ptr,
+    q_ptr, k_ptr, v_ptr, diag_ptr,
     do_ptr,  # (Tq, H, D), contiguous
     dk_ptr,
     dv_ptr,  # dk, dv: (Tk, H, D), contiguous
-    stats_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
+    stats_ptr, cu_q_ptr, cu_k_ptr,
     seed_ptr,  # (1,) int64
     tiles,  # key tiles of the longest sequence
-    Tq,
-    H,
-    q_stride,
-    q_head,
-    k_stride,
-    k_head,
-    v_stride,
-    v_head,
-    reach,
-    threshold,
-    CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     j0 = tl.program_id(0) % tiles * BN

@@ -13,6 +13,9 @@ calls for; an expectation is exact. A word per element would cost four times the
 than the matrix products take. Seven rounds are the fewest with which Philox passes its authors' tests.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -26,12 +29,11 @@ def dropout_reference(x: Tensor, p: float, seed: int | Tensor | None = None) -> 
     """
     if p == 0:
         return x
-    threshold = threshold_of(p)
-    n, generator = x.numel(), torch.Generator(x.device).manual_seed(int(seed_on(x.device, seed)))
-    words = torch.empty(-(-n // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
-    keep = (
-        words.view(torch.uint8)[:n].view(x.shape).ge_(threshold)
-    )  # 0 or 1; into booleans it would take 10 times as long
+    device, n, threshold = x.device, x.numel(), threshold_of(p)
+    seed = 0 if x.is_meta else int(seed_on(device, seed))  # on meta there are shapes alone
+    generator = torch.Generator("cpu" if x.is_meta else device).manual_seed(seed)
+    words = torch.empty(-(-n // 8), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    keep = words.view(torch.uint8)[:n].view(x.shape).ge_(threshold)  # 0 or 1; booleans would take ten times as long
     return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
 
 
@@ -70,13 +72,32 @@ def threshold_of(p):
     return min(max(round(256 * p), 1), 255) if p else 0
 
 
+together = None  # an iterator over seeds, within `seeds_drawn_together`
+
+
+@contextmanager
+def seeds_drawn_together(device: torch.device) -> Iterator[None]:
+    """Within this, Triton operations that are given no seed take the next of 64 drawn at once: one launch, not 64."""
+    global together
+    together, before = drawn(device), together
+    try:
+        yield
+    finally:
+        together = before
+
+
+def drawn(device):
+    while True:
+        yield from torch.randint(2**31, (64, 1), device=device).unbind()
+
+
 def seed_on(device, seed):
     """A seed as a (1,) int64 tensor on the device, drawn there from torch's generator if it is None.
 
     The host does not wait for it, and a CUDA graph draws a new one at every replay. A tensor is returned as it is.
     """
     if seed is None:
-        return torch.randint(2**31, (1,), device=device)
+        return next(drawn(device) if together is None else together)
     if isinstance(seed, Tensor):
         return seed
     if not 0 <= seed < 2**63:

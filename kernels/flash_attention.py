@@ -18,15 +18,15 @@ memory for B x H x M x N scores.
 The **Triton kernels** (attention_kernels.py) keep nothing of size M x N in device memory: no scores, no bias, no mask.
 What they hold:
 
-    forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)       2 T H D + T H numbers
-    backward   reads those and do; writes dq, dk, dv, delta (T, H), and the partial sums of the table's gradient
+    forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)
+    backward   reads those and do; writes dq, dk, dv, stats (lse and delta, below), and sums of the table's gradient
     recomputed in backward: S, P from S and lse, the dropout mask from its seed
 
 FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) runs over tiles of BM queries and BN keys. One
 program owns one tile of queries (or, for dk and dv, of keys) of one sequence and head, and walks along the other side.
 
-**Bias.** diag = table[bucket], (H, 2 reach + 1), holds the bias of every distance up to `reach`, where the last bucket
-of each direction begins. A tile whose distances are all beyond adds one number to all its scores ("plain"). The others,
+**Bias.** diag = table[bucket], (H, 2 (reach + MARGIN) + 1), holds the bias of every distance up to `reach`, where the
+last bucket of each direction begins, and of a few more, so that a tile can be read without limiting each distance. A tile whose distances are all beyond adds one number to all its scores ("plain"). The others,
 a band along the diagonal of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need
 a mask. Plain tiles and edge tiles have a loop each: a branch inside one loop would put both bodies into it.
 
@@ -34,7 +34,8 @@ a mask. Plain tiles and edge tiles have a loop each: a branch inside one loop wo
 for bit, on one device with one configuration.
 
 **Dropout** (kernels/dropout.py): an element's mask depends on the query's place in the stream, the head, the key's
-place in its sequence and the seed; forward and both backward kernels make the same mask in different tiles.
+place in its sequence and the seed; forward and both backward kernels make the same mask in different tiles. The seed
+lies on the device and is read when a kernel runs, so that a CUDA graph need not repeat its masks.
 
 **No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k, integers of the host; programs past the end of a
 sequence return at once. Where they are not given the device is asked for them.
@@ -188,10 +189,10 @@ class Call:
 
     def __init__(self, q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest):
         self.q, self.tensors, self.longest = q, (q, k, v, q if diag is None else diag), longest
-        self.B, (self.Tq, self.H, D) = len(cu_seqlens_q) - 1, q.shape
+        self.B, (self.Tq, self.H, D) = cu_seqlens_q.shape[0] - 1, q.shape
         self.where = (cu_seqlens_q, cu_seqlens_k, q if seed is None else seed)
         reach = 0 if diag is None else diag.shape[1] // 2 - MARGIN.value
-        strides = [x.stride(dim) for x in (q, k, v) for dim in (0, 1)]
+        strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]  # of tokens and heads
         self.numbers = (self.Tq, self.H, *strides, reach, threshold)
         self.flags = dict(CAUSAL=causal, BIAS=diag is not None, DROPOUT=threshold > 0, D=D)
         self.flags |= dict(WIDEN=INTERPRETED, PRECISION="ieee")
@@ -199,15 +200,21 @@ class Call:
 
     def tile(self, name):
         """(BM, BN, num_warps, num_stages)"""
-        return self.tiles[name, self.q.element_size()][max(self.q.shape[2], 32)]
+        size, causal = self.q.element_size(), " causal" * self.flags["CAUSAL"]
+        row = self.tiles.get((name + causal, size)) or self.tiles[name, size]
+        return row[max(self.q.shape[2], 32)]
 
     def launch(self, kernel, name, side, *tensors, **flags):
         """Run a kernel with a program for each tile of side 0 (queries) or 1 (keys), and head."""
         BM, BN, warps, stages = self.tile(name)
         tiles = -(-self.longest[side] // (BN if side else BM))
         options = dict(self.flags, **flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        if name == "forward" and warps == 4 and not (self.flags["CAUSAL"] or self.flags["DROPOUT"]):
-            options["maxnreg"] = 168  # three blocks an SM; the others would spill
+        if (
+            name == "forward"
+            and warps == 4
+            and not (self.flags["CAUSAL"] or self.flags["DROPOUT"] or options["D"] > 64)
+        ):
+            options["maxnreg"] = 168  # three blocks on a multiprocessor; others would spill
         launch(kernel, (self.B * tiles, self.H), *self.tensors, *tensors, *self.where, tiles, *self.numbers, **options)
 
     def forward(self):
@@ -222,11 +229,10 @@ class Call:
         """dq, stats (H, Tq, 2), and d table (num_buckets, H) or, for num_buckets = 0, None."""
         dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=o.device)
         buckets = next_power_of_2(num_buckets) if num_buckets else 1
-        name = "dq causal" if self.flags["CAUSAL"] else "dq"
-        slots = self.Tq // self.tile(name)[0] + self.B if num_buckets else 1
-        partial = torch.zeros(slots, self.H, buckets, device=o.device)
+        programs = self.B * -(-self.longest[0] // self.tile("dq")[0]) if num_buckets else 1
+        partial = torch.empty(programs, self.H, buckets, device=o.device)
         tensors = (self.where[0] if lut is None else lut, o, do, dq, lse, stats, partial)
-        self.launch(attention_dq_kernel, name, 0, *tensors, BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
+        self.launch(attention_dq_kernel, "dq", 0, *tensors, BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
         return dq, stats, partial.sum(0).T[:num_buckets] if num_buckets else None
 
     def dkdv(self, stats, do):
@@ -284,13 +290,8 @@ def attention_triton(
         raise ValueError(f"attention: the Triton kernel takes D of 16, 32, 64 or 128, got {q.shape[2]}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"attention: the Triton kernel takes q of float32, float16 or bfloat16, got {q.dtype}")
-    for name, x in (
-        ("k", k),
-        ("v", v),
-        ("table", table),
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("cu_seqlens_k", cu_seqlens_k),
-    ):
+    others = dict(k=k, v=v, table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    for name, x in others.items():
         if x is not None and x.device != q.device:
             raise ValueError(f"attention: {name} must be on q's device, {q.device}, got {x.device}")
     longest = tuple(

@@ -28,7 +28,7 @@ if not INSTALLED:  # what defining the kernels, as opposed to launching them, ne
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 recording = None  # a `kernels.aot.Recording` while launches are written down instead of made
-compiled = {}  # {what Triton compiles anew for: (the compiled kernel, its constexpr arguments)}
+compiled = {}  # {what Triton compiles anew for: (launcher, function, metadata, constexpr arguments)}
 
 
 def launch(kernel, grid, *arguments, **options):
@@ -48,21 +48,22 @@ def launch(kernel, grid, *arguments, **options):
         with torch.cuda.device(device):
             launch(kernel, grid, *arguments, **options)
     else:
-        key = (kernel, device, *map(specialisation, arguments), *options.values())
-        found = compiled.get(key)
+        key = [kernel, device, *options.values()]
+        for x in arguments:  # what Triton tells apart: dtype and alignment; of an integer 1, multiples of 16, 64 bits
+            if isinstance(x, int):
+                key.append((x == 1) - (x % 16 == 0) if x < 2**31 else 2 + x % 16)
+            elif not isinstance(x, float):
+                key += x.dtype, x.data_ptr() % 16
+        found = compiled.get(key := tuple(key))
         if found is None:
+            built = kernel[grid](*arguments, **options)
             constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
-            compiled[key] = kernel[grid](*arguments, **options), constants
+            compiled[key] = built.run, built.function, built.packed_metadata, constants
         else:
-            found[0][(*grid, 1, 1)[:3]](*arguments, *found[1])
-
-
-def specialisation(x):
-    """What Triton tells apart in an argument: a tensor's dtype and alignment; of an integer, 1, multiples of 16 and 64
-    bits."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.data_ptr() % 16
-    return None if isinstance(x, float) else (x == 1) + 2 * (x % 16 == 0) + 4 * (x >= 2**31)
+            run, function, metadata, constants = found
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+            x, y, z = (*grid, 1, 1)[:3]
+            run(x, y, z, stream, function, metadata, None, None, None, *arguments, *constants)  # None: no hooks
 
 
 def architecture(device):

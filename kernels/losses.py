@@ -11,10 +11,11 @@ the full pass, loss and gradient, reads the logits once and writes the gradient 
 are read twice. Everything in between is fp32.
 
 **Linear.** T x V logits would be the largest tensor of the whole model. `linear_cross_entropy` takes the tokens in
-chunks: one matrix product makes a chunk's logits, the row kernel (on the CPU, `fill_rows`) turns them into their gradient in place, and two more
-products give d(hidden) and a summand of d(weight). Only one chunk of logits exists at a time, LOGITS_BYTES of them.
-Small chunks are expensive, because each reads and writes all of d(weight), which is fp32 whatever the dtype of the
-inputs (sums of bfloat16 over 32 chunks are off by 7e-3, and people have seen training suffer).
+chunks: one matrix product makes a chunk's logits, the row kernel turns them into their gradient in place, and two more
+products give d(hidden) and a summand of d(weight). Only one chunk of logits exists at a time, LOGITS_BYTES of them. On
+the CPU a few operations of PyTorch, `fill_rows`, do the row kernel's work. Small chunks are expensive, because each
+reads and writes all of d(weight), which is fp32 whatever the dtype of the inputs (sums of bfloat16 over 32 chunks are
+off by 7e-3, and people have seen training suffer).
 
 **The gradient is computed in the forward pass**, while the logits are at hand, for an upstream gradient of 1. The
 backward pass multiplies by the real one, on the device, and a kernel that finds a 1 there returns at once. It
@@ -122,18 +123,14 @@ def check_matrices(hidden: Tensor, weight: Tensor) -> None:
 def cross_entropy_row_kernel(
     logits_ptr,
     gradient_ptr,  # may be logits_ptr: a thread writes what it has read
-    labels_ptr,
-    weights_ptr,
+    labels_ptr, weights_ptr,
     losses_ptr,  # weighted
     nll_ptr,  # unweighted
-    V,
-    logits_stride,
-    gradient_stride,
+    V, logits_stride, gradient_stride,
     HAS_GRADIENT: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK: the row is read once
-    BLOCK: tl.constexpr,
-    IGNORED: tl.constexpr,
-):
+    BLOCK: tl.constexpr, IGNORED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     weight = tl.load(weights_ptr + row)
@@ -200,24 +197,11 @@ def launch_rows(logits, gradient, labels, weights, losses, nll, block=None):
     """Fill losses and nll (T,) fp32 and, unless it is None, gradient (T, V), which may be `logits` itself."""
     T, V = logits.shape
     block = block or min(max(next_power_of_2(V), 16), max(WARPS))
-    launch(
-        cross_entropy_row_kernel,
-        (T,),
-        logits,
-        logits if gradient is None else gradient,
-        labels,
-        weights,
-        losses,
-        nll,
-        V,
-        logits.stride(0),
-        logits.stride(0) if gradient is None else gradient.stride(0),
-        HAS_GRADIENT=gradient is not None,
-        ONE_BLOCK=block >= V,
-        BLOCK=block,
-        IGNORED=IGNORE,
-        num_warps=next(WARPS[size] for size in WARPS if block <= size),
-    )
+    target = logits if gradient is None else gradient
+    tensors, strides = (logits, target, labels, weights, losses, nll), (logits.stride(0), target.stride(0))
+    flags = dict(HAS_GRADIENT=gradient is not None, ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
+    warps = next(WARPS[size] for size in WARPS if block <= size)
+    launch(cross_entropy_row_kernel, (T,), *tensors, V, *strides, **flags, num_warps=warps)
 
 
 def multiply_(x, factor):

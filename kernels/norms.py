@@ -13,6 +13,8 @@ gradient is a sum over all tokens: each of at most PROGRAMS programs adds up its
 programs, in a fixed order. C is at most 16384.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from .launch import INTERPRETED, launch, next_power_of_2, tl, triton
 
 # {columns: (rows at a time, num_warps)}: 16 to 32 fp32 values a thread, which backward needs three times.
 TILES = {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)}
+promoted = functools.cache(torch.promote_types)
 PROGRAMS = 256  # in backward: about two for each multiprocessor of an H100, each with a row of fp32 sums to write
 
 
@@ -68,7 +71,8 @@ class Normalise(torch.autograd.Function):
 def compute_dtype(x):
     """What autocast has matrix products computed in, where it is on: the norm writes it, so that nothing casts it."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    known = torch.amp.is_autocast_available(kind)  # it is not for "meta", which `kernels.aot` works on
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else None
 
 
 def check_arguments(x, weight, residual, dropout_p):
@@ -85,23 +89,12 @@ def check_arguments(x, weight, residual, dropout_p):
 
 @triton.jit(do_not_specialize=["T", "threshold"])  # these change: compile once for all
 def rms_norm_forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    s_ptr,
+    x_ptr, residual_ptr, weight_ptr, s_ptr,
     y_ptr,  # s, y: (T, C), contiguous
     seed_ptr,
-    T,
-    C,
-    x_stride,
-    residual_stride,
-    eps,
-    threshold,
-    RESIDUAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    T, C, x_stride, residual_stride, eps, threshold,
+    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     inside = (rows[:, None] < T) & (columns[None, :] < C)
     far = rows[:, None].to(tl.int64)
@@ -130,23 +123,15 @@ def rms_norm_forward_kernel(
 def rms_norm_backward_kernel(
     dy_ptr,
     ds_ptr,  # gradient of the output s
-    s_ptr,
-    weight_ptr,
-    dx_ptr,
+    s_ptr, weight_ptr, dx_ptr,
     d_residual_ptr,  # all five (T, C), contiguous
     partial_ptr,  # (programs, C) fp32
     seed_ptr,
-    T,
-    C,
-    s_stride,
+    T, C, s_stride,
     rows_each,  # of a program; a multiple of ROWS
-    eps,
-    threshold,
-    RESIDUAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    eps, threshold,
+    RESIDUAL: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK], tl.float32)
@@ -185,7 +170,7 @@ class RMSNorm(torch.autograd.Function):
         flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(C)
         seed = seed_on(x.device, seed) if threshold else x  # without dropout nothing reads it
         beside = x if residual is None else residual
-        wider = torch.promote_types(x.dtype, beside.dtype)
+        wider = promoted(x.dtype, beside.dtype)
         s = x if residual is None else torch.empty(T, C, dtype=wider, device=x.device)
         y = torch.empty(T, C, dtype=dtype or wider, device=x.device)
         sizes = (T, C, x.stride(0), beside.stride(0), eps, threshold)

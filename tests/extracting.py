@@ -43,7 +43,10 @@ for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):  # no test d
 
 
 def run(folder, url, line="", scale=FAST):
-    return extract.main(arguments(folder, url, line), scale)
+    try:
+        return extract.main(arguments(folder, url, line), scale)
+    except SystemExit as end:
+        return end.code
 
 
 def rows(folder, name="out.jsonl"):
@@ -81,8 +84,10 @@ def bucket(rate, burst, headers):
     return behave
 
 
-def start(folder, url, line=""):
-    code = f"import sys, extract; sys.exit(extract.main(sys.argv[1:], {FAST}))"
+def start(folder, url, line="", before="", after=""):
+    """A process of its own, with statements before and after extract.main."""
+    code = f"import sys, extract; from data.arguments import run\n{before}\n"
+    code += f"def main():\n  status = extract.main(scale={FAST}); {after}\n  return status\nrun('extract.py', main)"
     command = [sys.executable, "-c", code, *arguments(folder, url, line)]
     environment = os.environ | {"OPENAI_API_KEY": KEY}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)

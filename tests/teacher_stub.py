@@ -1,17 +1,14 @@
 """A teacher on loopback that answers sums, and misbehaves in every way extract.py must survive.
 
 `Stub(behave)` runs in threads of the test process; `behave(question, attempt)` names what it does with each request,
-"ok" or a key of REPLIES or one of the ways in `Handler.do_POST`, or gives the reply. `python tests/teacher_stub.py
-SECONDS` is a process of its own that answers every request after SECONDS and does nothing else, to measure against.
+"ok" or a key of REPLIES or one of the ways in `Handler.do_POST`, or gives the reply.
 """
 
-import asyncio
 import json
 import re
 import select
 import socket
 import struct
-import sys
 import threading
 import time
 from collections import Counter
@@ -222,26 +219,3 @@ class Handler(BaseHTTPRequestHandler):
                 stub.stalled.discard(self.connection)
                 stub.flying -= 1
         self.close_connection = True
-
-
-async def serve(seconds):
-    content = json.dumps(completed("One and 2 more. The answer is (1 + 2).")).encode()
-    reply = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(content) + content
-
-    async def converse(reader, writer):
-        try:
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                await reader.readexactly(int(re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)[1]))
-                await asyncio.sleep(seconds)
-                writer.write(reply)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
-
-    server = await asyncio.start_server(converse, "127.0.0.1", 0, backlog=512)
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-    await server.serve_forever()
-
-
-if __name__ == "__main__":
-    asyncio.run(serve(float(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""Kernels compile for NVIDIA's sm_80 and sm_90 without a GPU, and those of training in bf16 spill nothing.
+"""Kernels compile for NVIDIA's sm_80 and sm_90 without a GPU, and the machine code of attention costs what it should.
 
 In a process of its own, because TRITON_INTERPRET decides what a kernel is when it is defined. By default a few cases
 are compiled; `python -m pytest -m slow tests/test_aot.py` compiles all of them and prints the table.
@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 from kernels import aot
 
 ROOT = Path(__file__).resolve().parents[1]
-EACH_KERNEL = ["D=64 decoder", "V=32128, fp32", "dropout C=768", "geglu", "relu"]
+EACH_KERNEL = ["D=64 encoder, no dropout", "V=32128, fp32", "dropout C=768", "geglu", "relu"]
 NAMES = {
     "attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel", "cross_entropy_row_kernel",
     "cross_entropy_scale_kernel", "rms_norm_forward_kernel", "rms_norm_backward_kernel", "activation_kernel",
@@ -37,19 +37,22 @@ def compiled(*arguments):
 
 
 def check(rows):
-    """Registers and shared memory fit; 3.9 spills nothing (other versions allocate otherwise, see RESULTS.md)."""
-    import triton
-
-    if triton.__version__.startswith("3.9."):
-        assert [row for row in rows if row["spills"] and row["architecture"] == "sm_90"] == []
+    """Registers and shared memory fit; in bf16 nothing spills inside a loop, and backward computes scores once."""
     for row in rows:
         assert row["registers"] <= 255 and row["shared"] <= {"sm_80": 99, "sm_90": 227}[row["architecture"]] * 1024
+        if row["architecture"] == "sm_90" and "fp32" not in row["case"]:
+            assert row["spills"][0] == 0, row
+            assert row["kernel"] not in ("attention_dq_kernel", "attention_dkdv_kernel") or row["exp2"] <= 1.02, row
 
 
-def test_each_kernel_compiles_for_hopper():
+def test_each_kernel_compiles_for_hopper_and_attention_s_loops_are_short():
+    """Instructions of plain and edge loops as RESULTS.md has them for triton 3.6 and 3.9, and a little more."""
     rows = compiled("--arch", "sm_90", "--only", *EACH_KERNEL)
     assert {row["kernel"] for row in rows} == NAMES
     check(rows)
+    forward, _, dkdv = rows[:3]
+    assert forward["loops"][0] <= 325 and forward["loops"][1] <= 480 and forward["blocks"] >= 2
+    assert dkdv["slots"][0] <= 800
 
 
 @pytest.mark.slow

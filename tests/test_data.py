@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from data import official, report, toy
 from data.files import replacing
 from data.jsonl import Record, RecordError, read_jsonl, write_jsonl
+from data.official import import_all
 
 texts = st.text().filter(str.strip)
 maybe = st.none() | texts
@@ -18,7 +19,6 @@ json_values = st.recursive(
     max_leaves=4,
 )
 keys = st.text().filter(lambda k: k not in {"id", "input", "label", "rationale", "teacher_label", "teacher"})
-rationales = maybe | st.lists(st.text().filter(str.strip), min_size=1)
 records = st.builds(
     Record, st.text(), texts, maybe, maybe | st.lists(texts, min_size=1, max_size=2), maybe,
     st.dictionaries(st.text(), json_values, max_size=2), st.dictionaries(keys, json_values, max_size=2),
@@ -72,26 +72,21 @@ def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, line, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_blank_texts_are_absent_and_rows_without_id_are_numbered(tmp_path):
+def test_blank_texts_are_absent_rows_without_id_are_numbered_and_whole_escaped_characters_are_read(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": " ", "rationale": ""}\r\n{"input": "b", "id": "seven"}')
+    path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": " ", "rationale": ""}\r\n')
+    with path.open("ab") as file:
+        file.write(rb'{"input": "\ud83d\ude00 \\ud83d", "id": "seven"}')
     one, two = read_jsonl(path)
-    assert (one.id, one.label, one.rationale, two.id) == ("rows-1", None, None, "seven")
-
-
-def test_escaped_characters_that_are_whole_are_read(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(rb'{"input": "\ud83d\ude00 \\ud83d"}')
-    assert next(read_jsonl(path)).input == "\U0001f600 \\ud83d"
+    assert (one.id, one.label, one.rationale) == ("rows-1", None, None)
+    assert (two.id, two.input) == ("seven", "\U0001f600 \\ud83d")
 
 
 def test_half_a_character_does_not_end_the_writing_of_a_file(tmp_path):
     """A file whose name is not UTF-8 gives its rows such ids; a crash while writing lost the whole file."""
     write_jsonl(tmp_path / "x", [Record("a\udcff", "x"), {"id": "b\udcff"}])
-    assert [json.loads(line)["id"] for line in (tmp_path / "x").read_text("utf-8").splitlines()] == [
-        "a\udcff",
-        "b\udcff",
-    ]
+    lines = (tmp_path / "x").read_text("utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["a\udcff", "b\udcff"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -106,12 +101,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 # ---- The released datasets ------------------------------------------------------------------------------------------
 
 OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
-    (
-        "cqa",
-        "It burns. So the answer is (c) wooded area.\n\nQ: Next? So the answer is (a) x.",
-        "It burns.",
-        "wooded area",
-    ),
+    ("cqa", "It burns. So the answer is (c) a wood.\n\nQ: Next? So the answer is (a) x.", "It burns.", "a wood"),
     ("cqa", "Both. So the answer is either (a) sea or (b) ocean.\n\nQ:", "Both.", None),
     ("cqa", "So the answer is (b) U.S.", None, "U.S"),
     ("cqa", "It goes on and on", None, None),
@@ -123,11 +113,6 @@ OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
     ("anli1", "They differ. So the answer is contradiction.\n\nPremise: next", "They differ.", "contradiction"),
     ("anli1", "\nThey differ. The answer is neutral.", "They differ.", "neutral"),  # GPT-NeoX writes it so, too
     ("anli1", "Who knows. So the answer is maybe.", "Who knows.", None),
-    ("anli1", "The answer is 71. So the answer is entailment.", "The answer is 71.", "entailment"),
-    ("anli1", "They differ, so the answer is neutral.", "They differ,", "neutral"),
-    ("anli1", "The answer is neutral. So the answer is entailment.", "The answer is neutral.", None),
-    ("svamp", "First the answer is (3 + 5).\nWait. The answer is (3 + 4).", "First", None),
-    ("svamp", "First the answer is (3 + 4). Again, the answer is (4 + 3).", "First", "(3 + 4)"),
     ("esnli", "Same thing.\nAnswer: entailment\n\nPremise: x\nAnswer: neutral", "Same thing.", "entailment"),
     ("esnli", "Same thing.\n", None, None),
 ]
@@ -150,17 +135,15 @@ RELEASED = {
     "anli1": {"premise": "p", "hypothesis": "h", "label": 2, "uid": "u", "reason": ""},
     "esnli": {"premise": "p", "hypothesis": "h", "label": 0},
 }
-INPUTS = {
-    "cqa": "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1",
-    "svamp": "Two boxes of 42?",
-    "anli1": "p</s>h",
-    "esnli": "p</s>h",
-}
-RIGHT = {
-    "cqa": ("Because. So the answer is (c) c1.", "c1"),
-    "svamp": ("Because. The answer is (42 * 1).", "(42 * 1)"),
-    "anli1": ("Because. So the answer is contradiction.", "contradiction"),
-    "esnli": ("Because.\nAnswer: entailment", "entailment"),
+IMPORTED = {  # (input, output, teacher label)
+    "cqa": (
+        "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1",
+        "Because. So the answer is (c) c1.",
+        "c1",
+    ),
+    "svamp": ("Two boxes of 42?", "Because. The answer is (42 * 1).", "(42 * 1)"),
+    "anli1": ("p</s>h", "Because. So the answer is contradiction.", "contradiction"),
+    "esnli": ("p</s>h", "Because.\nAnswer: entailment", "entailment"),
 }
 
 
@@ -172,7 +155,7 @@ def release(root, name, rows, split="train"):
 @pytest.mark.parametrize("name", RELEASED)
 def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
     release(tmp_path, name, [RELEASED[name]] * 12)
-    good, label = RIGHT[name]
+    question, good, label = IMPORTED[name]
     for k in range(11):  # K counts 0..10: 10 comes after 9, not after 1
         outputs = ["no answer"] if k == 10 else [good.replace("Because", f"Because {k}")]
         (tmp_path / name / "llm" / f"train_CoT_{k}.json").write_text(json.dumps(outputs))
@@ -180,7 +163,7 @@ def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
     (tmp_path / "gpt-neox" / name / "train.json").write_text(json.dumps(["\n" + good] * 12))
     assert official.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     rows = list(read_jsonl(tmp_path / "out" / f"{name}_train.jsonl"))
-    assert [r.input for r in rows] == [INPUTS[name]] * 12 and len({r.id for r in rows}) == 12
+    assert [r.input for r in rows] == [question] * 12 and len({r.id for r in rows}) == 12
     assert [r.rationale for r in rows] == [f"Because {k}." for k in range(10)] + [None, None]
     assert [r.teacher_label for r in rows] == [label] * 10 + [None, None]
     assert rows[3].teacher == {"model": "PaLM 540B", "output": "train_CoT_3.json:0"} and rows[11].teacher == {}
@@ -188,70 +171,49 @@ def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
     assert [r.rationale for r in neox] == ["Because."] * 12 and neox[0].teacher["model"] == "GPT-NeoX 20B"
     table = capsys.readouterr().out.splitlines()
     assert table[0].split()[:2] == ["file", "rows"] and len(table) == 3
-    assert table[1].split() == [
-        f"{name}_train.jsonl",
-        "12",
-        "10",
-        "10",
-        "1",
-        "0",
-        "1",
-        "90.9%",
-    ]
+    assert table[1].split() == [f"{name}_train.jsonl", *"12 10 10 1 0 1 90.9%".split()]
 
 
 @pytest.mark.parametrize(
-    "break_it, words",
+    "path, content, words",
     [
-        (
-            lambda d: (d / "svamp" / "llm" / "train_CoT_0.json").write_text('["a", "b"]'),
-            "1 rows, but 2 teacher outputs",
-        ),
-        (lambda d: (d / "svamp" / "llm" / "train_CoT_0.json").write_text("[1]"), "not a JSON list of texts"),
-        (lambda d: (d / "svamp" / "llm" / "train_CoT_0.json").write_text("["), "not JSON"),
-        (lambda d: (d / "svamp" / "svamp_train.json").write_text('{"input": "x"}'), "svamp_train.json:1: not a row"),
-        (lambda d: (d / "svamp").rename(d / "other"), "none of cqa/cqa_SPLIT.json"),
-        (lambda d: (d / "svamp" / "svamp_train.json").write_bytes(b'{"input": "\xe9"}'), "svamp_train.json: not UTF-8"),
-        (lambda d: (d / "svamp" / "llm" / "train_CoT_x.json").write_text("[]"), "train_CoT_x.json: the release names"),
+        ("svamp/llm/train_CoT_0.json", '["a", "b"]', "1 rows, but 2 teacher outputs"),
+        ("svamp/llm/train_CoT_0.json", "[1]", "not a JSON list of texts"),
+        ("svamp/llm/train_CoT_0.json", "[", "not JSON"),
+        ("svamp/llm/train_CoT_x.json", "[]", "train_CoT_x.json: the release names"),
+        ("svamp/svamp_train.json", '{"input": "x"}', "svamp_train.json:1: not a row"),
+        ("svamp/svamp_train.json", b'{"input": "\xe9"}', "svamp_train.json:1: not UTF-8"),
+        ("svamp/svamp_train.json", None, "none of cqa/cqa_SPLIT.json"),
     ],
 )
-def test_a_release_that_is_not_as_it_should_be_is_one_line_and_exit_2(tmp_path, capsys, break_it, words):
+def test_a_release_that_is_not_as_it_should_be_is_one_line_and_exit_2(tmp_path, capsys, path, content, words):
     release(tmp_path, "svamp", [RELEASED["svamp"]])
-    break_it(tmp_path)
+    if content is None:
+        (tmp_path / path).unlink()
+    else:
+        (tmp_path / path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert official.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     shown, error = capsys.readouterr()
     assert words in error and error.count("\n") == 1
     assert not shown and not list(tmp_path.glob("out/*")), "no heading without a table"
 
 
-def test_the_real_release_has_its_published_counts(official_counts):
-    assert official_counts == {
-        "svamp_train.jsonl": (800, 789), "svamp_test.jsonl": (200, 198),
-        "cqa_train.jsonl": (9741, 9741), "cqa_test.jsonl": (1221, 1221),
-        "esnli_valid.jsonl": (9842, 9838), "esnli_test.jsonl": (9824, 9824),
-    }  # fmt: skip
+# rows, rationales
+PUBLISHED = {"svamp_train": (800, 789), "svamp_test": (200, 198), "cqa_train": (9741, 9741), "cqa_test": (1221, 1221)}
+PUBLISHED |= {"esnli_valid": (9842, 9838), "esnli_test": (9824, 9824)}
 
 
-def test_data_official_and_data_report_have_one_accuracy_for_a_teacher(official, tmp_path, capsys):
-    from data.official import import_all
-
-    for name, counts in import_all(official, tmp_path):
+def test_the_real_release_has_its_published_counts_and_one_accuracy_for_a_teacher(official, tmp_path, capsys):
+    """That of the paper, in data.official and in data.report."""
+    found = dict(import_all(official, tmp_path))
+    assert {name: (c["rows"], c["rationale"]) for name, c in found.items()} == {
+        f"{name}.jsonl": counts for name, counts in PUBLISHED.items()
+    }
+    for name, counts in found.items():
         assert report.main([str(tmp_path / name)]) == 0
         assert f"teacher right on {counts['teacher right']:,} of {counts['rows']:,} rows" in capsys.readouterr().out
-
-
-def test_the_real_teacher_is_as_right_as_the_paper_says(official, tmp_path):
-    from data.official import import_all
-
-    right = {name: counts["teacher right"] / counts["rows"] for name, counts in import_all(official, tmp_path)}
+    right = {name: counts["teacher right"] / counts["rows"] for name, counts in found.items()}
     assert round(right["cqa_test.jsonl"], 3) == 0.782 and round(right["svamp_test.jsonl"], 3) == 0.740
-
-
-@pytest.fixture
-def official_counts(official, tmp_path):
-    from data.official import import_all
-
-    return {name: (counts["rows"], counts["rationale"]) for name, counts in import_all(official, tmp_path)}
 
 
 # ---- The embedded task ----------------------------------------------------------------------------------------------

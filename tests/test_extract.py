@@ -5,10 +5,9 @@ import json
 import re
 
 import pytest
-from extracting import KEY, PROMPT, ROOT, always, arguments, errors, lasting, make_files, once, rows, run
+from extracting import KEY, PROMPT, ROOT, always, errors, lasting, make_files, once, rows, run
 from teacher_stub import REPLIES, Stub, answer, completed
 
-import extract
 from data.arguments import flag
 from data.jsonl import read_jsonl
 from data.teacher.settings import ExtractConfig
@@ -30,12 +29,7 @@ def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoin
     }  # fmt: skip
     assert re.fullmatch("[0-9a-f]{64}", teacher["request_sha256"]) and len(teacher["prompt_sha256"]) == 64
     assert (teacher["model"], teacher["model_served"], teacher["base_url"]) == ("stub-1", "stub-1", stub.url)
-    assert (
-        teacher["endpoint"] == endpoint
-        and teacher["keep"] == "all"
-        and teacher["rationalize"] is False
-        and teacher["attempts"] == 1
-    )
+    assert (teacher["endpoint"], teacher["keep"], teacher["rationalize"]) == (endpoint, "all", False)
     params = {"temperature": 0.0, "max_tokens": 256, "top_p": 0.5, "seed": 5, "stop": ["\nQ:"], "top_k": 3}
     assert teacher["params"] == params | {"n": 1, "reasoning": "drop"}
     assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100} and teacher["latency_s"] >= 0
@@ -76,7 +70,6 @@ def test_train_reads_the_rows_as_they_are(files):
 
     with Stub() as stub:
         assert run(files, stub.url) == 0
-    assert [r.rationale for r in read_jsonl(files / "out.jsonl")][:2] == ["0 and 2 more.", "1 and 2 more."]
     for labels, wanted in (("gold", "1 + 2"), ("teacher", "(1 + 2)")):
         loaded = load_rows(parse_args(["--data", str(files / "out.jsonl"), "--labels", labels]))
         assert wanted in {r.label for r in loaded.train + loaded.validation} and loaded.metric == "equation"
@@ -121,10 +114,9 @@ def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(
 
 
 def test_help_groups_the_flags_and_gives_each_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        extract.main(["--help"])
+    assert run(ROOT, "", "--help") == 0
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and re.findall(r"^([a-z ]+):$", text, re.MULTILINE) == [
+    assert re.findall(r"^([a-z ]+):$", text, re.MULTILINE) == [
         "options", "rows", "teacher", "sampling", "choice", "limits", "batch files",
     ]  # fmt: skip
     words = " ".join(text.split())
@@ -148,9 +140,10 @@ def test_the_majority_of_n_samples_by_value_and_ties_go_to_the_first(files):
     assert samples[2] == {"error": "unparsed", "raw": "nothing"}
     assert [body["seed"] for _, body, _, _ in stub.requests] == [10, 11, 12, 13] and "n" not in stub.requests[0][1]
     assert row["teacher"]["usage"]["completion"] == 80 and row["teacher"]["attempts"] == 4
-    with Stub(lambda question, attempt: completed(said[attempt])) as stub:
-        assert run(files, stub.url, "--limit 1 --n 2 --temperature 0.7 --seed 10 --overwrite") == 0
-    assert rows(files)[0]["teacher_label"] == "(9)", "a tie"
+    for line, rationale in (("--n 2", "One."), ("--n 4 --keep samples", ["Two.", "Three."])):  # a tie, and all of them
+        with Stub(lambda question, attempt: completed(said[attempt])) as stub:
+            assert run(files, stub.url, f"--limit 1 --temperature 0.7 --seed 10 --overwrite {line}") == 0
+        assert [r.rationale for r in read_jsonl(files / "out.jsonl")] == [rationale]
 
 
 def test_above_temperature_0_an_unusable_text_is_asked_for_again(files):
@@ -158,20 +151,15 @@ def test_above_temperature_0_an_unusable_text_is_asked_for_again(files):
         assert run(files, stub.url, "--temperature 0.5 --limit 1") == 0
         assert rows(files)[0]["teacher"]["attempts"] == 3 and rows(files)[0]["teacher"]["usage"]["completion"] == 60
     with Stub(once("no marker")) as stub:
-        assert run(files, stub.url, "--temperature 0.5 --limit 1 --seed 1 --overwrite") == 1, (
-            "the same seed, the same text"
-        )
-        assert len(stub.requests) == 1
+        assert run(files, stub.url, "--temperature 0.5 --limit 1 --seed 1 --overwrite") == 1
+        assert len(stub.requests) == 1, "the same seed, the same text"
 
 
 def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, capsys):
     with Stub() as stub:
         assert run(files, stub.url, "--keep correct") == 0
         assert [r["id"] for r in rows(files)] == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
-        assert [(e["id"], e["error"]["kind"], e["correct"]) for e in errors(files)] == [
-            ("r0", "incorrect", False),
-            ("r3", "incorrect", False),
-        ]
+        assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r0", "incorrect"), ("r3", "incorrect")]
         assert run(files, stub.url, "--keep correct --retry-failed") == 0 and len(stub.requests) == 6
     assert "4 ok, 2 left out (incorrect 2)" in capsys.readouterr().err
 
@@ -179,11 +167,8 @@ def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, cap
 def test_rationalize_shows_the_gold_label_and_is_recorded(files):
     with Stub() as stub:
         assert run(files, stub.url, "--rationalize --limit 1") == 0
-    messages = stub.requests[0][1]["messages"]
-    assert [m["content"] for m in messages if m["role"] == "user"] == [
-        "Q: What is 1 + 1? ((1 + 1))\nA:",
-        "Q: What is 0 + 2? (0 + 3)\nA:",
-    ]
+    asked = [m["content"] for m in stub.requests[0][1]["messages"] if m["role"] == "user"]
+    assert asked == ["Q: What is 1 + 1? ((1 + 1))\nA:", "Q: What is 0 + 2? (0 + 3)\nA:"]
     assert rows(files)[0]["teacher"]["rationalize"] is True
 
 
@@ -210,20 +195,6 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
         assert "Let me see" in row["error"]["raw"]
 
 
-def test_keep_samples_writes_the_rationales_of_all_samples_with_the_majoritys_label(files):
-    said = [
-        "One. The answer is (9).",
-        "Two. The answer is (2).",
-        "nothing",
-        "Three. The answer is (1 + 1).",
-        "Two. The answer is 2",
-    ]
-    with Stub(lambda question, attempt: completed(said[attempt])) as stub:
-        assert run(files, stub.url, "--limit 1 --n 5 --temperature 0.7 --seed 1 --keep samples") == 0
-    (row,) = read_jsonl(files / "out.jsonl")
-    assert (row.rationale, row.teacher_label) == (["Two.", "Three."], "(2)")
-
-
 # ---- What is asked --------------------------------------------------------------------------------------------------
 
 
@@ -233,10 +204,7 @@ def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(fi
     lines[4] |= {"rationale": ["Mine.", "Ours."]}
     (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Stub() as stub:
-        assert (
-            run(files, stub.url, "--dry-run") == 0
-            and "rows: 4; requests: 4; 2 rows have a rat" in capsys.readouterr().out
-        )
+        assert run(files, stub.url, "--dry-run") == 0 and "rows: 4; requests: 4" in capsys.readouterr().out
         assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 4
         assert "2 of them with a rationale, which is kept" in capsys.readouterr().err
         assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
@@ -305,9 +273,8 @@ def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
     assert re.fullmatch("r0-[0-9a-f]{12}-0", lines[0]["custom_id"])
     assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
     assert "2 rows have no reply yet" in capsys.readouterr().err
-    assert [r["id"] for r in rows(files)] == ["r0", "r3", "r5"] and errors(files)[0]["error"][
-        "kind"
-    ] == "context_exceeded"
+    assert [r["id"] for r in rows(files)] == ["r0", "r3", "r5"]
+    assert [e["error"]["kind"] for e in errors(files)] == ["context_exceeded"]
     assert run(files, "", line) == 0
     assert [json.loads(line)["custom_id"][:3] for line in again.read_text().splitlines()] == ["r1-", "r2-"]
     run_batch([again], files / "d.jsonl", batch_answer)
@@ -372,10 +339,7 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(files, capsys, line, words):
-    try:
-        status = run(files, "http://127.0.0.1:9/v1", line)
-    except SystemExit as stop:
-        status = stop.code
+    status = run(files, "http://127.0.0.1:9/v1", line)
     said = capsys.readouterr().err
     assert status == 2 and words in said and said.count("\n") == 1 and re.match(r"\S+: ", said)
     assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "p.json"]
@@ -395,11 +359,7 @@ def test_a_wrong_argument_is_one_line_and_exit_2(files, capsys, line, words):
 def test_a_wrong_input_is_found_before_anything_is_sent(files, capsys, content, line, words):
     (files / "in.jsonl").write_text(content)
     with Stub() as stub:
-        try:
-            status = run(files, stub.url, line.format(files))
-        except SystemExit as stop:
-            status = stop.code
-        assert status == 2 and not stub.requests
+        assert run(files, stub.url, line.format(files)) == 2 and not stub.requests
     assert words in capsys.readouterr().err and (files / "in.jsonl").read_text() == content
 
 
@@ -413,18 +373,16 @@ def test_a_file_that_is_not_ours_is_not_touched(files, capsys, content):
 
 
 def test_no_base_url(files, capsys, monkeypatch):
-    line = [a for a in arguments(files, "X") if a not in ("--base-url", "X")]
-    assert extract.main(line) == 2 and "give --base-url or set $OPENAI_BASE_URL" in capsys.readouterr().err
+    assert run(files, "") == 2 and "give --base-url or set $OPENAI_BASE_URL" in capsys.readouterr().err
     with Stub() as stub:
         monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
-        assert extract.main(line) == 0
+        assert run(files, "") == 0
 
 
 def test_half_a_character_from_the_teacher_is_replaced_and_in_the_input_refused(files, capsys):
     (files / "in.jsonl").write_text('{"input": "What is 3 + 2?"}\n')
     with Stub(always(completed("\ud800 Three. The answer is (3 + 2)."))) as stub:
-        assert run(files, stub.url) == 0
-        assert [r.rationale for r in read_jsonl(files / "out.jsonl")] == ["? Three."]
+        assert run(files, stub.url) == 0 and rows(files)[0]["rationale"] == "? Three."
         (files / "in.jsonl").write_text('{"input": "\\ud800 What is 3 + 2?"}\n')
         assert run(files, stub.url) == 2
     assert "in.jsonl:1:" in capsys.readouterr().err

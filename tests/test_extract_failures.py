@@ -4,31 +4,20 @@ import re
 import ssl
 import threading
 import time
+from http.client import HTTPSConnection
 from itertools import pairwise
 
 import pytest
 from extracting import always, bucket, errors, make_files, once, rows, run, wait_for_rows
 from teacher_stub import DRIPS, REPLIES, Stub, answer, completed
 
-from data.teacher.endpoint import Teacher
+from data.teacher.pace import Pace
 
 # ---- Every way to fail ----------------------------------------------------------------------------------------------
 
-RETRIED = [
-    "408",
-    "409",
-    "429",
-    "429 ms",
-    "429 bare",
-    "500",
-    "503",
-    "reset",
-    "disconnect",
-    "truncated",
-    "truncated chunk",
-]
-RETRIED += ["not json", "html", "no choices", "error in 200", "error at the end", "error in choice", "deep"]
-RETRIED += ["null", "empty", "stall", "late", *DRIPS, "date"]
+RETRIED = ["408", "409", "429", "429 ms", "429 bare", "date", "500", "503", "reset", "disconnect", "truncated"]
+RETRIED += ["truncated chunk", "not json", "html", "no choices", "error in 200", "error at the end", "error in choice"]
+RETRIED += ["deep", "null", "empty", "stall", "late", *DRIPS]
 
 
 @pytest.mark.parametrize("action", RETRIED)
@@ -44,7 +33,7 @@ def test_what_may_pass_is_asked_again(files, action):
 ROW_FAILS = {
     "context": "context_exceeded", "context, llama.cpp": "context_exceeded", "filter": "content_filter",
     "filtered": "content_filter", "refusal": "content_filter", "413": "http_413", "422": "http_422", "400": "http_400",
-    "cut short": "truncated", "no marker": "unparsed", "no sum": "label_invalid",
+    "403": "http_403", "cut short": "truncated", "no marker": "unparsed", "no sum": "label_invalid",
 }  # fmt: skip
 
 
@@ -52,12 +41,8 @@ ROW_FAILS = {
 def test_what_fails_a_row_is_not_asked_again_and_keeps_the_raw_text(files, action):
     with Stub(always(action, lambda q: "4 + 2" in q)) as stub:
         assert run(files, stub.url) == 1
-        others = [q for q, _, _, _ in stub.requests if "4 + 2" not in q]  # after a 403 another one is asked once more
-        assert (
-            len(stub.requests) == 6 + (action == "403")
-            and len(set(others)) == 5
-            and [r["id"] for r in rows(files)] == ["r0", "r1", "r2", "r3", "r5"]
-        )
+        assert len(stub.requests) == 6 + (action == "403"), "after a 403 one that was answered is asked once more"
+        assert [r["id"] for r in rows(files)] == ["r0", "r1", "r2", "r3", "r5"]
         (row,) = errors(files)
         assert (row["id"], row["input"], row["error"]["kind"]) == ("r4", "What is 4 + 2?", ROW_FAILS[action])
         assert row["rationale"] is row["teacher_label"] is row["correct"] is None and row["error"]["message"]
@@ -69,25 +54,19 @@ def test_what_fails_a_row_is_not_asked_again_and_keeps_the_raw_text(files, actio
         stub.behave = always("ok")
         assert run(files, stub.url, "--retry-failed") == 0 and len(stub.requests) == asked + 1
         assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)] and not errors(files)
-        assert run(files, stub.url) == 0 and len(stub.requests) == asked + 1
 
 
 NEVER = {"truncated": "disconnect", "reset": "disconnect", "stall": "timeout", "503": "http_503", "null": "empty"}
+NEVER |= {"html": "bad_reply"}
 
 
 @pytest.mark.parametrize("action, kind", NEVER.items())
-def test_a_reply_that_never_comes_whole_is_named_as_that(files, action, kind):
+def test_retries_end_and_the_row_fails_with_its_last_reply(files, action, kind):
     with Stub(always(action, lambda q: "4 + 2" in q)) as stub:
         assert run(files, stub.url, "--max-retries 1 --timeout 0.3") == 1
-    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r4", kind)]
-
-
-def test_retries_end_and_the_row_fails_with_its_last_reply(files):
-    with Stub(always("html", lambda q: "4 + 2" in q)) as stub:
-        assert run(files, stub.url, "--max-retries 2") == 1
-        assert stub.attempts["Q: What is 4 + 2?\nA:"] == 3
-    assert errors(files)[0]["error"]["raw"] == REPLIES["html"][1] and errors(files)[0]["error"]["kind"] == "bad_reply"
-    assert errors(files)[0]["teacher"]["attempts"] == 3
+    (row,) = errors(files)
+    assert (row["id"], row["error"]["kind"], row["teacher"]["attempts"]) == ("r4", kind, 2)
+    assert action != "html" or row["error"]["raw"] == REPLIES["html"][1]
 
 
 @pytest.mark.parametrize("reply", [completed("x" * 100_000), (422, "x" * 100_000, {})])
@@ -138,7 +117,6 @@ def test_a_teacher_that_never_answers_aborts_after_the_first_rows_retries(files,
     assert "aborted: http://127.0.0.1:9/v1: " in said and "is the teacher running there?" in said and not errors(files)
     with Stub(always("500")) as stub:
         assert run(files, stub.url, "--max-retries 2 --concurrency 1") == 3 and len(stub.requests) == 3
-    assert "oops" in capsys.readouterr().err
 
 
 def test_too_many_failures_in_a_row_abort(tmp_path, capsys):
@@ -147,9 +125,8 @@ def test_too_many_failures_in_a_row_abort(tmp_path, capsys):
         assert run(tmp_path, stub.url, "--max-consecutive-failures 5 --concurrency 1") == 3
         assert len(rows(tmp_path)) == 10 and 5 <= len(errors(tmp_path)) <= 7
         assert "5 rows in a row without a usable answer; the last: the reply does not say" in capsys.readouterr().err
-        assert (
-            run(tmp_path, stub.url, "--max-consecutive-failures 0 --retry-failed") == 1 and len(errors(tmp_path)) == 30
-        )
+        assert run(tmp_path, stub.url, "--max-consecutive-failures 0 --retry-failed") == 1
+        assert len(errors(tmp_path)) == 30
 
 
 FINISH = {"stop": 1, "eos": 1, None: 1, "length": 0, "MAX_TOKENS": 0, "abort": 0, "tool_calls": 0, "SAFETY": 0}
@@ -184,7 +161,7 @@ def test_control_characters_of_a_teacher_do_not_reach_the_terminal(files, capsys
 def test_a_certificate_that_is_not_trusted_aborts_at_once_and_says_what_to_set(files, capsys, monkeypatch):
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_message = "self-signed certificate"
-    monkeypatch.setattr(Teacher, "connect", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(HTTPSConnection, "connect", lambda *_: (_ for _ in ()).throw(error))
     assert run(files, "https://127.0.0.1:9/v1") == 3
     assert "self-signed certificate); SSL_CERT_FILE can name" in capsys.readouterr().err
 
@@ -194,20 +171,18 @@ def test_a_certificate_that_is_not_trusted_aborts_at_once_and_says_what_to_set(f
 
 def test_a_teacher_that_is_gone_is_waited_for(tmp_path, capsys):
     make_files(tmp_path, 60)
-    stub = Stub(latency=0.01)
-    stub.__enter__()
+    with Stub(latency=0.01) as stub:
 
-    def restart():
-        wait_for_rows(tmp_path, 20)
-        stub.__exit__()
-        time.sleep(1)
-        stub.__enter__()
+        def restart():
+            wait_for_rows(tmp_path, 20)
+            stub.__exit__()
+            time.sleep(1)
+            stub.__enter__()
 
-    thread = threading.Thread(target=restart)
-    thread.start()
-    assert run(tmp_path, stub.url, "--max-retries 2") == 0 and not errors(tmp_path)
-    thread.join()
-    stub.__exit__()
+        thread = threading.Thread(target=restart)
+        thread.start()
+        assert run(tmp_path, stub.url, "--max-retries 2") == 0 and not errors(tmp_path)
+        thread.join()
     said = capsys.readouterr().err
     assert said.count("the teacher is gone (") == said.count("the teacher is back") == 1 and "--patience" in said
     assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(60)]
@@ -248,25 +223,15 @@ def test_a_429_is_the_servers_pace_and_costs_no_row_anything(tmp_path, workers, 
     assert [r["teacher"]["attempts"] for r in rows(tmp_path)] == [1] * 60
 
 
-def test_rpm_spaces_the_requests(tmp_path):
-    make_files(tmp_path, 12)
-    with Stub() as stub:
-        assert run(tmp_path, stub.url, "--rpm 60", scale=0.05) == 0  # one each 50 ms
-    times = sorted(when for _, _, _, when in stub.requests)
-    assert times[-1] - times[0] > 0.05 * 11 * 0.9
-
-
-def test_a_pause_does_not_save_up_requests_for_a_burst(tmp_path):
+def test_rpm_spaces_the_requests_and_a_pause_does_not_save_up_a_burst(tmp_path):
     make_files(tmp_path, 8)
     with Stub(once("429")) as stub:
         assert run(tmp_path, stub.url, "--rpm 60 --limit 2", scale=0.2) == 0  # one each 200 ms, pauses of 200 ms
     times = sorted(when for _, _, _, when in stub.requests)
-    assert min(b - a for a, b in pairwise(times)) > 0.05
+    assert min(b - a for a, b in pairwise(times)) > 0.05 and times[-1] - times[0] > 0.2 * 3 * 0.9
 
 
 def test_back_off_doubles_up_to_a_minute_with_jitter(monkeypatch):
-    from data.teacher.pace import Pace
-
     pace, pauses = Pace(), []
     monkeypatch.setattr(pace, "sleep", pauses.append)
     for attempt in range(1, 11):

@@ -1,35 +1,20 @@
 """extract.py interrupted, killed and continued: nothing lost, nothing twice; and 20,000 rows."""
 
-import http.client
 import json
 import re
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 
 import pytest
-from extracting import (
-    KEY,
-    PROMPT,
-    ROOT,
-    always,
-    arguments,
-    errors,
-    lasting,
-    make_files,
-    rows,
-    run,
-    start,
-    wait_for_rows,
-)
+from extracting import KEY, PROMPT, always, errors, lasting, make_files, rows, run, start, wait_for_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from teacher_stub import Stub, answer
 
 import extract
+from data.files import locked
 from data.teacher.output import put_in_order
 
 # ---- Resume ---------------------------------------------------------------------------------------------------------
@@ -70,9 +55,6 @@ def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(files, 
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.search(f"(was made with|;) {re.escape(words)}", said)
     assert (files / "out.jsonl").read_bytes() == before
-    if line == "--max-tokens 99":
-        with Stub() as stub:
-            assert run(files, stub.url, f"{line} --overwrite") == 0 and len(stub.requests) == 6
 
 
 def test_a_changed_prompt_file_or_row_is_named(files, capsys):
@@ -89,21 +71,24 @@ def test_a_changed_prompt_file_or_row_is_named(files, capsys):
         assert run(files, stub.url) == 0 and len(stub.requests) == 6, "the same requests: what is done is done"
 
 
-def test_failed_rows_may_be_asked_under_other_settings(files):
+@pytest.mark.parametrize("as_input", [False, True])
+def test_failed_rows_may_be_asked_under_other_settings_also_with_the_errors_file_as_input(files, as_input):
     with Stub(always("cut short")) as stub:
         assert run(files, stub.url) == 1 and len(errors(files)) == 6
+        if as_input:
+            (files / "out.jsonl.errors.jsonl").rename(files / "in.jsonl")
         stub.behave = always("ok")
         assert run(files, stub.url, "--max-tokens 999") == 0 and not errors(files)
-        assert len(rows(files)) == 6
-
-
-def test_the_errors_file_can_be_the_input_of_another_run(files):
-    with Stub(always("no marker")) as stub:
-        assert run(files, stub.url) == 1
-        (files / "out.jsonl.errors.jsonl").rename(files / "in.jsonl")
-        stub.behave = always("ok")
-        assert run(files, stub.url, "--max-tokens 999") == 0
     assert len(rows(files)) == 6 and all("error" not in r and r["rationale"] for r in rows(files))
+
+
+def test_rows_that_vanish_from_the_input_are_missed_at_the_end(files, monkeypatch, capsys):
+    """What is done and what failed are together what was read at the start."""
+    few = "".join((files / "in.jsonl").open().readlines()[:4])
+    monkeypatch.setattr(extract, "print_header", lambda run: (files / "in.jsonl").write_text(few))
+    with Stub(always("no marker", lambda q: "1 + 2" in q)) as stub:
+        assert run(files, stub.url) == 3 and len(rows(files)) == 3 and len(errors(files)) == 1
+    assert "2 rows were not asked: did" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tail, rows_left", [(b'{"id": "r9", "inp', 3), (b"\x00\x00\x00", 3), (b"", 3), (None, 3)])
@@ -147,8 +132,6 @@ def test_lines_are_put_in_order_the_last_of_an_id_stays(tmp_path_factory, names,
 
 
 def test_a_second_process_is_refused(files, capsys):
-    from data.files import locked
-
     with locked(files / "out.jsonl"):
         assert run(files, "http://127.0.0.1:9/v1") == 2
     assert "another process (which holds" in capsys.readouterr().err
@@ -179,8 +162,7 @@ def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_pat
 def test_the_second_ctrl_c_ends_at_once(tmp_path):
     make_files(tmp_path, 100)
     with Stub(always("stall", lambda q: int(re.search(r"\d+", q)[0]) > 20)) as stub:
-        command = [sys.executable, ROOT / "extract.py", *arguments(tmp_path, stub.url)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = start(tmp_path, stub.url)
         wait_for_rows(tmp_path, 21, process)
         process.send_signal(signal.SIGINT)
         time.sleep(1)
@@ -195,14 +177,11 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
 def test_a_full_disk_aborts_and_the_next_start_goes_on(tmp_path):
     make_files(tmp_path, 60)
-    code = "import resource, sys, extract; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
-    code += "; sys.exit(extract.main(sys.argv[1:]))"
     with Stub() as stub:
-        made = subprocess.run(
-            [sys.executable, "-c", code, *arguments(tmp_path, stub.url)], cwd=ROOT, capture_output=True, text=True
-        )
-        assert made.returncode == 3 and "extract.py: aborted: [Errno 27]" in made.stderr, made.stderr
-        assert "Traceback" not in made.stderr
+        before = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+        process = start(tmp_path, stub.url, before=before)
+        said = process.communicate()[1]
+        assert process.returncode == 3 and "extract.py: aborted: [Errno 27]" in said and "Traceback" not in said, said
         assert run(tmp_path, stub.url) == 0
     assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(60)]
 
@@ -227,11 +206,8 @@ def test_after_any_kills_the_file_is_as_an_undisturbed_runs(tmp_path_factory, pa
         assert max(stub.attempts.values()) <= 1 + len(pauses), "at most what was in flight is asked again"
         assert run(calm, stub.url, "--concurrency 4") == 1
     assert [lasting(row) for row in rows(folder)] == [lasting(row) for row in rows(calm)]
-    assert (
-        [row["id"] for row in errors(folder)]
-        == [row["id"] for row in errors(calm)]
-        == ["r7", "r17", "r27", "r37", "r47", "r57"]
-    )
+    assert [lasting(row) for row in errors(folder)] == [lasting(row) for row in errors(calm)]
+    assert len(errors(calm)) == 6
 
 
 BAD = ["429", "500", "503", "reset", "truncated", "not json", "html", "no choices", "429 ms", "disconnect", "stall"]
@@ -278,61 +254,25 @@ def test_300_rows_a_teacher_that_fails_40_percent_and_three_kills(tmp_path):
     assert [e["id"] for e in errors(tmp_path)] == [f"r{i}" for i in dead]
     kinds = Counter(e["error"]["kind"] for e in errors(tmp_path))
     assert kinds == {"empty": 4, "http_500": 2, "bad_reply": 4, "context_exceeded": 1, "truncated": 1}
-    assert all(
-        e["error"]["raw"] for e in errors(tmp_path) if e["error"]["kind"] in ("http_500", "bad_reply", "truncated")
-    )
+    assert all(e["error"]["raw"] for e in errors(tmp_path) if e["error"]["kind"] not in ("empty", "context_exceeded"))
     for text in [*filter(None, said), *(p.read_text("utf-8") for p in tmp_path.iterdir())]:
         assert KEY not in text
 
 
-# ---- Speed and memory ----------------------------------------------------------------------------------------------
-
-
-def capacity(url, workers, seconds):
-    """Requests a second that a client which does nothing else gets from a server."""
-    counts, end = [0] * workers, time.monotonic() + seconds
-    body = json.dumps({"messages": [{"role": "user", "content": "x" * 200}]})
-
-    def work(number):
-        connection = http.client.HTTPConnection(url.split("/")[2])
-        while time.monotonic() < end:
-            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-            connection.getresponse().read()
-            counts[number] += 1
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(workers)]
-    start = time.monotonic()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(counts) / (time.monotonic() - start)
+# ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_20_000_rows_in_flat_memory_at_the_speed_of_the_teacher(tmp_path):
-    """16 at a time, 80 ms each: 200 rows a second, every one with its fsync. About three minutes."""
-    stub = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "teacher_stub.py", "0.08"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        url, memory, rate = stub.stdout.readline().strip(), {}, 0.0
-        for number in (2000, 20000):
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            make_files(folder, number)
-            best = capacity(url, 16, 4)
-            clock = time.monotonic()
-            code = "import sys, extract; extract.main(sys.argv[1:]); print(open('/proc/self/status').read())"
-            command = [sys.executable, "-c", code, *arguments(folder, url, "--concurrency 16")]
-            made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            rate = number / (time.monotonic() - clock)
-            memory[number] = int(re.search(r"VmHWM:\s+(\d+) kB", made.stdout)[1])  # the most it ever had
-            best = (best + capacity(url, 16, 4)) / 2
-            print(f"{number:,} rows: {rate:.1f} rows/s, {rate / best:.1%} of {best:.1f}; {memory[number]:,} kB")
-            assert [r["id"] for r in rows(folder)] == [f"r{i}" for i in range(number)]
-        assert rate > 0.9 * best
-        assert memory[20000] - memory[2000] < 18000, "at most 1 kB a row: its id, and where its line lies"
-    finally:
-        stub.kill()
+def test_20_000_rows_in_flat_memory(tmp_path):
+    memory = {}
+    for number in (2000, 20000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make_files(folder, number)
+        with Stub() as stub:
+            after = "print(open('/proc/self/status').read(), file=sys.stderr)"
+            said = start(folder, stub.url, "--concurrency 16", after=after).communicate()[1]
+        memory[number] = int(re.search(r"VmHWM:\s+(\d+) kB", said)[1])  # the most it ever had
+        assert [r["id"] for r in rows(folder)] == [f"r{i}" for i in range(number)]
+    assert memory[20000] - memory[2000] < 18000, "at most 1 kB a row: its id, and where its line lies"

@@ -35,7 +35,7 @@ USES = (ENCODER, DECODER, CROSS)
 def set_tiles(patch, BM, BN):
     """From now on all kernels work in tiles of BM queries and BN keys (dkdv: the other way round)."""
     for kernel, size in ROW:
-        tile = (BN, BM) if kernel == "dkdv" else (BM, BN)
+        tile = (BN, BM) if kernel.startswith("dkdv") else (BM, BN)
         patch.setitem(ROW, (kernel, size), dict.fromkeys((32, 64, 128), (*tile, 4, 1)))
 
 

@@ -23,6 +23,7 @@ CHOICES = [
 
 @pytest.mark.parametrize("value, device, here, outcome", CHOICES)
 def test_the_choice_of_kernels(monkeypatch, value, device, here, outcome):
+    monkeypatch.setattr("kernels.launch.architecture_of", lambda device: "sm_90")
     monkeypatch.setenv("DSS_KERNELS", value)
     monkeypatch.setattr("kernels.launch.INSTALLED", here["installed"])
     monkeypatch.setattr("kernels.launch.INTERPRETED", here["interpreted"])
@@ -31,6 +32,17 @@ def test_the_choice_of_kernels(monkeypatch, value, device, here, outcome):
     else:
         with pytest.raises(ValueError, match=f"DSS_KERNELS.*{outcome}"):
             kernels.choice(torch.device(device))
+
+
+def test_a_gpu_that_the_kernels_do_not_fit_gets_the_references_and_the_run_says_so(monkeypatch):
+    """A T4 (compute capability 7.5) has too little shared memory for our tiles, and AMD's GPUs have no row of tiles."""
+    monkeypatch.setattr("kernels.launch.INSTALLED", True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    monkeypatch.delenv("DSS_KERNELS", raising=False)
+    kernels.launch.architecture_of.cache_clear()
+    with pytest.warns(UserWarning, match="compute capability 8.0"):
+        assert kernels.choice(torch.device("cuda", 7)) == "reference"
+    kernels.launch.architecture_of.cache_clear()
 
 
 def test_a_misspelt_choice_stops_the_first_operation(monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import several
 import torch
-from conftest import relative_error
+from comparing import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 

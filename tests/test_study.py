@@ -67,6 +67,14 @@ def test_a_study_runs_its_grid_once_and_a_wider_one_adds_to_it(files, tmp_path, 
         assert (out / "accuracy_by_share.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_study_gives_each_run_several_processes(files, tmp_path, capsys):
+    out = tmp_path / "study"
+    grid = [*files, *QUICK, "--method", "dss", "--seed", "0", "--processes", "2", "--device", "cpu", "--out", out]
+    assert run(*grid) == 0
+    assert "1 at a time" in capsys.readouterr().out
+    assert "2 x cpu" in (out / "gold-tiny-1-seed0.log").read_text()
+
+
 def test_other_settings_or_rows_are_refused_by_name(files, tmp_path, capsys):
     out = tmp_path / "study"
     grid = [*files, *QUICK, "--method", "standard", "--seed", "0", "--out", out]
@@ -145,6 +153,7 @@ def test_presets_have_the_papers_settings():
     assert round(cell.eval_fraction * 9741) == 975 and cell.weights == "google/t5-v1_1-base"
     xxl = StudyConfig(**PRESETS["anli-xxl"], preset="anli-xxl").cells()["gold-google--t5-v1_1-xxl-1-seed0"]
     assert (xxl.steps, xxl.batch_size) == (4_000, 32)
+    assert (xxl.processes, xxl.shard, xxl.checkpoint_activations) == (8, True, True)
 
 
 def test_students_of_one_name_are_two_runs():

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mutation import compress, relayout
 
 import dss.hub
 from data import web
@@ -42,30 +43,6 @@ def saved(tmp_path):
 
 def same(model, directory):
     return torch.equal(load_t5(directory).logits(INPUT, TARGET)[0], model.logits(INPUT, TARGET)[0])
-
-
-def relayout(directory, layout):
-    """Rewrite the student's weights in another public layout."""
-    path = directory / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in read_safetensors(path).items()}
-    tensors["encoder.embed_tokens.weight"] = tensors[
-        "shared.weight"
-    ]  # old checkpoints hold copies, and an unused table
-    tensors["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = torch.zeros(32, 3)
-    path.unlink()
-    halves = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
-    if layout == "pytorch_model.bin":
-        torch.save(tensors, directory / layout)
-    elif layout == "legacy pytorch_model.bin":  # as saved before 2020, not a zip file
-        torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    else:
-        write = write_safetensors if "safetensors" in layout else lambda path, half: torch.save(half, path)
-        stem, end = layout.removesuffix(" in shards").rsplit(".", 1)
-        names = [f"{stem}-0000{k}-of-00002.{end}" for k in (1, 2)]
-        for name, half in zip(names, halves):
-            write(directory / name, half)
-        index = {"weight_map": {key: name for name, half in zip(names, halves) for key in half}}
-        (directory / f"{stem}.{end}.index.json").write_text(json.dumps(index))
 
 
 LAYOUTS = [
@@ -140,6 +117,19 @@ def edit_weights(directory, change):
     write_safetensors(directory / "model.safetensors", tensors)
 
 
+Q, COPY = "encoder.block.0.layer.0.SelfAttention.q.weight", "decoder.embed_tokens.weight"
+
+
+def make_bin(directory):
+    relayout(directory, "pytorch_model.bin")
+    return directory / "pytorch_model.bin"
+
+
+def make_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def truncate(directory):
     content = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(content[:-10])
@@ -168,13 +158,38 @@ def truncate(directory):
         ),
         (lambda d: edit_weights(d, lambda t: t.update(x=torch.zeros(1))), "1 tensors have no place in this T5: x"),
         (lambda d: edit_weights(d, lambda t: t.pop("shared.weight")), "lack shared.weight"),
+        (lambda d: edit_config(d, vocab_size=10**9), "config.json: vocab_size is 1000000000, not from 1 to 1048576"),
+        (lambda d: edit_config(d, num_layers=10**6), "config.json: num_layers is 1000000, not from 1 to 100"),
+        (lambda d: edit_config(d, d_model=2**20), "shared.weight is .*, but config.json makes it"),
+        (lambda d: edit_config(d, d_kv=-8), "d_kv is -8"),
+        (lambda d: edit_config(d, d_ff=True), "d_ff is True, not int"),
+        (lambda d: edit_config(d, layer_norm_epsilon=-1e-6), "layer_norm_epsilon is -1e-06"),
+        (lambda d: edit_config(d, dropout_rate=float("nan")), "config.json: not JSON .NaN is not a finite number"),
+        (lambda d: edit_config(d, relative_attention_num_buckets=300), "max_distance is 128, not from 151"),
+        (lambda d: edit_config(d, eos_token_id=61), "eos_token_id is 61, not from 0 to 60"),
+        (
+            lambda d: edit_config(d, dense_act_fn="silu"),
+            "dense_act_fn is 'silu', but feed_forward_proj is 'gated-gelu'",
+        ),
+        (lambda d: make_fifo(d / "config.json"), "not a regular file"),
+        (lambda d: make_fifo(d / "model.safetensors"), "not a regular file"),
+        (lambda d: edit_weights(d, lambda t: t[Q].view(-1)[3].fill_(float("nan"))), f"{Q} holds a number that is not"),
+        (lambda d: edit_weights(d, lambda t: t.update({COPY: t["shared.weight"] + 1})), "is not shared.weight"),
+        (lambda d: (d / "model.safetensors").open("ab").write(b"x") and None, "1 bytes belong to no tensor"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 7 + b"\0" * 9), "a header of"),
+        (lambda d: compress(make_bin(d)), "pytorch_model.bin: .*compressed"),
+        (lambda d: torch.save([1.0], make_bin(d)), "not a dict of named dense tensors"),
+        (lambda d: torch.save({Q: torch.eye(2).to_sparse()}, make_bin(d)), "not a dict of named dense tensors"),
+        (lambda d: torch.save({Q: torch.zeros(1).expand(9999, 9999)}, make_bin(d)), "larger than the file"),
+        (lambda d: make_bin(d).write_bytes(b""), "pytorch_model.bin: not a PyTorch checkpoint"),
     ],
 )
 def test_what_is_no_t5_is_refused_by_name(saved, damage, words):
     directory, _ = saved
     damage(directory)
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
+    with pytest.raises((ValueError, OSError), match=words) as error:
         load_t5(directory)
+    assert str(directory) in str(error.value) and "\n" not in str(error.value)
 
 
 class Evil:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from data.files import replacing
+from data.files import parse_json, replacing
 from data.jsonl import RecordError, to_line
 from data.teacher.endpoint import Reply, RequestError, Teacher, read_reply, shown
 
@@ -46,7 +46,7 @@ class Replies:
                 for number, line in enumerate(file, 1):
                     try:
                         identity, response, _ = parse(line)
-                    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    except (ValueError, LookupError, TypeError, AttributeError):
                         what = 'not a reply of a batch, which has a "custom_id" and a "response"'
                         raise RecordError(f"{path}:{number}: {what}") from None
                     if identity not in self.places or response.get("status_code") == 200:  # no error hides an answer
@@ -68,7 +68,7 @@ class Replies:
 
 def parse(line):
     """(custom id, response or {}, error) of a line."""
-    row = json.loads(line)
+    row = parse_json(line, "a reply")
     response = row.get("response") or {}
     if not isinstance(row["custom_id"], str) or response and not (int(response["status_code"]) and "body" in response):
         raise ValueError

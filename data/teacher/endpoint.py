@@ -15,7 +15,6 @@ import base64
 import email.utils
 import functools
 import http.client
-import io
 import json
 import os
 import re
@@ -23,10 +22,10 @@ import selectors
 import ssl
 import time
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Iterable
 from http.client import HTTPConnection, HTTPSConnection
 from typing import NamedTuple
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 LONGEST_WAIT = 120  # seconds of Retry-After that are waited for
 CONNECT = 30  # seconds for a connection to be made
@@ -70,58 +69,69 @@ class Reply(NamedTuple):
     usage: dict  # tokens: prompt, completion, cached
 
 
-class Timed(io.RawIOBase):
-    """What a socket receives, all of it before the time `until`, or TimeoutError."""
-
-    def __init__(self, sock, until):
-        self.sock, self.until, self.stream = sock, until, sock.makefile("rb", buffering=0)
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.sock.settimeout(left)
-        return self.stream.readinto(buffer)
-
-    def close(self):
-        self.stream.close()
-        super().close()
-
-
 class Response(http.client.HTTPResponse):
-    """A response that must be there before `until`, and before which a server may send any interim one: http.client
-    skips 100 alone, and takes a 102 or 103 for the reply."""
+    """A response of which everything must come before the time `until`, or TimeoutError. A server may send interim ones
+    first, of which http.client skips 100 alone, and takes a 102 or 103 for the reply."""
 
     def __init__(self, sock, *args, until, **options):
         super().__init__(sock, *args, **options)
-        self.fp.close()
-        self.fp = io.BufferedReader(Timed(sock, until))
+        receive = self.fp.raw.readinto
+
+        def receive_in_time(buffer):
+            sock.settimeout(time_left(until))
+            return receive(buffer)
+
+        self.fp.raw.readinto = receive_in_time
 
     def _read_status(self):
         version, status, reason = super()._read_status()
         return version, 100 if 100 <= status < 200 else status, reason
 
 
-@dataclass
+def time_left(until):
+    if (left := until - time.monotonic()) <= 0:
+        raise TimeoutError
+    return left
+
+
 class Teacher:
     """An endpoint and, from the first request on, one keep-alive connection to it: for one thread."""
 
-    parts: SplitResult  # of the base URL
-    endpoint: str  # "chat" | "completions"
-    headers: dict
-    secrets: list[str]  # that must appear nowhere, the longest first
-    timeout: float  # seconds for a whole reply
-    proxy: tuple | None  # (host, port)
-    login: dict  # headers for the proxy
-    tls: ssl.SSLContext | None
-    connection: HTTPConnection | None = None
-
-    @property
-    def url(self) -> str:
-        return self.parts.geturl()
+    def __init__(self, base_url: str, endpoint: str, key: str, headers: Iterable[str], timeout: float):
+        """endpoint: "chat" or "completions"; timeout: seconds for a whole reply; headers: as --header has them. Raises
+        ValueError, which never quotes a secret."""
+        self.endpoint, self.timeout, self.connection = endpoint, timeout, None
+        self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        secrets = [key]
+        for name, value, hidden in map(read_header, headers):
+            others = {n: v for n, v in self.headers.items() if n.casefold() != name.casefold()}
+            self.headers = others | {name: value}
+            secrets += hidden
+        if " " in key or not all(re.fullmatch("[ -~]*", value) for value in self.headers.values()):
+            raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
+        self.parts = parts = read_url(base_url)
+        self.url = parts.geturl()
+        proxy = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
+        self.proxy, self.login = None, {}  # (host, port) and headers for it
+        if proxy.hostname and not urllib.request.proxy_bypass(parts.netloc):
+            self.proxy = proxy.hostname, proxy.port or 80
+            if proxy.username:
+                password = unquote(proxy.password or "")
+                login = base64.b64encode(f"{unquote(proxy.username)}:{password}".encode()).decode()
+                self.login = {"Proxy-Authorization": f"Basic {login}"}
+                secrets += [password, login]
+        self.tls = ssl.create_default_context() if parts.scheme == "https" else None
+        target = parts._replace(path=parts.path + ("/chat/completions" if endpoint == "chat" else "/completions"))
+        if self.proxy and not self.tls:  # such a proxy is told the whole URL
+            self.headers |= self.login
+        else:
+            target = target._replace(scheme="", netloc="")
+        self.target = target.geturl()
+        # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
+        secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
+        self.secrets = sorted(secrets, key=len, reverse=True)  # the longest first: one may hold another
 
     def hide(self, text: str) -> str:
         for secret in self.secrets:
@@ -130,41 +140,44 @@ class Teacher:
 
     def ask(self, body: dict, identity: str = "") -> Reply:
         """Send one request. Raises RequestError. (Its `identity` is for batch files, which are asked alike.)"""
-        start, url = time.monotonic(), self.url
+        start = time.monotonic()
         try:
             status, headers, content = self.exchange(json.dumps(body).encode(), start + self.timeout)
         except TimeoutError:
-            self.close()  # a reply that comes later has nowhere to go
             waited = f"{time.monotonic() - start:.3g} s (--timeout {self.timeout:g})"
-            raise RequestError("timeout", f"{url}: no whole reply within {waited}", "retry") from None
+            kind, what, then = "timeout", f"no whole reply within {waited}", "retry"
         except ssl.SSLCertVerificationError as error:
             what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
-            raise RequestError("certificate", f"{url}: {what}", "stop") from None
+            kind, then = "certificate", "stop"
         except (OSError, http.client.HTTPException) as error:
-            self.close()
             what = "the reply was cut off" if isinstance(error, http.client.IncompleteRead) else str(error)
-            what = self.hide(what or type(error).__name__)
-            raise RequestError("disconnect", f"{url}: {what}", "retry") from None
-        return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
+            kind, what, then = "disconnect", self.hide(what or type(error).__name__), "retry"
+        else:
+            return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
+        self.close()  # a reply that comes later has nowhere to go
+        raise RequestError(kind, f"{self.url}: {what}", then)
 
     def exchange(self, content, until):
         """(status, headers, body as bytes), all of it before the time `until` or TimeoutError."""
-        if self.connection is not None and self.connection.sock is not None:
+        if self.connection:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.connection.sock, selectors.EVENT_READ)
                 if selector.select(0):  # nothing is expected, so the server has closed it (llama.cpp's does after 5 s)
                     self.close()
-        if self.connection is None or self.connection.sock is None:
-            self.connect(until)
-        path = self.parts.path + ("/chat/completions" if self.endpoint == "chat" else "/completions")
-        path, headers = self.parts._replace(path=path).geturl(), self.headers
-        if self.proxy and not self.tls:  # such a proxy is told the whole URL
-            headers = headers | self.login
-        else:
-            path = path.partition(self.parts.netloc)[2]
+        if not self.connection:
+            host, port = self.proxy or (self.parts.hostname, self.parts.port)
+            kind, tls = (HTTPSConnection, {"context": self.tls}) if self.tls else (HTTPConnection, {})
+            self.connection = kind(host, port, timeout=min(self.timeout, CONNECT), **tls)
+            if self.tls and self.proxy:
+                self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
         self.connection.response_class = functools.partial(Response, until=until)
-        self.connection.sock.settimeout(max(until - time.monotonic(), 0.001))
-        self.connection.request("POST", path, content, headers)
+        if not self.connection.sock:
+            try:
+                self.connection.connect()
+            except TimeoutError:
+                raise ConnectionError(f"no connection within {self.connection.timeout:g} s") from None
+        self.connection.sock.settimeout(time_left(until))
+        self.connection.request("POST", self.target, content, self.headers)
         response = self.connection.getresponse()
         body = response.read(LARGEST_REPLY + 1)
         if len(body) > LARGEST_REPLY:
@@ -176,35 +189,14 @@ class Teacher:
             self.close()
         return response.status, response.headers, body
 
-    def connect(self, until):
-        host, port = self.proxy or (self.parts.hostname, self.parts.port)
-        timeout = min(self.timeout, CONNECT)
-        kind, tls = (HTTPSConnection, {"context": self.tls}) if self.tls else (HTTPConnection, {})
-        self.connection = kind(host, port, timeout=timeout, **tls)
-        if self.tls and self.proxy:
-            self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
-        self.connection.response_class = functools.partial(Response, until=until)
-        try:
-            self.connection.connect()
-        except TimeoutError:
-            raise ConnectionError(f"no connection within {timeout:g} s") from None
-
     def close(self):
-        if self.connection is not None:
+        if self.connection:
             self.connection.close()
-            self.connection = None
+        self.connection = None
 
 
-def make_teacher(base_url: str, endpoint: str, key: str, headers: list[str], timeout: float) -> Teacher:
-    """The Teacher at a base URL, or at none. Raises ValueError, which never quotes a secret."""
-    sent = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
-    sent |= {"Authorization": f"Bearer {key}"} if key else {}
-    secrets, proxy, login = [key], None, {}
-    for name, value, hidden in map(read_header, headers):
-        sent = {n: v for n, v in sent.items() if n.casefold() != name.casefold()} | {name: value}
-        secrets += hidden
-    if " " in key or not all(re.fullmatch("[ -~]*", value) for value in sent.values()):
-        raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
+def read_url(base_url):
+    """A base URL in its parts. Raises ValueError."""
     try:
         parts = urlsplit(base_url)
         good = parts.scheme in ("http", "https") and parts.hostname and not parts.fragment and "@" not in parts.netloc
@@ -216,19 +208,7 @@ def make_teacher(base_url: str, endpoint: str, key: str, headers: list[str], tim
         raise ValueError(f"--base-url must be {form}; a password or key goes into --header 'NAME: $VARIABLE'")
     if any(re.search(CREDENTIAL, name) for name, _ in parse_qsl(parts.query)):
         raise ValueError("--base-url must not hold a key; --header 'NAME: $VARIABLE' sends one")
-    parts = parts._replace(path=re.sub("/+$|/(chat/)?completions/*$", "", parts.path))
-    through = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
-    if through.hostname and not urllib.request.proxy_bypass(parts.netloc):
-        proxy = through.hostname, through.port or 80
-        if through.username:
-            secrets.append(unquote(through.password or ""))
-            secrets.append(base64.b64encode(f"{unquote(through.username)}:{secrets[-1]}".encode()).decode())
-            login = {"Proxy-Authorization": f"Basic {secrets[-1]}"}
-    tls = ssl.create_default_context() if parts.scheme == "https" else None
-    # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
-    secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
-    longest_first = sorted(secrets, key=len, reverse=True)
-    return Teacher(parts, endpoint, sent, longest_first, timeout, proxy, login, tls)
+    return parts._replace(path=re.sub("/+$|/(chat/)?completions/*$", "", parts.path))
 
 
 def read_header(header):
@@ -261,8 +241,8 @@ def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) ->
         raise status_error(status, headers, text, content, body, teacher)
     try:
         choice = content["choices"][0]
-        message = choice if teacher.endpoint == "completions" else choice["message"]
-        said = message.get("text" if teacher.endpoint == "completions" else "content")
+        message, where = (choice, "text") if teacher.endpoint == "completions" else (choice["message"], "content")
+        said = message.get(where)
         finish, failed = shown(choice.get("finish_reason") or "stop").lower(), choice.get("error")
     except (LookupError, TypeError, AttributeError):
         what = "is not JSON" if content is None else "has no choices"

@@ -15,6 +15,7 @@ from data.jsonl import RecordError
 from data.teacher.tally import print_line
 
 BEGIN = b'{"id": '  # of every line
+SETTINGS = ("model", "endpoint", "rationalize", "keep")  # of the command line, that a row's `teacher` holds
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
@@ -114,8 +115,7 @@ def what_changed(path: str, name: str, now: dict | None) -> str:
     before = next(row["teacher"] for _, row, _ in read_rows(path) if row["id"] == name)
     if before is None or now is None:
         return f"{'no ' if before is None else ''}--replace, or another rationale in row {name!r}"
-    names = ("model", "endpoint", "rationalize", "keep", "prompt_sha256")
-    old, new = ({n: t.get(n) for n in names} | t.get("params", {}) for t in (before, now))
+    old, new = ({n: t.get(n) for n in (*SETTINGS, "prompt_sha256")} | t.get("params", {}) for t in (before, now))
     changed = [n for n in old | new if old.get(n) != new.get(n)]
     shown = (f"{n} {old.get(n, 'unset')}, not {new.get(n, 'unset')}" for n in changed)
     return "; ".join(shown) or f"another input in row {name!r}"

@@ -11,8 +11,10 @@ one worker look for it while the others wait. Both waits end after `patience`.
 import random
 import threading
 import time
+from collections.abc import Callable
 
 from data.teacher.endpoint import RequestError
+from data.teacher.tally import print_line
 
 
 class Stopped(Exception):
@@ -71,10 +73,9 @@ class Pace:
         else:
             self.sleep(min(60, 0.25 * 2**attempt) * random.uniform(0.75, 1) * self.scale)
 
-    def await_teacher(self, sent: float, error: RequestError, answers, tell) -> bool:
+    def await_teacher(self, sent: float, error: RequestError, answers: Callable[[], bool]) -> bool:
         """After a request of time `sent` has failed: return when the teacher has answered since, another worker's
-        request or that of `answers()`. Returns whether it was gone meanwhile. Raises the error if it is gone for too
-        long. `tell` prints a line."""
+        request or that of `answers`. Returns whether it was gone meanwhile. Raises the error if it is so for long."""
         if self.heard >= sent:  # it answers others
             return False
         with self.search:
@@ -85,13 +86,13 @@ class Pace:
                     self.let_through(answered=True)
                     break
                 if pause == 0.5:
-                    tell(f"the teacher is gone ({error}); waiting for it, {self.patience:,.0f} s at most (--patience)")
+                    print_line(f"the teacher is gone ({error}); waiting {self.patience:,.0f} s at most (--patience)")
                 self.missed = time.monotonic()
                 self.lose_patience(error)
                 self.sleep(pause * self.scale)
                 pause = min(10, 2 * pause)
             if pause > 0.5:
-                tell("the teacher is back")
+                print_line("the teacher is back")
         return self.missed > sent
 
     def lose_patience(self, error):

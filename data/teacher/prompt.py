@@ -4,22 +4,17 @@ data/prompts/ has five; data/README.md describes them and says how to write one.
 """
 
 import dataclasses
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from data.answers import CHOICES, pick, read_answer, read_label, same_label
+from data.files import digest, read_json
 
 # Tokens that end a turn, which a server whose chat template is not the model's lets through as text (llama.cpp with a
 # base model: all of 8 replies). What follows is an invented next turn.
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<|endoftext|>", "<end_of_turn>", "</s>")
 LABEL_TYPES = ("choice", "class", "equation", "text")
-
-
-class PromptError(ValueError):
-    """A prompt file that cannot be used; the message gives file and reason."""
 
 
 @dataclass(frozen=True)
@@ -68,19 +63,15 @@ class Prompt:
     @cached_property
     def shots(self):
         """[(question, answer)] of the exemplars, without the hint and, in shots[True], with it."""
-        return [
-            [(self.ask(e["input"], e["label"] if hinted else None), self.reply(e)) for e in self.exemplars]
-            for hinted in (False, True)
-        ]
+        plain = [(self.ask(e["input"]), self.reply(e)) for e in self.exemplars]
+        return plain, [(self.ask(e["input"], e["label"]), self.reply(e)) for e in self.exemplars]
 
     def ask(self, input, gold=None):
         """The question for one input. Raises ValueError for an input that does not fit."""
         parts = input.split(self.input_separator) if self.input_parts else []
         if len(parts) != len(self.input_parts):
-            raise ValueError(
-                f"the prompt wants {len(self.input_parts)} parts ({', '.join(self.input_parts)}) joined by "
-                f"{self.input_separator!r}, the input has {len(parts)}"
-            )
+            wanted = f"{len(self.input_parts)} parts ({', '.join(self.input_parts)})"
+            raise ValueError(f"the prompt wants {wanted} joined by {self.input_separator!r}, and finds {len(parts)}")
         if self.label_type == "choice" and not CHOICES.search(input):
             raise ValueError('the prompt wants choices, the input has no lines like "(a) park"')
         named = {name: part.strip() for name, part in zip(self.input_parts, parts)}
@@ -131,27 +122,19 @@ def fill(template, **values):
 
 
 def load_prompt(path: str) -> Prompt:
-    """The Prompt of a file. Raises PromptError, in one line, for one that cannot work; OSError if it cannot be read."""
-    with open(path, "rb") as file:
-        content = file.read()
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path}: not JSON ({error})") from None
+    """The Prompt of a file. Raises ValueError, in one line, for one that cannot work; OSError if it cannot be read."""
+    values = read_json(path)
     try:
         check_values(values)
-        prompt = Prompt(**values, sha256=hashlib.sha256(content).hexdigest())
+        prompt = Prompt(**values, sha256=digest(path).hex())
         check_prompt(prompt)
     except ValueError as error:
-        raise PromptError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     return prompt
 
 
 def check_values(values):
     """Raise ValueError unless the keys are those of a prompt file and each has its type."""
-
-    def texts(value):
-        return isinstance(value, list | tuple) and all(isinstance(text, str) and text.strip() for text in value)
 
     if not isinstance(values, dict):
         raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
@@ -165,12 +148,16 @@ def check_values(values):
     for name, value in values.items():
         if known[name].type is str and not isinstance(value, str):
             raise ValueError(f'"{name}" must be a text, got {value!r}')
-        if known[name].type == list[str] and not (texts(value) and (value or name != "answer_marker")):
+        if known[name].type == list[str] and not (are_texts(value) and (value or name != "answer_marker")):
             raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
     keys = {"input", "rationale", "label"}
     for number, e in enumerate(values["exemplars"] if isinstance(values["exemplars"], list) else [None], 1):
-        if not (isinstance(e, dict) and e.keys() == keys and texts([*e.values()])):
+        if not (isinstance(e, dict) and e.keys() == keys and are_texts([*e.values()])):
             raise ValueError(f"exemplar {number} must have input, rationale and label, texts that are not blank")
+
+
+def are_texts(value):
+    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
 
 
 def check_prompt(prompt):

@@ -1,11 +1,11 @@
 """What extract.py can be told: `ExtractConfig`, from which its command line is made."""
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 from data.arguments import require
+from data.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ExtractConfig:
     model: str = ""  # the teacher's name, as the server knows it
     endpoint: Literal["chat", "completions"] = "chat"  # chat, or plain text to go on from (for base models)
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset: no key is sent
-    header: list[str] = ()  # more headers, each as 'NAME: VALUE'; a $VARIABLE in VALUE is taken from the environment
+    header: tuple[str, ...] = ()  # more headers, each 'NAME: VALUE'; a $VARIABLE in VALUE is the environment's
     extra_body: str = ""  # more parameters for every request, a JSON object
     # sampling
     temperature: float = 0.0  # 0: the likeliest text
@@ -65,7 +65,7 @@ class ExtractConfig:
     # batch files
     batch_requests: str = ""  # send nothing; write the requests to this file, in the form of OpenAI's batch API
     batch_rows: int = 50000  # requests in a file at most; more go to F-2.jsonl, F-3.jsonl, ...
-    batch_replies: list[str] = ()  # send nothing; read the answers from these files
+    batch_replies: tuple[str, ...] = ()  # send nothing; read the answers from these files
 
     def check(self):
         """Raise ValueError, naming the flag, for a value that makes no sense."""
@@ -106,9 +106,6 @@ class ExtractConfig:
     @property
     def extra(self):
         """--extra-body as a dict. Raises ValueError for what is not a JSON object."""
-        try:
-            extra = json.loads(self.extra_body or "{}")
-        except (ValueError, RecursionError):
-            extra = None
+        extra = parse_json(self.extra_body or "{}", "--extra-body")
         require(isinstance(extra, dict), "extra_body", "a JSON object", self)
         return extra

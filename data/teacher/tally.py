@@ -1,5 +1,6 @@
 """What extract.py prints: the header, the progress bar, the summary and the estimate of a dry run."""
 
+import json
 import sys
 import time
 from collections import Counter
@@ -43,10 +44,8 @@ def print_header(run):
     config, teacher = run.config, run.teacher
     key = "" if "Authorization" in teacher.headers or config.header else f"; no key (${config.api_key_env} is not set)"
     proxy = f", through the proxy {teacher.proxy[0]}:{teacher.proxy[1]}" if teacher.proxy else ""
-    where = (
-        ", ".join(config.batch_replies) or f"{teacher.url or 'a batch'}, {config.endpoint}, {config.model}{key}{proxy}"
-    )
-    print_line(f"teacher: {where}")
+    asked = f"{teacher.url or '(no --base-url)'}, {config.endpoint}, {config.model}{key}{proxy}"
+    print_line(f"teacher: {', '.join(config.batch_replies) or asked}")
     print_line(f"prompt:  {config.prompt} (sha256 {run.prompt.sha256[:12]}), {len(run.prompt.exemplars)} exemplars")
     kept = f", {run.kept:,} of them with a rationale, which is kept" if run.kept else ""
     resumed = f", {run.resumed:,} of them done or failed before" if run.resumed else ""
@@ -68,8 +67,8 @@ def print_summary(run) -> tuple[int, str]:
         now = f"{run.kinds[None]:,} ok, {asked - run.kinds[None]:,} left out{which}; {spent['retries']:,} retries"
         print_line(f"asked {asked:,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {now}")
         if gold := state.right[True] + state.right[False]:
-            share = f"({state.right[True] / gold:.1%})"
-            print_line(f"teacher right on {state.right[True]:,} of {gold:,} answered rows with a gold label {share}")
+            right = state.right[True]
+            print_line(f"teacher right on {right:,} of {gold:,} answered rows with a gold label ({right / gold:.1%})")
         if run.pace.refused:
             rate = 60 * (asked + spent["retries"]) / seconds
             print_line(f"pace: {rate:,.0f} requests a minute got through; {run.pace.refused:,} came too early (429)")
@@ -94,19 +93,17 @@ def print_summary(run) -> tuple[int, str]:
     return 1 if failed or unasked else 0, ""
 
 
-def print_estimate(run, rows, characters):
-    """Print what asking may cost, on stdout: it is what a dry run is for."""
-    config, requests, kept = run.config, rows * run.config.n, len(run.ids) - rows
+def print_estimate(run):
+    """Print the first request and what asking may cost, on stdout: it is what a dry run is for."""
+    config, rows = run.config, len(run.ids) - run.kept
+    print(json.dumps(run.first, indent=2, ensure_ascii=False) if run.first else "nothing to ask")
+    requests = rows * config.n
     replies = [len(run.prompt.reply(e)) / 3 for e in run.prompt.exemplars] or [config.max_tokens]
     usual = round(requests * min(sum(replies) / len(replies), config.max_tokens))
-    sent, most = characters * config.n // 3, requests * config.max_tokens
-    print(
-        f"rows: {rows:,}; requests: {requests:,}" + (f"; {kept:,} rows have a rationale and are kept" if kept else "")
-    )
+    sent, most = run.characters * config.n // 3, requests * config.max_tokens
+    print(f"rows: {rows:,}; requests: {requests:,}")
     print(f"tokens, at 3 characters each (English prose has 4 to 5): {sent:,} in;")
     print(f"        {usual:,} out if answers are as long as the exemplars', at most {most:,}")
     if config.price_in or config.price_out:
         usual, most = ((sent * config.price_in + out * config.price_out) / 1e6 for out in (usual, most))
         print(f"cost: about ${usual:,.2f}, at most ${most:,.2f}")
-    else:
-        print("cost: give --price-in and --price-out, $ per million tokens")

@@ -59,6 +59,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def require_as_many(processes: int) -> None:
+    """Raise ValueError unless there are as many processes as --processes says, if it says so."""
+    if processes not in (0, size()):
+        raise ValueError(f"--processes {processes}: start it with torchrun --nproc_per_node={processes} train.py")
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Be one of the processes that torchrun started, if it did, for the block. All but the first are silent.
@@ -181,13 +187,15 @@ def share_out(work: Callable[[list], list], items: list) -> list:
 
 
 def place(student: Student, device: torch.device, config: TrainConfig) -> Student:
-    """A copy of a student, to train: whole on `device`, or with --shard this process's part of it."""
+    """A student to train: whole on `device`, or with --shard this process's part of it. Given to the last of the run's
+    methods, the student itself, else a copy."""
     if config.shard:
         from dss.run import shards  # a second of imports, only where it is needed
 
         student = shards.ShardedStudent.part_of(student, device)
     else:
-        student = replace(student, model=copy.deepcopy(student.model).to(device))
+        last = student.method == config.method[-1]
+        student = replace(student, model=(student.model if last else copy.deepcopy(student.model)).to(device))
     for layer in layers(student.model) if config.checkpoint_activations else ():
         layer.forward = partial(recomputed, layer, layer.forward)
     return student
@@ -204,7 +212,7 @@ def recomputed(layer: torch.nn.Module, forward: Callable, *inputs: object) -> to
 
 def load_weights(student: Student, directory: Path, config: TrainConfig) -> None:
     """Put the weights of the student in `directory` into this one."""
-    source = load_t5(directory)
+    source = load_t5(directory, mapped=config.shard)
     if config.shard:
         student.load_weights(source)
     else:

@@ -82,7 +82,7 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
 def make_model(config: TrainConfig, tokenizer: T5Tokenizer) -> T5:
     """--weights, or a T5 of --size with random weights. Raises ValueError for a tokenizer with too many ids."""
     if config.weights:
-        model = load_t5(config.weights, dropout_rate=config.dropout)
+        model = load_t5(config.weights, config.dropout, mapped=config.shard)
     else:
         torch.manual_seed(config.seed)
         shape = SIZES[config.size]

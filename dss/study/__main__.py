@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,11 +35,12 @@ from data import arguments
 from data.arguments import require
 from data.files import read_json
 from data.interrupt import Interrupted, Stop
+from data.jsonl import read_jsonl
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
 from dss.rows import Rows, load_rows
 from dss.run.output import find_output, identify, require_free, require_same
 from dss.study.presets import PRESETS
-from dss.study.report import write_report
+from dss.study.report import levels, write_report
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 COST = dict.fromkeys(METHODS, 2.2) | {"standard": 1.0, "single_task": 1.3, "label_first": 1.3}  # time a method takes
@@ -59,7 +60,7 @@ class StudyConfig(TrainConfig):
     size: tuple[Literal[tuple(SIZES)], ...] = ("tiny",)  # students with random weights
     subsample: tuple[float, ...] = (1.0,)  # shares of all labelled rows, the validation cut included
     seed: tuple[int, ...] = (0, 1, 2)  # each draws weights, order of rows and subsample anew
-    jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core
+    jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core; with --processes, one
     out: str = ""  # output directory; none: runs/study-NAME
 
     def check(self) -> None:
@@ -104,7 +105,8 @@ class StudyConfig(TrainConfig):
 
     @property
     def parallel(self) -> int:
-        return self.jobs or self.gpus or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+        many = 1 if self.processes else self.gpus
+        return self.jobs or many or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,8 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     out, cells = config.directory, config.cells()
     try:
         require_free(out, config)
-        rows = {name: load_rows(cell) for name, cell in cells.items()}  # whatever is wrong with a file is found here
-        done = {name for name, cell in cells.items() if is_done(cell, rows[name])} if config.resume else set()
+        levels, done = look_at_rows(config, cells)  # whatever is wrong with a file is found here
         if config.overwrite:
             for cell in cells.values():  # refuses to delete what is no run, or holds what a run reads
                 find_output(replace(cell, resume=False, overwrite=True), "")
@@ -137,10 +138,24 @@ def main(argv: list[str] | None = None) -> int:
             return fail(2, problem)
     finished = {name: cell for name, cell in cells.items() if name not in failed}
     if finished:
-        print("\n" + write_report(out, finished, rows))
+        print("\n" + write_report(out, finished, levels))
     for name in failed:
         print(f"dss.study: {name} failed; see {out / name}.log", file=sys.stderr)
     return 1 if failed else 0
+
+
+def look_at_rows(config: StudyConfig, cells: dict[str, TrainConfig]) -> tuple[dict[str, dict], set[str]]:
+    """{name of a run: what its students are compared with} and the names of those that are done.
+
+    One run's rows at a time, and one copy of each file's: a study of any number of runs needs the memory of one.
+    """
+    read, found, done = cache(lambda path: list(read_jsonl(path))), {}, set()
+    for name, cell in cells.items():
+        rows = load_rows(cell, read)
+        found[name] = levels(rows)
+        if config.resume and is_done(cell, rows):
+            done.add(name)
+    return found, done
 
 
 def is_done(cell: TrainConfig, rows: Rows) -> bool:
@@ -189,14 +204,16 @@ def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> l
 
 
 def start(config: StudyConfig, name: str, cell: TrainConfig, slot: int) -> subprocess.Popen:
-    """One run: train.py with its output in a file, its share of the cores, and a GPU of its own where there are any."""
+    """One run: train.py with its output in a file and its share of the cores, on a GPU of its own where there are any,
+    or with --processes on as many."""
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.parallel)))
-    if config.gpus:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
+    if config.gpus and not config.processes:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % config.gpus)
     with open(f"{config.directory / name}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, str(TRAIN), *command_line(cell)],
+            [sys.executable, *(torchrun if config.processes else []), str(TRAIN), *command_line(cell)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -245,7 +262,9 @@ def summary(name: str, cell: TrainConfig, status: int, out: Path) -> str:
 
 def last_line(log: str) -> str:
     lines = Path(log).read_text("utf-8").splitlines() if Path(log).exists() else []
-    return lines[-1] if lines else "no output"
+    return next(
+        (line for line in reversed(lines) if line.startswith("train.py: ")), lines[-1] if lines else "no output"
+    )
 
 
 fail = partial(arguments.fail, "dss.study")

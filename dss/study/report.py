@@ -34,12 +34,11 @@ LOOKS = {  # colour (Okabe and Ito's, told apart by colour-blind readers too), m
 }
 
 
-def write_report(out: Path, cells: dict[str, TrainConfig], rows: dict[str, Rows]) -> str:
-    """Write the report of finished runs into `out`; returns it. cells: {name: TrainConfig}; rows: {name: Rows}."""
+def write_report(out: Path, cells: dict[str, TrainConfig], compared: dict[str, dict]) -> str:
+    """Write the report of finished runs into `out`; returns it. cells, compared: a TrainConfig and levels a run."""
     runs = [read_run(name, cell, method) for name, cell in cells.items() for method in cell.method]
     groups = summarise(runs)
-    lines = {"teacher": mean(teacher_accuracy(rows[name]) for name in cells)}
-    lines["commonest label"] = mean(commonest_label(rows[name])[1] for name in cells)
+    lines = {level: mean(compared[name][level] for name in cells) for level in ("teacher", "commonest label")}
     pictures, why_not = draw(out, groups, lines)
     about = dict(
         date=time.strftime("%Y-%m-%d"), machine=machine(), command="python -m dss.study " + shlex.join(sys.argv[1:])
@@ -102,6 +101,11 @@ def seeds_needed(gain: float, low: float, high: float, seeds: int) -> int | None
     if low > 0 or high < 0 or gain == 0:
         return None
     return math.ceil(seeds * ((high - low) / 2 / abs(gain)) ** 2)
+
+
+def levels(rows: Rows) -> dict[str, float | None]:
+    """What the students of these rows are compared with."""
+    return {"teacher": teacher_accuracy(rows), "commonest label": commonest_label(rows)[1]}
 
 
 def teacher_accuracy(rows: Rows) -> float | None:
