@@ -17,23 +17,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .launch import tl, triton
 
 
-def dropout_reference(x, p, seed=None):
-    """x with each element 0 (probability p) or divided by 1 - p, drawn by `seed` or, if None, torch's generator."""
+def dropout_reference(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
+    """x with each element 0, with probability p rounded to a multiple of 1/256, or scaled so that its mean stays.
+
+    seed: what the mask is a function of; None draws one from torch's generator.
+    """
     if p == 0:
         return x
-    return F.dropout(x, p) if seed is None else x * dropout_mask(x.shape, p, seed, x.device).to(x.dtype)
-
-
-def dropout_mask(shape, p, seed, device):
-    """A tensor of 0 (with probability p) and 1 / (1 - p), determined by `seed`."""
-    generator = torch.Generator("cpu" if device.type == "meta" else device).manual_seed(int(seed))  # meta: shapes alone
-    return torch.empty(shape, device=device).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    device, n, threshold = x.device, x.numel(), threshold_of(p)
+    seed = 0 if x.is_meta else int(seed_on(device, seed))  # on meta there are shapes alone
+    generator = torch.Generator("cpu" if x.is_meta else device).manual_seed(seed)
+    words = torch.empty(-(-n // 8), dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
+    keep = words.view(torch.uint8)[:n].view(x.shape).ge_(threshold)  # 0 or 1; booleans would take ten times as long
+    return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
 
 
 ROUNDS = tl.constexpr(7)

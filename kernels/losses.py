@@ -12,9 +12,10 @@ are read twice. Everything in between is fp32.
 
 **Linear.** T x V logits would be the largest tensor of the whole model. `linear_cross_entropy` takes the tokens in
 chunks: one matrix product makes a chunk's logits, the row kernel turns them into their gradient in place, and two more
-products give d(hidden) and a summand of d(weight). Only one chunk of logits exists at a time, LOGITS_BYTES of them.
-Small chunks are expensive, because each reads and writes all of d(weight), which is fp32 whatever the dtype of the
-inputs (sums of bfloat16 over 32 chunks are off by 7e-3, and people have seen training suffer).
+products give d(hidden) and a summand of d(weight). Only one chunk of logits exists at a time, LOGITS_BYTES of them. On
+the CPU a few operations of PyTorch, `fill_rows`, do the row kernel's work. Small chunks are expensive, because each
+reads and writes all of d(weight), which is fp32 whatever the dtype of the inputs (sums of bfloat16 over 32 chunks are
+off by 7e-3, and people have seen training suffer).
 
 **The gradient is computed in the forward pass**, while the logits are at hand, for an upstream gradient of 1. The
 backward pass multiplies by the real one, on the device, and a kernel that finds a 1 there returns at once. It
@@ -28,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import launch, next_power_of_2, tl, triton
+from .launch import INTERPRETED, launch, next_power_of_2, tl, triton
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk of logits: about 4k tokens of T5's vocabulary in bfloat16
+CPU_LOGITS_BYTES = 32 * 2**20  # without Triton: about 256 tokens of it in fp32, which stay in a large CPU's cache
 
 # {columns: num_warps} of a row's block. The longest row takes 64 fp32 values a thread; with 32 warps it would take 32,
 # but a thread then has only 64 registers, and 4 to 30 values spill.
@@ -63,14 +65,28 @@ def linear_cross_entropy_reference(
     weights: Tensor,
     scale: float = 1.0,
     return_token_losses: bool = False,
+    logits_bytes: int = CPU_LOGITS_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`cross_entropy_reference` of the logits scale * hidden @ weight^T.
+    """`cross_entropy_reference` of the logits scale * hidden @ weight^T, chunk by chunk.
 
-    hidden: (T, C); weight: (V, C); scale: d_model**-0.5 where T5 ties the output to the embedding, else 1.
-    Other arguments, results and errors as in `cross_entropy_reference`.
+    hidden: (T, C); weight: (V, C); scale: d_model**-0.5 where T5 ties the output to the embedding, else 1;
+    logits_bytes bounds the logits of one chunk. The matrix products are in hidden's dtype, or in autocast's where it is
+    on; weight may be fp32 beside hidden in half precision, and its gradient is fp32 then. Other arguments, results and
+    errors as in `cross_entropy_reference`.
     """
-    check_matrices(hidden, weight)
-    return cross_entropy_reference(F.linear(hidden * scale, weight), labels, weights, return_token_losses)
+    return in_chunks(fill_rows, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes)
+
+
+def fill_rows(logits, gradient, labels, weights, losses, nll):
+    """`launch_rows` in plain PyTorch; where there is a gradient it is written over the logits."""
+    z, known = logits.float(), labels != IGNORE
+    lse, label = z.logsumexp(-1, keepdim=True), torch.where(known, labels, 0)[:, None]
+    nll.copy_(torch.where(known, (lse - z.gather(1, label))[:, 0], 0.0))
+    torch.mul(nll, weights, out=losses)
+    if gradient is not None:
+        p = z.sub_(lse).exp_()
+        p.scatter_add_(1, label, torch.full_like(lse, -1.0)).mul_(torch.where(known, weights, 0.0)[:, None])
+        gradient.copy_(p)
 
 
 def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
@@ -190,6 +206,8 @@ def launch_rows(logits, gradient, labels, weights, losses, nll, block=None):
 
 def multiply_(x, factor):
     """x (contiguous) times a scalar tensor, in place, without a look at the scalar from the host."""
+    if x.device.type == "cpu" and not INTERPRETED:
+        return x if factor == 1 else x.mul_(factor)
     block = 4096
     launch(cross_entropy_scale_kernel, (-(-x.numel() // block),), x, factor, x.numel(), BLOCK=block, num_warps=8)
     return x
@@ -211,7 +229,7 @@ class CrossEntropy(torch.autograd.Function):
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, logits_bytes):
+    def forward(ctx, hidden, weight, labels, weights, logits_bytes, fill):
         (T, C), V = hidden.shape, len(weight)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = None
@@ -221,12 +239,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         for chunk in (slice(start, start + rows) for start in range(0, T, rows)):
             logits = hidden[chunk] @ matrix.T  # (rows, V)
             gradient = logits if any(ctx.needs_input_grad[:2]) else None
-            launch_rows(logits, gradient, *(x[chunk] for x in (labels, weights, losses, nll)))
+            fill(logits, gradient, *(x[chunk] for x in (labels, weights, losses, nll)))
             if ctx.needs_input_grad[0]:  # from here on the logits are their own gradient
                 torch.mm(logits, matrix, out=d_hidden[chunk])
             if ctx.needs_input_grad[1]:
-                part = product_in_fp32(logits.T, hidden[chunk])  # (V, C)
-                d_weight = part if d_weight is None else d_weight.add_(part)
+                if d_weight is None:
+                    d_weight = product_in_fp32(logits.T, hidden[chunk])  # (V, C)
+                elif logits.dtype == torch.float32:
+                    d_weight.addmm_(logits.T, hidden[chunk])
+                else:
+                    d_weight.add_(product_in_fp32(logits.T, hidden[chunk]))
         if ctx.needs_input_grad[1] and d_weight is None:  # no tokens
             d_weight = torch.zeros(V, C, device=hidden.device)
         ctx.gradients = [d_hidden, d_weight]
@@ -235,7 +257,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *scaled(ctx, upstream), None, None, None
+        return *scaled(ctx, upstream), None, None, None, None
 
 
 def chunk_rows(T, row_bytes, logits_bytes):
@@ -283,18 +305,18 @@ def linear_cross_entropy_triton(
     return_token_losses: bool = False,
     logits_bytes: int = LOGITS_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`linear_cross_entropy_reference` chunk by chunk; logits_bytes bounds the logits of one chunk.
+    """`linear_cross_entropy_reference` with the row kernel."""
+    return in_chunks(launch_rows, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes)
 
-    The matrix products are in hidden's dtype, or in autocast's where it is on; weight may be fp32 beside hidden in
-    half precision, and its gradient is fp32 then.
-    """
+
+def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes):
     check_matrices(hidden, weight)
     check_arguments(hidden[:, :1].expand(-1, len(weight)), labels, weights)
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden = (hidden * scale).to(dtype).contiguous()
-        arguments = (hidden, weight, labels.contiguous(), fp32_weights(weights), logits_bytes)
+        arguments = (hidden, weight, labels.contiguous(), fp32_weights(weights), logits_bytes, fill)
         loss, nll = LinearCrossEntropy.apply(*arguments)
     return (loss, nll) if return_token_losses else loss
 

@@ -162,12 +162,15 @@ def test_dropout_repeats_with_its_seed_and_follows_torch_s_without_one(implement
     assert abs(share - 0.7) < 0.001 + 4 * (0.21 / (5 * 50 * 80)) ** 0.5, "the kernels' 0.3 is 77 / 256"
 
 
-def test_the_reference_s_dropout_is_torch_s_draw_for_draw():
-    x = torch.ones(50, 80)
-    torch.manual_seed(0)
-    want = F.dropout(x, 0.25)
-    torch.manual_seed(0)
-    assert torch.equal(relu_reference(x, 0.25), want)
+def test_the_reference_s_dropout_is_a_function_of_the_seed():
+    """And of the number of elements; the last ones, which share a random word with none, are drawn as the others."""
+    x = torch.ones(99, 1001)
+    y = relu_reference(x, 0.25, 7)
+    assert torch.equal(y, relu_reference(x, 0.25, 7)) and not torch.equal(y, relu_reference(x, 0.25, 8))
+    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert abs((y > 0).float().mean().item() - 0.75) < 4 * (0.1875 / x.numel()) ** 0.5
+    by_byte = (y.flatten()[: x.numel() // 8 * 8].unflatten(0, (-1, 8)) > 0).float().mean(0)
+    assert ((by_byte - 0.75).abs() < 5 * (8 * 0.1875 / x.numel()) ** 0.5).all(), "every byte of a word is random"
 
 
 @needs_triton
