@@ -10,6 +10,7 @@ when INTERPRETED; rounding from fp32 to bfloat16 truncates; and `tl.dot` ignores
 
 import functools
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -31,7 +32,7 @@ recording = None  # a `kernels.aot.Recording` while launches are written down in
 compiled = {}  # {what Triton compiles anew for: (launcher, function, metadata, constexpr arguments)}
 
 
-def launch(kernel, grid, *arguments, **options):
+def launch(kernel: Callable, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
     """Run kernel[grid](*arguments) with options: its constexpr arguments, num_warps, num_stages and maxnreg.
 
     The first argument is a tensor; the kernel runs on its device. Triton's own way to a compiled kernel costs the host

@@ -312,7 +312,7 @@ def linear_cross_entropy_triton(
 def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes):
     check_matrices(hidden, weight)
     check_arguments(hidden[:, :1].expand(-1, len(weight)), labels, weights)
-    device = hidden.device.type
+    device = "cpu" if hidden.is_meta else hidden.device.type  # on meta there are shapes alone
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden = (hidden * scale).to(dtype).contiguous()
