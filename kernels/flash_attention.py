@@ -210,12 +210,9 @@ class Call:
         BM, BN, warps, stages = self.tile(name)
         tiles = -(-self.longest[side] // (BN if side else BM))
         options = dict(self.flags, **flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        if (
-            name == "forward"
-            and warps == 4
-            and not (self.flags["CAUSAL"] or self.flags["DROPOUT"] or options["D"] > 64)
-        ):
-            options["maxnreg"] = 168  # three blocks on a multiprocessor; others would spill
+        few = self.flags["D"] <= 64 and not (self.flags["CAUSAL"] or self.flags["DROPOUT"])  # of values to hold at once
+        if name == "forward" and few and (BM, warps) == (64, 4) and self.tiles is CONFIGURATIONS["sm_90"]:
+            options["maxnreg"] = 168  # three blocks on a multiprocessor; the others would spill
         launch(kernel, (self.B * tiles, self.H), *self.tensors, *tensors, *self.where, tiles, *self.numbers, **options)
 
     def forward(self):

@@ -37,12 +37,12 @@ def compiled(*arguments):
 
 
 def check(rows):
-    """Registers and shared memory fit; in bf16 nothing spills inside a loop, and backward computes scores once."""
+    """Registers and shared memory fit; in bf16 backward computes scores once, and on sm_90 no loop spills."""
     for row in rows:
         assert row["registers"] <= 255 and row["shared"] <= {"sm_80": 99, "sm_90": 227}[row["architecture"]] * 1024
-        if row["architecture"] == "sm_90" and "fp32" not in row["case"]:
-            assert row["spills"][0] == 0, row
+        if "fp32" not in row["case"]:
             assert row["kernel"] not in ("attention_dq_kernel", "attention_dkdv_kernel") or row["exp2"] <= 1.02, row
+            assert row["architecture"] != "sm_90" or row["spills"][0] == 0, row
 
 
 def test_each_kernel_compiles_for_hopper_and_attention_s_loops_are_short():
