@@ -42,7 +42,7 @@ from dss.model import T5
 from dss.rows import load_rows, single_rationales
 from dss.run.output import write_json
 from dss.run.start import choose_device, choose_threads, make_model, make_tokenizer
-from dss.weights import checkpoint_name, save_t5
+from dss.weights import checkpoint_name, load_t5, save_t5
 from tokenizer import T5Tokenizer
 
 OURS, EAGER, SDPA, CT2 = "ours", "transformers-eager", "transformers-sdpa", "ctranslate2"
@@ -98,15 +98,18 @@ class Setting:
 
     config: BenchConfig
     device: torch.device
-    model: T5  # on the CPU
+    shape: T5  # on "meta": without storage
     tokenizer: T5Tokenizer
     rows: Rows
-    directory: Path  # the same model and tokenizer, as transformers loads them
+    directory: Path  # the model and the tokenizer, as transformers loads them
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
-    def peer(self, name: str) -> torch.nn.Module:
+    def load(self, name: str) -> torch.nn.Module:
+        """The model of a PyTorch implementation, ours or transformers', always the same weights."""
+        if name == OURS:
+            return load_t5(self.directory).to(self.device)
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -144,7 +147,7 @@ def prepare(config: BenchConfig, directory: Path) -> Setting:
     examples = [sequences(single_rationales(row)[0], "dss", tokenizer) for row in having]
     save_t5(model, directory)
     tokenizer.save(directory)
-    return Setting(config, device, model, tokenizer, examples, directory)
+    return Setting(config, device, model.to("meta"), tokenizer, examples, directory)
 
 
 # ---- Training: a loss each; the rest of a step is the same ----------------------------------------------------------
@@ -174,7 +177,7 @@ def padded(lists: list[list[int]], value: int) -> torch.Tensor:
 
 def trainer(setting: Setting, name: str) -> Callable[[Rows], None]:
     """A function that takes one optimiser step on some rows."""
-    model = setting.peer(name) if name != OURS else clone(setting)
+    model = setting.load(name)
     loss_of = our_loss if name == OURS else recipe_loss
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
@@ -189,15 +192,9 @@ def trainer(setting: Setting, name: str) -> Callable[[Rows], None]:
     return step
 
 
-def clone(setting: Setting) -> T5:
-    model = T5(setting.model.config)
-    model.load_state_dict(setting.model.state_dict())
-    return model.to(setting.device)
-
-
 def check_training(setting: Setting, name: str) -> dict:
     """Relative differences of a peer's loss and gradient from ours, without dropout, on one step's rows."""
-    rows, ours, theirs = setting.rows[: setting.config.batch_size], clone(setting).eval(), setting.peer(name).eval()
+    rows, ours, theirs = setting.rows[: setting.config.batch_size], setting.load(OURS), setting.load(name).eval()
     losses = []
     for model, loss_of in ((ours, our_loss), (theirs, recipe_loss)):
         with setting.autocast():
@@ -236,7 +233,7 @@ def decoder(setting: Setting, name: str) -> Callable[[list[list[int]]], list[lis
     config = setting.config
     longest, size = config.max_new_tokens, config.decode_batch
     if name == OURS:
-        model = clone(setting).eval()
+        model = setting.load(OURS)
 
         def decode(inputs):
             with setting.autocast():
@@ -245,7 +242,7 @@ def decoder(setting: Setting, name: str) -> Callable[[list[list[int]]], list[lis
         return decode
     if name == CT2:
         return ctranslate2_decoder(setting)
-    model = setting.peer(name).eval()
+    model = setting.load(name).eval()
 
     def decode(inputs):
         outputs = [[] for _ in inputs]
@@ -291,7 +288,7 @@ def ctranslate2_decoder(setting: Setting) -> object:
 
 def encoder(setting: Setting) -> Callable[[list[list[int]]], None]:
     """What all decoding begins with, ours: to see its share."""
-    model = clone(setting).eval()
+    model = setting.load(OURS)
 
     def encode(inputs):
         inputs = sorted(inputs, key=len, reverse=True)
@@ -385,7 +382,7 @@ def sweep(setting: Setting, names: list[str]) -> list[dict]:
     steps, found = {name: trainer(setting, name) for name in names}, []
     cases = [(length, 4) for length in (32, 64, 128, 256, 512)] + [(64, batch) for batch in (1, 2, 8, 16, 32)]
     for length, batch in cases:
-        rng, top = random.Random(0), setting.model.config.vocab_size - 1
+        rng, top = random.Random(0), setting.shape.config.vocab_size - 1
         ids = [[rng.randint(3, top) for _ in range(length + 32)] for _ in range(batch)]
         rows = [[Sequence(row[:length], row[length:], task) for task in (LABEL, RATIONALE)] for row in ids]
         for name, row in summary(take_turns(steps, lambda _, rows=rows: rows, 3)).items():
@@ -417,7 +414,7 @@ def compare(setting: Setting, argv: list[str]) -> int:
         times = take_turns({name: trainer(setting, name) for name in names}, batches.__getitem__, config.repeats)
         found = report["training"] = summary(times)
         tokens = statistics.mean(sum(len(s[side]) for row in rows for s in row for side in (0, 1)) for rows in batches)
-        work = statistics.mean(products(setting.model, rows) for rows in batches)
+        work = statistics.mean(products(setting.shape, rows) for rows in batches)
         print(f"\nA training step of {config.batch_size} rows, {tokens:,.0f} real tokens, {work / 1e9:,.0f} GFLOP\n")
         for row in found.values():
             row["tokens/s"], row["of the machine"] = tokens / row["seconds"], work / row["seconds"] / rate

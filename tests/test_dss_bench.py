@@ -45,12 +45,11 @@ def test_products_are_those_that_a_step_on_these_tokens_takes(setting):
     """As PyTorch counts them, for sequences of one length, where there is no padding to count."""
     rows = [[Sequence(list(range(3, 11)), list(range(3, 11)), task) for task in (LABEL, RATIONALE)]] * 2
     with FlopCounterMode(display=False) as counter:
-        bench.our_loss(setting.model, rows).backward()
-    setting.model.zero_grad()
+        bench.our_loss(setting.load(bench.OURS), rows).backward()
     counted = counter.get_total_flops()
-    c = setting.model.config
+    c = setting.shape.config
     causal = 3 * 4 * (4 * 8 * 8 // 2) * c.num_heads * c.d_kv * c.num_decoder_layers  # it counts what is masked, too
-    assert bench.products(setting.model, rows) == counted - causal
+    assert bench.products(setting.shape, rows) == counted - causal
 
 
 def test_ratios_are_of_one_turn_each():
