@@ -169,17 +169,18 @@ def activations(model: T5, batch: Batch, config: TrainConfig, gpu: bool, parts: 
     gathered = 4 * (model.num_parameters() - sum(sizes) + 3 * max(sizes)) if parts > 1 else 0  # two layers, a gradient
     tokens, width = (len(batch.input_ids), len(batch.labels)), 4 * model.config.d_model
     inputs = [width * tokens[i >= model.config.num_layers] for i in range(len(layers))]
-    again = [0] * len(layers)  # what a layer's backward pass computes once more
+    own = kept[1:]  # a layer's backward pass makes gradients of about what the layer kept, or has to compute once more
     if config.checkpoint_activations:
-        again, kept[1:] = kept[1:], inputs
+        own, kept[1:] = [2 * size for size in own], inputs
     logits = LOGITS if gpu else 2 * 4 * tokens[1] * model.config.vocab_size
     several = 0 < config.micro_batch * (config.processes or parallel.size()) < config.batch_size
-    left, gradient = sum(kept), 4 * model.num_parameters() // parts if several else 0
-    most = left + gradient + logits
+    left = sum(kept)
+    gradient = 4 * (model.num_parameters() if several else model.output_matrix.numel()) // parts
+    most = left + gradient + logits  # the output matrix has its gradient while those of the logits are still there
     left -= kept[0]
     for layer, size in reversed(list(enumerate(sizes))):
         gradient += 0 if several else 4 * size // parts
-        most = max(most, left + again[layer] + gradient)
+        most = max(most, left + own[layer] + gradient)
         left -= kept[layer + 1]
     return sum(kept) + half + gathered, most + half + gathered
 
