@@ -1,5 +1,6 @@
 """Several processes, each with a part of every step: the same run as one process, whatever ends it."""
 
+import copy
 import json
 import os
 import signal
@@ -87,11 +88,12 @@ def steps_of(arguments, directory):
                 run = train.prepare(config)
                 examples, _ = train.make_examples(run.rows.train, "dss", config, run.student.tokenizer)
                 rows = [examples.sequences(row) for row in range(batch)]
+                whole = replace(run.student, model=copy.deepcopy(run.student.model))
                 student = parallel.place(run.student, run.device, config)
                 together = step_of(student, make_step(rows, micro, "cpu", 0, parallel.rank(), parallel.size()), config)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(parallel, "size", lambda: 1)
-                    alone = step_of(run.student, make_step(rows, 0, "cpu"), replace(config, shard=False))
+                    alone = step_of(whole, make_step(rows, 0, "cpu"), replace(config, shard=False))
                 found.append((f"{' '.join(shard)} {batch} rows, --micro-batch {micro}", together, alone))
         torch.save(found, directory / f"{parallel.rank()}.pt")
 
