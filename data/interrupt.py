@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to end at a clean point, for train.py and extract.py alike."""
+"""Ctrl-C, SIGTERM and a closed terminal as a request to end at a clean point, for train.py and extract.py alike."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """In a `with` block: the first SIGINT or SIGTERM sets `requested`, for the run to end at a clean point; a second
+    """In a `with` block: the first SIGINT, SIGTERM or SIGHUP sets `requested`, for a run to end at a clean point; a second
     one ends it where it is. `notice`, if any, is a line that the first one prints."""
 
     def __init__(self, notice=""):
@@ -20,7 +20,10 @@ class Stop:
 
     def __enter__(self):
         self.requested = False
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+            heard.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.handle) for number in heard}
         return self
 
     def __exit__(self, *_):
@@ -33,7 +36,7 @@ class Stop:
                 return  # torchrun passes on the Ctrl-C that its processes have had from the terminal
             raise KeyboardInterrupt
         self.requested, self.since = True, time.monotonic()
-        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
+        with contextlib.suppress(RuntimeError, OSError):  # in the middle of another print, or the terminal is gone
             if self.notice:
                 print(f"\n{self.notice}", file=sys.stderr, flush=True)
 

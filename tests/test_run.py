@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +171,20 @@ def test_the_first_ctrl_c_is_answered_once_and_the_second_ends(capsys):
     with pytest.raises(KeyboardInterrupt):
         stop.handle()
     assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
+def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_has_it_ignored():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # ---- Resumption -----------------------------------------------------------------------------------------------------
