@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """In a `with` block: the first SIGINT, SIGTERM or SIGHUP sets `requested`, for a run to end at a clean point; a second
+    """In a `with` block: the first SIGINT, SIGTERM or SIGHUP sets `requested`, for a run to end cleanly; a second
     one ends it where it is. `notice`, if any, is a line that the first one prints."""
 
     def __init__(self, notice=""):
