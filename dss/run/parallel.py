@@ -212,7 +212,7 @@ def recomputed(layer: torch.nn.Module, forward: Callable, *inputs: object) -> to
 
 def load_weights(student: Student, directory: Path, config: TrainConfig) -> None:
     """Put the weights of the student in `directory` into this one."""
-    source = load_t5(directory, mapped=config.shard)
+    source = load_t5(directory, mapped=True)  # read from the file, not copied into memory first
     if config.shard:
         student.load_weights(source)
     else:

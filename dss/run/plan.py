@@ -2,7 +2,7 @@
 
 Weights, gradients and optimiser state follow from the shapes. For activations a step with the data's own lengths runs
 on PyTorch's meta device, which has shapes and no numbers, and what autograd would keep for the backward pass is added
-up. While the backward pass frees it, layer by layer, gradients appear; the estimate is the highest sum on that way.
+up. The peak is the sum of all: what the backward pass frees is rarely what the gradients that it makes fit into.
 
 Checked on the CPU (tests/test_plan.py). On a GPU the kernels keep no attention scores, dropout masks or logits, and
 that is left out here; with bfloat16 half is taken of what is kept, and a bfloat16 copy of the weights that autocast
@@ -41,7 +41,7 @@ class Plan:
     gradients: float
     optimizer: float
     activations: float  # with what --shard gathers of other devices' weights for the time
-    peak: float  # of all these together: they are not all there at once
+    peak: float  # of all these together
     device: float  # GB that there are
     remedies: tuple[str, ...]  # flags that would make weights, gradients and optimiser smaller
     savers: tuple[str, ...]  # and activations
@@ -98,10 +98,8 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
     adam = config.optimizer == "adamw"
     state = 8 * P if adam else 4 * sum(p.numel() // p.shape[-1] + p.shape[-1] for p in model.parameters())
     passes = [pass_of(config, method, rows, tokenizer, n) for method in config.method]
-    kept, most = max(activations(model, batch, config, gpu, parts) for batch in passes)
-    # At the end of the backward pass the embedding has a second gradient, and Adafactor's step two copies of a matrix.
-    most = max(most, 4 * P // parts + max(4 * shape.vocab_size * shape.d_model, 0 if adam else 8 * largest(model)))
-    most += 0 if gpu or len(config.method) == 1 else 4 * P  # the first weights, for the next method
+    kept = max(activations(model, batch, config, gpu, parts) for batch in passes)
+    waiting = 0 if gpu or config.shard or len(config.method) == 1 else 4 * P  # the first weights, for the next method
     remedies = ["--shard with more processes"] if n == 1 and not config.shard else [] if config.shard else ["--shard"]
     savers = [] if config.micro_batch == 1 else ["a smaller --micro-batch"]
     return Plan(
@@ -111,7 +109,7 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
         gradients=4 * P / parts / GB,
         optimizer=state / parts / GB,
         activations=kept / GB,
-        peak=(4 * P / parts + state / parts + most) / GB,
+        peak=((8 * P + state) / parts + kept + waiting) / GB,
         device=config.device_gb or memory_of(device) / GB,
         remedies=(*remedies, *(["--optimizer adafactor"] if adam and not config.shard else [])),
         savers=(*savers, *([] if config.checkpoint_activations else ["--checkpoint-activations"])),
@@ -136,8 +134,8 @@ def pass_of(config: TrainConfig, method: str, rows: Rows, tokenizer: T5Tokenizer
     return pack([s for row in max(passes, key=lambda rows: sum(map(count_tokens, rows))) for s in row], "meta")
 
 
-def activations(model: T5, batch: Batch, config: TrainConfig, gpu: bool, parts: int) -> tuple[int, int]:
-    """Bytes that a pass keeps for its backward pass, and the most that they and the gradients take on the way."""
+def activations(model: T5, batch: Batch, config: TrainConfig, gpu: bool, parts: int) -> int:
+    """Bytes that a pass keeps for its backward pass, and those that come and go while both run."""
     layers = parallel.layers(model)
     kept, place = [0] * (len(layers) + 1), 0  # of each layer, and first of what lies outside of them
     seen = {p.untyped_storage()._cdata: p for p in model.parameters()}  # keeps them, lest a place be used again
@@ -169,24 +167,10 @@ def activations(model: T5, batch: Batch, config: TrainConfig, gpu: bool, parts: 
     gathered = 4 * (model.num_parameters() - sum(sizes) + 3 * max(sizes)) if parts > 1 else 0  # two layers, a gradient
     tokens, width = (len(batch.input_ids), len(batch.labels)), 4 * model.config.d_model
     inputs = [width * tokens[i >= model.config.num_layers] for i in range(len(layers))]
-    own = kept[1:]  # a layer's backward pass makes gradients of about what the layer kept, or has to compute once more
-    if config.checkpoint_activations:
-        own, kept[1:] = [2 * size for size in own], inputs
-    logits = LOGITS if gpu else 2 * 4 * tokens[1] * model.config.vocab_size
-    several = 0 < config.micro_batch * (config.processes or parallel.size()) < config.batch_size
-    left = sum(kept)
-    gradient = 4 * (model.num_parameters() if several else model.output_matrix.numel()) // parts
-    most = left + gradient + logits  # the output matrix has its gradient while those of the logits are still there
-    left -= kept[0]
-    for layer, size in reversed(list(enumerate(sizes))):
-        gradient += 0 if several else 4 * size // parts
-        most = max(most, left + own[layer] + gradient)
-        left -= kept[layer + 1]
-    return sum(kept) + half + gathered, most + half + gathered
-
-
-def largest(model: T5) -> int:
-    return max(p.numel() for p in model.parameters())
+    if config.checkpoint_activations:  # a layer at a time is computed once more
+        kept[1:] = [*inputs, max(kept[1:])]
+    logits = LOGITS if gpu else 2 * 4 * tokens[1] * model.config.vocab_size  # their gradients
+    return sum(kept) + logits + half + gathered
 
 
 def memory_of(device: torch.device) -> int:
