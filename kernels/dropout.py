@@ -11,6 +11,8 @@ attention the mask is where the scores are:
 So p is rounded to a multiple of 1/256 (0.1 becomes 26/256 = 0.1016), and the survivors are scaled by what the rounded p
 calls for; an expectation is exact. A word per element would cost four times the arithmetic, which in attention is more
 than the matrix products take. Seven rounds are the fewest with which Philox passes its authors' tests.
+
+The reference rounds p alike and takes a byte each from torch's generator, seeded; autograd stores its mask.
 """
 
 from collections.abc import Iterator

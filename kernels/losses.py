@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import INTERPRETED, launch, next_power_of_2, tl, triton
+from .launch import launch, next_power_of_2, tl, triton
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk of logits: about 4k tokens of T5's vocabulary in bfloat16
@@ -87,6 +87,11 @@ def fill_rows(logits, gradient, labels, weights, losses, nll):
         p = z.sub_(lse).exp_()
         p.scatter_add_(1, label, torch.full_like(lse, -1.0)).mul_(torch.where(known, weights, 0.0)[:, None])
         gradient.copy_(p)
+
+
+def multiply_reference_(x, factor):
+    """`multiply_` in plain PyTorch; on the CPU the factor can be looked at."""
+    return x if x.device.type == "cpu" and factor == 1 else x.mul_(factor)
 
 
 def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
@@ -206,8 +211,6 @@ def launch_rows(logits, gradient, labels, weights, losses, nll, block=None):
 
 def multiply_(x, factor):
     """x (contiguous) times a scalar tensor, in place, without a look at the scalar from the host."""
-    if x.device.type == "cpu" and not INTERPRETED:
-        return x if factor == 1 else x.mul_(factor)
     block = 4096
     launch(cross_entropy_scale_kernel, (-(-x.numel() // block),), x, factor, x.numel(), BLOCK=block, num_warps=8)
     return x
@@ -224,7 +227,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *scaled(ctx, upstream), None, None
+        return *scaled(ctx, upstream, multiply_), None, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -251,13 +254,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                     d_weight.add_(product_in_fp32(logits.T, hidden[chunk]))
         if ctx.needs_input_grad[1] and d_weight is None:  # no tokens
             d_weight = torch.zeros(V, C, device=hidden.device)
-        ctx.gradients = [d_hidden, d_weight]
+        ctx.gradients, ctx.multiply = [d_hidden, d_weight], multiply_ if fill is launch_rows else multiply_reference_
         ctx.mark_non_differentiable(nll)
         return losses.sum(), nll
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *scaled(ctx, upstream), None, None, None, None
+        return *scaled(ctx, upstream, ctx.multiply), None, None, None, None
 
 
 def chunk_rows(T, row_bytes, logits_bytes):
@@ -273,14 +276,14 @@ def product_in_fp32(a, b):
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def scaled(ctx, upstream):
+def scaled(ctx, upstream, multiply):
     """The gradients that the forward pass left in ctx, times upstream; they are given out once."""
     if ctx.gradients is None:
         raise RuntimeError(
             "cross_entropy: its gradient was scaled in place; a second backward pass needs a new forward"
         )
     gradients, ctx.gradients = ctx.gradients, None
-    return [g if g is None else multiply_(g, upstream) for g in gradients]
+    return [g if g is None else multiply(g, upstream) for g in gradients]
 
 
 # ---- The public functions -------------------------------------------------------------------------------------------
