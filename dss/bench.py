@@ -334,7 +334,7 @@ def best_rate(setting: Setting) -> float:
     """FLOP/s of a matrix product of this device, dtype and number of threads, at its best."""
     n = 8192 if setting.device.type == "cuda" else 1536
     a, b = (torch.randn(n, n, device=setting.device, dtype=getattr(torch, setting.config.dtype)) for _ in range(2))
-    times = take_turns({OURS: lambda _: a @ b}, lambda _: None, 10)
+    times = take_turns({OURS: lambda _: a @ b}, lambda _: None, 40)
     return 2 * n**3 / min(seconds for seconds, _ in times[OURS])
 
 
