@@ -2,27 +2,22 @@
 
 import multiprocessing
 import os
-import socket
 import sys
+
+from torch.distributed import TCPStore
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "dss.run.shards", "conftest", "hypothesis.strategies"])
 
 
-def start(n, directory, work, *arguments):
-    """n processes, each of which calls work(*arguments); what they print is in DIRECTORY/RANK.txt."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [context.Process(target=begin, args=(r, n, port, directory, work, arguments)) for r in range(n)]
+def run(n, directory, work, *arguments):
+    """The exit statuses of n processes that each call work(*arguments); what they print is in DIRECTORY/RANK.txt."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them, as torchrun's does
+    rest = (n, store.port, directory, work, arguments)
+    processes = [context.Process(target=begin, args=(rank, *rest)) for rank in range(n)]
     for process in processes:
         process.start()
-    return processes
-
-
-def run(n, directory, work, *arguments):
-    """The exit statuses of `start`'s processes, when all have ended."""
-    return [end(process) for process in start(n, directory, work, *arguments)]
+    return [end(process) for process in processes]
 
 
 def end(process, seconds=100):
@@ -34,7 +29,7 @@ def end(process, seconds=100):
 
 def begin(rank, n, port, directory, work, arguments):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     sys.stdout = sys.stderr = open(directory / f"{rank}.txt", "w", buffering=1)
     import torch
 

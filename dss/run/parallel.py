@@ -115,7 +115,10 @@ def watch(neighbour: int, words: dist.ProcessGroup, terminal: TextIO) -> None:
 
 def speaks_first(mine: str) -> bool:
     """Whether this process is the first to end the run, and so the one that says why. mine: rank [who was lost]."""
-    return STORE[0].compare_set("ended", "", mine).decode().split()[0] == mine.split()[0]
+    try:
+        return STORE[0].compare_set("ended", "", mine).decode().split()[0] == mine.split()[0]
+    except dist.DistError:  # the process that kept the store has ended, and has said why
+        return False
 
 
 def cause(error: Exception) -> Exception:
