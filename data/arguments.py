@@ -5,6 +5,7 @@ own begins a group of the help page.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -105,9 +106,9 @@ def run(program, main):
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = fail(program, 130, "interrupted")
-    except BrokenPipeError:
+    except OSError as problem:  # of standard output; what else fails is told by main()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 0 if isinstance(problem, BrokenPipeError) else fail(program, 2, f"standard output: {problem.strerror}")
     sys.exit(status)
 
 
@@ -125,10 +126,29 @@ def one_line(problem):
 
 
 def print_anything():
-    """Let a terminal that cannot show a character show a question mark, not end the program."""
+    """Let a terminal that cannot show a character, or shows nothing any more, not end the program."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    sys.stderr = Display(sys.stderr)
+
+
+class Display:
+    """A stream of messages. That nobody can read them, on a full disk or a closed terminal, is no reason to stop."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -36,7 +36,7 @@ class Stop:
                 return  # torchrun passes on the Ctrl-C that its processes have had from the terminal
             raise KeyboardInterrupt
         self.requested, self.since = True, time.monotonic()
-        with contextlib.suppress(RuntimeError, OSError):  # in the middle of another print, or the terminal is gone
+        with contextlib.suppress(RuntimeError):  # in the middle of another print
             if self.notice:
                 print(f"\n{self.notice}", file=sys.stderr, flush=True)
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import arguments
 from data.answers import CHOICES, same_label
 from data.files import replacing
-from data.jsonl import Record, RecordError, parse_record, to_line
+from data.jsonl import Record, RecordError, parse_record, read_lines, to_line
 from dss.run.start import choose_device, choose_threads
 from dss.student import Student
 
@@ -59,13 +59,15 @@ def main(argv: list[str] | None = None) -> int:
             total = check(source, args) if is_file else None
             if args.file == "-" and sys.stdin.isatty():
                 print("dss.predict: an input a line; Ctrl-D ends", file=sys.stderr)
-            rows = read_rows(source, args)
-            parts = windows(rows, 8 * args.batch_size) if is_file else as_they_come(rows, args.batch_size)
-            with replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer) as sink:
-                for part in tqdm_of(parts, total):
+            rows, many = read_rows(source, args), 8 * args.batch_size  # enough to sort by length
+            parts = iter(lambda: list(islice(rows, many)), []) if is_file else as_they_come(rows, args.batch_size)
+            bar = tqdm(total=total, unit="row", disable=not is_file, delay=1)
+            with bar, replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer) as sink:
+                for part in parts:
                     for line in answer(student, part, args, judge):
                         sink.write(line.encode() + b"\n")
                     sink.flush()
+                    bar.update(len(part))
         judge.print_report()
     except BrokenPipeError:
         raise  # arguments.run ends quietly: the reader, `head` say, has had enough
@@ -140,14 +142,8 @@ class Judge:
 
 def read_rows(source: io.BufferedIOBase, args: argparse.Namespace) -> Iterator[Row]:
     """Yield (Record, its line of JSON or None) from a binary file. Raises RecordError for a line that is no record."""
-    name, is_json = "standard input" if args.file == "-" else args.file, args.format == "jsonl"
-    known = args.format != "auto"
-    for number, line in enumerate(source, 1):
-        where = f"{name}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise RecordError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    is_json, known = args.format == "jsonl", args.format != "auto"
+    for where, _, text in read_lines(source, "standard input" if args.file == "-" else args.file):
         if not known and text.strip():
             is_json, known = text.lstrip().startswith("{"), True
         if not is_json:
@@ -164,12 +160,6 @@ def check(source: io.BufferedIOBase, args: argparse.Namespace) -> int:
     rows = sum(1 for _ in read_rows(source, args))
     source.seek(0)
     return rows
-
-
-def windows(rows: Iterator, size: int) -> Iterator[list]:
-    """The rows of a file, `size` at a time: enough to sort by length."""
-    while part := list(islice(rows, size)):
-        yield part
 
 
 def as_they_come(rows: Iterator, most: int) -> Iterator[list]:
@@ -196,14 +186,6 @@ def as_they_come(rows: Iterator, most: int) -> Iterator[list]:
             yield part
     if item is not None:
         raise item
-
-
-def tqdm_of(parts: Iterator[list], total: int | None) -> Iterator[list]:
-    """The parts, with a progress bar over their rows where they come from a file."""
-    with tqdm(total=total, unit="row", disable=total is None, delay=1) as bar:
-        for part in parts:
-            yield part
-            bar.update(len(part))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

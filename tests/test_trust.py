@@ -15,7 +15,7 @@ from data.files import digest, parse_json, read_json, replacing
 from data.jsonl import RecordError, read_jsonl
 from dss.config import T5Config
 from dss.model import T5
-from dss.run.state import StateError, load_state, remove_state, save_state
+from dss.run.state import load_state, save_state
 
 SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_decoder_layers=1, num_heads=3)
 OPTIMIZERS = {"adamw": lambda p: torch.optim.AdamW(p, fused=True), "adafactor": torch.optim.Adafactor}
@@ -115,7 +115,7 @@ def train_a_step(model, optimizer):
 
 def everything(model, optimizer):
     moments = [t for of in optimizer.state_dict()["state"].values() for _, t in sorted(of.items())]
-    return [t.clone() for t in (*model.state_dict().values(), *moments, torch.get_rng_state())]
+    return [t.clone() for t in (*model.state_dict().values(), *moments)]
 
 
 def equal(some, others):
@@ -130,7 +130,7 @@ def states(request, tmp_path):
     for step in (1, 2):
         train_a_step(model, optimizer)
         were.append(everything(model, optimizer))
-        save_state(path, model, optimizer, {"step": step, "best": model.state_dict()})
+        save_state(path, model, optimizer, {"step": step})
     return path, request.param, were
 
 
@@ -161,10 +161,8 @@ def test_without_a_sound_state_there_is_an_error(states, damage):
             file.write_bytes(damage(content) if damage is not bytes else b"")
         else:
             os.mkfifo(file)
-    with pytest.raises(StateError, match=r"state.pt: not the state of this run, or damaged, and state.before.pt"):
+    with pytest.raises(ValueError, match=r"state.pt: not the state of this run, or damaged, and state.before.pt"):
         load_state(path, *make_run(optimizer))
-    remove_state(path)
-    assert not list(path.parent.iterdir())
 
 
 def test_a_sound_state_of_another_run_is_refused_before_it_is_loaded(states):
@@ -173,14 +171,14 @@ def test_a_sound_state_of_another_run_is_refused_before_it_is_loaded(states):
     other = "adafactor" if optimizer == "adamw" else "adamw"
     for run in (make_run(optimizer, d_ff=48), make_run(optimizer, num_layers=2), make_run(other)):
         was = everything(*run)
-        with pytest.raises(StateError, match=r"state.pt: not the state of this run \(its tensors have other shapes\)"):
+        with pytest.raises(ValueError, match=r"state.pt: not the state of this run \(its tensors have other shapes\)"):
             load_state(path, *run)
         assert equal(everything(*run), was)
     model, moments = make_run(optimizer)
     train_a_step(model, moments)
     next(iter(moments.state.values()))["step"].resize_(2)
-    save_state(path, model, moments, {"step": 3, "best": {}})
-    with pytest.raises(StateError, match="other shapes"):
+    save_state(path, model, moments, {"step": 3})
+    with pytest.raises(ValueError, match="other shapes"):
         load_state(path, *make_run(optimizer))
 
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 import numpy as np
@@ -193,7 +194,7 @@ def place(student: Student, device: torch.device, config: TrainConfig) -> Studen
     """A student to train: whole on `device`, or with --shard this process's part of it. Given to the last of the run's
     methods, the student itself, else a copy."""
     if config.shard:
-        from dss.run import shards  # a second of imports, only where it is needed
+        from dss.run import shards
 
         student = shards.ShardedStudent.part_of(student, device)
     else:
@@ -232,25 +233,27 @@ def save_state(
     out: Path, student: Student, optimizer: torch.optim.Optimizer, now: Progress, config: TrainConfig
 ) -> None:
     """Write OUT/METHOD/state.pt, or with --shard the directory state/, to which each process writes its part."""
-    if config.shard:
-        from dss.run import shards
-
-        shards.save_state(out / "state", student.model, optimizer, now)
-    elif is_first():
-        state.save_state(out / "state.pt", student.model, optimizer, vars(now))
+    if config.shard or is_first():
+        path, files = state_of(out, config)
+        files.save_state(path, student.model, optimizer, vars(now))
     wait_for_all()
 
 
 def load_state(out: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Progress:
     """Put back what `save_state` wrote, if anything, on whatever number of processes."""
-    if config.shard:
-        from dss.run import shards
-
-        now = shards.load_state(out / "state", student.model, optimizer)
-    elif (out / "state.pt").exists():
-        now = state.load_state(out / "state.pt", student.model, optimizer)
-    else:
-        return Progress()
+    path, files = state_of(out, config)
+    now = files.load_state(path, student.model, optimizer)
     if now and (out / "best.json").exists():  # newer than the state, or as old
         now |= read_json(out / "best.json")
+    if now.keys() - vars(Progress()).keys():
+        raise ValueError(f"{path}: the state of a run by another version of this program; --overwrite starts anew")
     return Progress(**now)
+
+
+def state_of(out: Path, config: TrainConfig) -> tuple[Path, ModuleType]:
+    """Where a run's state is, and the module that knows its form."""
+    if not config.shard:
+        return out / "state.pt", state
+    from dss.run import shards  # a second of imports, only where it is needed
+
+    return out / "state", shards

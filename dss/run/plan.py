@@ -43,8 +43,8 @@ class Plan:
     activations: float  # with what --shard gathers of other devices' weights for the time
     peak: float  # of all these together
     device: float  # GB that there are
-    remedies: tuple[str, ...]  # flags that would make weights, gradients and optimiser smaller
-    savers: tuple[str, ...]  # and activations
+    remedy: str  # where weights, gradients and optimiser alone do not fit
+    saver: str  # where activations may not
 
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "activations", "peak")
@@ -57,13 +57,12 @@ class Plan:
         least = self.weights + self.gradients + self.optimizer
         if least <= self.device:
             return ""
-        need = f"weights, gradients and optimiser alone take {least:.1f} GB of {self.device:.1f}"
-        return f"{need}; {self.advice(self.remedies)}"
+        return f"weights, gradients and optimiser alone take {least:.1f} GB of {self.device:.1f}; {self.remedy}"
 
     def warning(self) -> str:
         if self.peak <= self.device:
             return ""
-        return f"activations may take it to {self.peak:.1f} GB of {self.device:.1f}; {self.advice(self.savers)}"
+        return f"activations may take it to {self.peak:.1f} GB of {self.device:.1f}; {self.saver}"
 
     def require_fit(self) -> None:
         """Raise ValueError for a run that cannot begin; warn of one that may end before long."""
@@ -71,12 +70,6 @@ class Plan:
             raise ValueError(f"{self.what}: {self.problem()}")
         if self.warning():
             print(f"train.py: warning: {self.warning()}", file=sys.stderr)
-
-    @staticmethod
-    def advice(flags: tuple[str, ...]) -> str:
-        return (
-            f"{' or '.join(flags)} takes less" if flags else "more or larger devices, or a smaller student, are needed"
-        )
 
 
 def plan_of(config: TrainConfig) -> Plan:
@@ -100,8 +93,10 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
     passes = [pass_of(config, method, rows, tokenizer, n) for method in config.method]
     kept = max(activations(model, batch, config, gpu, parts) for batch in passes)
     waiting = 0 if gpu or config.shard or len(config.method) == 1 else 4 * P  # the first weights, for the next method
-    remedies = ["--shard with more processes"] if n == 1 and not config.shard else [] if config.shard else ["--shard"]
-    savers = [] if config.micro_batch == 1 else ["a smaller --micro-batch"]
+    smaller = "" if config.shard else "--shard with more processes or " if n == 1 else "--shard or "
+    smaller += "--optimizer adafactor" if adam and not config.shard else "a smaller student"
+    saver = "" if config.micro_batch == 1 else "a smaller --micro-batch or "
+    saver += "a smaller student" if config.checkpoint_activations else "--checkpoint-activations"
     return Plan(
         what=f"{config.weights or config.size}, {P:,} parameters, {config.optimizer}, {config.dtype}, "
         f"{n} {'device' if n == 1 else 'devices'}{', sharded' * config.shard}",
@@ -111,8 +106,8 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
         activations=kept / GB,
         peak=((8 * P + state) / parts + kept + waiting) / GB,
         device=config.device_gb or memory_of(device) / GB,
-        remedies=(*remedies, *(["--optimizer adafactor"] if adam and not config.shard else [])),
-        savers=(*savers, *([] if config.checkpoint_activations else ["--checkpoint-activations"])),
+        remedy=f"{smaller} takes less",
+        saver=f"{saver} takes less",
     )
 
 

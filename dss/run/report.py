@@ -146,14 +146,6 @@ def progress_bar(method: str, step: int, steps: int) -> tqdm:
     return tqdm(total=steps, initial=step, desc=method, unit="step", mininterval=patience)
 
 
-NEXT = {  # what each method adds to the table
-    "standard": "the baseline: labels alone",
-    "dss": "step-by-step",
-    "dss-shuffled": "the control: step-by-step with rationales of other rows",
-    "label_first": "the rival: label, then rationale, in one target",
-}
-
-
 def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> None:
     """Print what came of the methods: a table, the difference that rationales made, three answers, where files are."""
     which, asked = ("test", rows.test) if rows.test else ("validation", rows.validation)
@@ -184,19 +176,11 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
         print(f"  predicted  {indent(sample['prediction']) or '(nothing)'}   ({gold}: {sample['label']})")
         if sample["rationale"]:
             print(f"  because    {indent(shortened(sample['rationale']))}")
-    print(
-        f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl, and student/ for transformers to load."
-    )
-    trained = [m for m in METHODS if (out / m / "result.json").exists()]
-    advice = []
-    for method in [m for m in NEXT if m not in trained][:2]:
-        trained.append(method)
-        advice.append(f"--resume --method {' '.join(trained)}   adds {NEXT[method]}")
-    if advice and any(r.rationale for r in rows.train):
-        print("Next: the same command with", *advice, sep="\n      ")
+    print(f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, for transformers too.")
+    if len(trained := [m for m in METHODS if (out / m / "result.json").exists()]) < len(METHODS):
+        print(f"Next: the same command with --resume --method {' '.join(trained)} NAME adds a student")
     if not config.data:
-        seed = f" --seed {config.seed}" if config.seed else ""
-        print(f"      python -m data.toy --out D{seed} writes these rows as JSONL, the form to bring your own in:")
+        print(f"      python -m data.toy --out D --seed {config.seed} writes these rows, in the form of your own:")
         print("      python train.py --data F.jsonl --test-data G.jsonl --weights google/t5-v1_1-base")
 
 

@@ -30,7 +30,6 @@ from data.jsonl import Record
 from dss.batch import segments
 from dss.model import T5
 from dss.run.parallel import highest, is_first, layers, size, wait_for_all
-from dss.run.state import Progress
 from dss.student import Student
 
 DONE, DECODE, ENCODE = range(3)  # what a process does next
@@ -121,7 +120,7 @@ class ShardedStudent(Student):
 # ---- The state: a directory, to which each process writes its part --------------------------------------------------
 
 
-def save_state(path: Path, model: T5, optimizer: torch.optim.Optimizer, now: Progress) -> None:
+def save_state(path: Path, model: T5, optimizer: torch.optim.Optimizer, progress: dict) -> None:
     """Write `path`, complete or not at all. Raises OSError if it cannot be written."""
     new, before = path.with_name("state.new"), path.with_name("state.before")
     if is_first():
@@ -132,7 +131,7 @@ def save_state(path: Path, model: T5, optimizer: torch.optim.Optimizer, now: Pro
     except CheckpointException as problem:
         raise OSError(f"{path}: cannot be written ({one_line(problem)})") from None
     if is_first():
-        torch.save(vars(now), new / "progress.pt")
+        torch.save(progress, new / "progress.pt")
         shutil.rmtree(before, ignore_errors=True)
         if path.exists():
             path.rename(before)

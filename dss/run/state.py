@@ -31,20 +31,13 @@ class Progress:
     window: dict = field(default_factory=dict)  # what the log has summed since its last line
 
 
-class StateError(ValueError):
-    """A file that is not the state of the run that would go on with it; the message names it."""
-
-
 def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Write weights, optimizer, random generators and `progress`, a dict of tensors, numbers and the like,
-    complete or not at all. Raises OSError if it cannot be written."""
-    generators = {"cpu": torch.get_rng_state()}
-    if next(model.parameters()).is_cuda:
-        generators["cuda"] = torch.cuda.get_rng_state()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generators": generators}
+    """Write weights, optimizer and `progress`, a dict of tensors, numbers and the like, complete or not at all. A
+    step seeds its own dropout, so no generator is kept. Raises OSError if it cannot be written."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress}
     try:
         with replacing(path) as file:
-            torch.save(state | {"progress": progress}, file)
+            torch.save(state, file)
             file.flush()
             file.write(digest(file.name))
             path.with_name(BEFORE).unlink(missing_ok=True)
@@ -56,33 +49,27 @@ def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
 
 def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """Put back what `save_state` wrote last, or, with a line on stderr, what it wrote before if that is damaged.
-    Returns its `progress`. Raises StateError if neither is sound, or the sound one not of this model and optimizer."""
-    device = next(model.parameters()).device
-    sound = next((p for p in (path, path.with_name(BEFORE)) if is_sound(p)), None)
+    Returns its `progress`, {} if there is neither. Raises ValueError, naming the file, if neither is sound or the sound
+    one not of this model and optimizer."""
+    files = path, path.with_name(BEFORE)
+    if not any(file.exists() for file in files):
+        return {}
+    sound = next(filter(is_sound, files), None)
     if sound is None:
-        raise StateError(f"{path}: not the state of this run, or damaged, and {BEFORE} is no better; try --overwrite")
+        raise ValueError(f"{path}: not the state of this run, or damaged, and {BEFORE} is no better; try --overwrite")
     if sound != path:
         print(f"{path}: damaged; going on with {BEFORE}, the state before it", file=sys.stderr)
     try:
         state = torch.load(sound, map_location="cpu", weights_only=True)
-        moments, best = state["optimizer"]["state"], state["progress"].get("best")
-        fits = [shapes(weights) == shapes(model.state_dict()) for weights in (state["model"], best) if weights]
-        if not all(fits) or (moments and {i: shapes(of) for i, of in moments.items()} != expected(optimizer)):
+        moments = state["optimizer"]["state"]
+        kept = {i: shapes(of) for i, of in moments.items()}
+        if shapes(state["model"]) != shapes(model.state_dict()) or (kept and kept != expected(optimizer)):
             raise ValueError("its tensors have other shapes")  # given to the fused AdamW, they would crash Python
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        torch.set_rng_state(state["generators"]["cpu"])
-        if device.type == "cuda" and "cuda" in state["generators"]:
-            torch.cuda.set_rng_state(state["generators"]["cuda"])
         return state["progress"]
     except Exception as problem:  # torch.load documents no closed set of errors for a damaged file
-        raise StateError(f"{sound}: not the state of this run ({reason(problem)})") from None
-
-
-def remove_state(path: Path) -> None:
-    """Delete the states of a run that has ended."""
-    for file in (path, path.with_name(BEFORE)):
-        file.unlink(missing_ok=True)
+        raise ValueError(f"{sound}: not the state of this run ({reason(problem)})") from None
 
 
 def is_sound(path):

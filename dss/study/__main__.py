@@ -17,7 +17,6 @@ if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, end
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -44,7 +43,6 @@ from dss.study.report import levels, write_report
 from dss.weights import locate
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-COST = dict.fromkeys(METHODS, 2.2) | {"standard": 1.0, "single_task": 1.3, "label_first": 1.3}  # time a method takes
 
 
 @dataclass(frozen=True)
@@ -176,9 +174,8 @@ def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> l
     to end finds its arguments or files wrong, because then all of them would.
     """
     waiting, running, failed, succeeded = list(cells), {}, [], 0
-    total = sum(COST[m] for cell in cells.values() for m in cell.method)
-    layout = "{desc} {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    with tqdm(total=total, bar_format=layout, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
+    results = [Path(cell.out) / method / "result.json" for cell in cells.values() for method in cell.method]
+    with tqdm(total=len(results), unit="student", mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
         try:
             while waiting or running:
                 stop.check()
@@ -193,10 +190,7 @@ def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> l
                     succeeded += status == 0
                     failed += [name] if status else []
                     bar.write(summary(name, cells[name], status, config.directory), file=sys.stderr)
-                ended = len(cells) - len(waiting) - len(running)
-                bar.set_description_str(f"{ended} of {len(cells)} runs done", refresh=False)
-                done = min(sum(progress(cell) for cell in cells.values()), total)
-                bar.update(max(done - bar.n, 0))  # never backwards: a run that is resumed begins at its last state
+                bar.update(sum(result.exists() for result in results) - bar.n)
                 time.sleep(0.5)
         finally:
             for process, _ in running.values():
@@ -239,22 +233,6 @@ def command_line(cell: TrainConfig) -> list[str]:
     return flags
 
 
-def progress(cell: TrainConfig) -> float:
-    """How much of a run is done, in units of COST."""
-    return sum(COST[method] * share_done(Path(cell.out) / method, cell.steps) for method in cell.method)
-
-
-def share_done(directory: Path, steps: int) -> float:
-    """How much of a training is done, from 0 to 1; 1 too early for standard-matched, which takes more steps."""
-    if (directory / "result.json").exists():
-        return 1.0
-    try:
-        *_, last = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
-        return min(json.loads(last)["step"] / steps, 1.0)
-    except (OSError, ValueError):  # not begun, or a line half written
-        return 0.0
-
-
 def summary(name: str, cell: TrainConfig, status: int, out: Path) -> str:
     if status:
         return f"{name}: failed with status {status}: {last_line(f'{out / name}.log')}"
@@ -264,10 +242,8 @@ def summary(name: str, cell: TrainConfig, status: int, out: Path) -> str:
 
 
 def last_line(log: str) -> str:
-    lines = Path(log).read_text("utf-8").splitlines() if Path(log).exists() else []
-    return next(
-        (line for line in reversed(lines) if line.startswith("train.py: ")), lines[-1] if lines else "no output"
-    )
+    lines = Path(log).read_text("utf-8").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("train.py: ")), f"see {log}")
 
 
 fail = partial(arguments.fail, "dss.study")

@@ -43,11 +43,11 @@ def write_report(out: Path, cells: dict[str, TrainConfig], compared: dict[str, d
     about = dict(
         date=time.strftime("%Y-%m-%d"), machine=machine(), command="python -m dss.study " + shlex.join(sys.argv[1:])
     )
-    write_json(out / "study.json", about | dict(lines=lines, groups=groups, runs=[without_answers(r) for r in runs]))
-    text = (
-        markdown(groups, lines, about)
-        + f"\nWritten to {out}: study.md, study.json{''.join(f', {p}' for p in pictures)}.\n"
+    write_json(
+        out / "study.json",
+        about | dict(lines=lines, groups=groups, runs=[{k: r[k] for k in r if k != "answers"} for r in runs]),
     )
+    text = f"{markdown(groups, lines, about)}\nWritten to {out}: {', '.join(['study.md', 'study.json', *pictures])}.\n"
     text += f"{why_not}\n" if why_not else ""
     with replacing(out / "study.md") as file:
         file.write(text.encode())
@@ -63,10 +63,6 @@ def read_run(name: str, cell: TrainConfig, method: str) -> dict:
     student = cell.weights or cell.size
     where = dict(run=name, labels=cell.labels, student=student, share=cell.subsample, seed=cell.seed, method=method)
     return where | figures | dict(accuracy=float(answers.mean()), split=split, answers=answers)
-
-
-def without_answers(run: dict) -> dict:
-    return {key: value for key, value in run.items() if key != "answers"}
 
 
 def summarise(runs: list[dict]) -> list[dict]:
@@ -85,12 +81,7 @@ def summarise(runs: list[dict]) -> list[dict]:
         pairs = [r["answers"] - base[r["run"]]["answers"] for r in mine if r["run"] in base]
         if pairs and key[-1] != "standard":
             gain, low, high, p = paired_difference(pairs)
-            group |= {
-                "gain": gain,
-                "interval": [low, high],
-                "p": p,
-                "seeds_needed": seeds_needed(gain, low, high, len(pairs)),
-            }
+            group |= dict(gain=gain, interval=[low, high], p=p, seeds_needed=seeds_needed(gain, low, high, len(pairs)))
         groups.append(group)
     return groups
 
@@ -201,13 +192,12 @@ def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
 def curves(axis: object, groups: list[dict], x: str, lines: dict) -> None:
     """Accuracy over groups[i][x], one line a method with the deviation between seeds, and levels to compare with."""
     methods = [m for m in LOOKS if any(g["method"] == m for g in groups)]
-    for number, method in enumerate(methods):
+    for method in methods:
         colour, marker, name = LOOKS[method]
         mine = sorted((g for g in groups if g["method"] == method), key=lambda g: g[x])
-        aside = 1.015 ** (number - (len(methods) - 1) / 2)  # so that bars of one x do not hide one another
         y, spread = ([100 * (g[k] or 0) for g in mine] for k in ("accuracy", "deviation"))
         looks = dict(color=colour, marker=marker, markersize=5, capsize=3, label=name)
-        axis.errorbar([g[x] * aside for g in mine], y, spread, **looks)
+        axis.errorbar([g[x] for g in mine], y, spread, **looks)
     for (name, level), style in zip(lines.items(), ("--", ":")):
         if level is not None:
             axis.axhline(100 * level, color="black", linestyle=style, linewidth=1, label=f"{name} ({100 * level:.1f})")
