@@ -9,26 +9,32 @@ interrupted download (.part) is continued, a file that you delete is downloaded 
 HF_ENDPOINT names another hub or a mirror, HF_TOKEN is shown to the hub alone, HF_HUB_OFFLINE=1 forbids all downloads.
 """
 
-import base64
 import contextlib
+import errno
+import http.client
 import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.error import HTTPError
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
 from data import arguments
 from data.files import digest, locked, read_json
-from data.web import get, reaching
 from tokenizer import T5Tokenizer
 
 NO_WEIGHTS = "no model.safetensors or pytorch_model.bin, whole or in shards"
 QUESTION = "translate English to German: The house is wonderful."  # T5 1.0 and Flan-T5 have learned to
+TIMEOUT = 60  # seconds without a byte
+WAITS = (1, 2, 4)  # seconds before a busy hub is asked again, unless it names another time
+LONGEST_WAIT = 120  # seconds
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # errors of ours, not of the connection
 
 
 def fetch(hub_id: str, weights: bool = True, check: Callable[[Path, str], None] = lambda path, name: None) -> Path:
@@ -74,14 +80,11 @@ class Hub:
 
     def __init__(self, hub_id, directory, check):
         get = os.environ.get
-        address = re.fullmatch(r"(https?://)(?:(.*)@)?([^/@]+)(.*?)/*", get("HF_ENDPOINT") or "https://huggingface.co")
-        token = get("HF_TOKEN", "")
-        if not address or not re.fullmatch("[!-~]*", token):  # neither is shown, for an address may hold a password
+        address, token = get("HF_ENDPOINT") or "https://huggingface.co", get("HF_TOKEN", "")
+        if not re.fullmatch("https?://[^@]+", address) or not re.fullmatch("[!-~]*", token):  # neither is shown
             raise ValueError("HF_ENDPOINT or HF_TOKEN is not the address of a hub (https://huggingface.co) or a token")
-        scheme, password, host, path = address.groups("")
-        basic = "Basic " + base64.b64encode(unquote(password).encode()).decode()
-        self.who = {"Authorization": basic if password else f"Bearer {token}"} if password or token else {}
-        self.host, self.url = f"{scheme}{host}/", f"{scheme}{host}{path}/{hub_id}/resolve/main/"
+        self.who = {"Authorization": f"Bearer {token}"} if token else {}
+        self.url = f"{address.rstrip('/')}/{hub_id}/resolve/main/"
         offline = get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         self.offline = ", and HF_HUB_OFFLINE is set" if offline else ""
         cache = Path(get("HF_HUB_CACHE") or (get("HF_HOME") or "~/.cache/huggingface") + "/hub").expanduser()
@@ -95,31 +98,77 @@ class Hub:
             return True
         if self.offline or not ask:
             return False
-        have = part.stat().st_size if part.exists() else 0
         where = url if name != "config.json" else f"{self.id}: no such directory here, and {url}"
-        with reaching(where, part), get(url, have, self.host, self.who) as reply:
-            if reply.status == 404:
+        try:
+            have = part.stat().st_size if part.exists() else 0
+            reply, size, tag = self.get(url, have)
+            if not reply:
                 return False
+            have = have if reply.status == 206 else 0
             self.directory.mkdir(exist_ok=True)
-            bar = tqdm.wrapattr(reply, "read", total=reply.size, initial=reply.start, desc=name, leave=False)
-            with open(part, "ab" if reply.start else "wb") as file, bar as source:
+            bar = tqdm.wrapattr(reply, "read", total=size, initial=have, desc=name, leave=False)
+            with reply, open(part, "ab" if have else "wb") as file, bar as source:
                 shutil.copyfileobj(source, file, 1 << 20)
                 got = file.tell()
-            if got < (reply.size or 0):
-                raise ConnectionError(f"{got} of {reply.size} bytes came; run again to go on")
+            if got < (size or 0):
+                raise ConnectionError(f"{got} of {size} bytes came; run again to go on")
+        except (OSError, ValueError, http.client.HTTPException) as problem:
+            if getattr(problem, "errno", None) in DISK:
+                raise OSError(problem.errno, problem.strerror, str(part)) from None
+            kind = PermissionError if isinstance(problem, PermissionError) else ConnectionError
+            raise kind(f"{where}: {getattr(problem, 'reason', None) or str(problem) or repr(problem)}") from None
         try:
-            kind = dict(kind="sha1", start=b"blob %d\0" % got) if len(reply.tag) == 40 else {}  # git's, of small files
-            if reply.size not in (None, got) or (reply.tag and reply.tag != digest(part, **kind).hex()):
+            kind = dict(kind="sha1", start=b"blob %d\0" % got) if len(tag) == 40 else {}  # git's, of small files
+            if size not in (None, got) or (tag and tag != digest(part, **kind).hex()):
                 raise ValueError("its size or digest is not the one that the hub states")
-            if not reply.tag:
+            if not tag:
                 self.check(part, name)
         except (OSError, ValueError) as problem:
             part.unlink()
-            if reply.start:  # the rest was of another version
+            if have:  # the rest was of another version
                 return self.bring(name)
             raise ValueError(f"{where}: something else came ({problem}); run again") from None
         os.replace(part, path)
         return True
+
+    def get(self, url, have):
+        """(reply, size, tag) for a file from its byte `have` on, or whole where the reply's status is 200; None as the
+        reply if there is no such file. size (or None) and tag (a digest or "") are those that the hub states."""
+        waits = list(WAITS)
+        while True:
+            request, redirects = Request(url, headers={"Range": f"bytes={have}-"} if have else {}), Redirects()
+            for name, value in self.who.items():
+                request.add_unredirected_header(name, value)  # no other host is shown who asks
+            try:
+                reply = build_opener(redirects).open(request, timeout=TIMEOUT)
+            except HTTPError as error:
+                pause = error.headers.get("Retry-After", "")
+                pause = int(pause) if pause.isdecimal() else (waits or [0])[0]
+                if error.code == 404:
+                    return None, None, ""
+                if error.code in (401, 403):  # 401 also for a model that does not exist
+                    hint = "no such model, or it needs HF_TOKEN; or download it yourself"
+                    raise PermissionError(f"HTTP {error.code}: {hint}") from None
+                if error.code == 416 and have:
+                    have = 0
+                elif (error.code == 429 or error.code >= 500) and waits and pause <= LONGEST_WAIT:
+                    print(f"{url}: HTTP {error.code}, asking again in {pause} s", file=sys.stderr)
+                    time.sleep(pause)
+                    waits.pop(0)
+                else:
+                    raise ConnectionError(f"HTTP {error.code} {error.reason}") from None
+                continue
+            stated = redirects.stated or reply.headers
+            size, tag = stated.get("X-Linked-Size", ""), stated.get("X-Linked-Etag")
+            # sha256 of a large file, git's sha1 of a small one; other tags say nothing of the content
+            tag, lengths = (tag, (40, 64)) if tag else (stated.get("ETag", ""), (40,))
+            tag = tag.removeprefix("W/").strip('"')
+            tag = tag if len(tag) in lengths else ""
+            joins = tag and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            if reply.status == 200 or joins:
+                begin = have if reply.status == 206 else 0
+                return reply, int(size) if size.isdecimal() else reply.length and begin + reply.length, tag
+            have = 0  # what is here may not be the beginning of this file, and without a digest that would not show
 
     def borrow(self, name, path):
         """Link a file that Hugging Face's own cache holds. Returns whether it does."""
@@ -130,6 +179,16 @@ class Hub:
             path.unlink(missing_ok=True)  # a link that leads nowhere
             path.symlink_to(file)
         return path.exists()
+
+
+class Redirects(HTTPRedirectHandler):
+    """Keeps what the hub states of a file, on its way to another host."""
+
+    stated = None
+
+    def redirect_request(self, request, reply, code, message, headers, url):
+        self.stated = headers if "X-Linked-Etag" in headers else self.stated
+        return super().redirect_request(request, reply, code, message, headers, url)
 
 
 def weight_files(directory: Path, has: Callable[[str], bool]) -> list[str]:
