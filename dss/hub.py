@@ -4,9 +4,8 @@
 
 Files land in $DSS_CACHE/ORG--NAME (default ~/.cache/dss), or are linked from Hugging Face's own cache. One is kept if
 its size and digest are those that the hub states, or, where it states none, if it can be read as what it should be. An
-interrupted download (.part) is continued, a file that you delete is downloaded again.
-
-HF_ENDPOINT names another hub or a mirror, HF_TOKEN is shown to the hub alone, HF_HUB_OFFLINE=1 forbids all downloads.
+interrupted download (.part) is continued, a file that you delete is downloaded again. HF_ENDPOINT names another hub,
+HF_TOKEN is shown to the hub alone, HF_HUB_OFFLINE=1 forbids all downloads.
 """
 
 import contextlib
@@ -26,10 +25,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from tqdm import tqdm
 
 from data import arguments
-from data.files import digest, locked, read_json
-from tokenizer import T5Tokenizer
+from data.files import digest, locked
 
-NO_WEIGHTS = "no model.safetensors or pytorch_model.bin, whole or in shards"
 QUESTION = "translate English to German: The house is wonderful."  # T5 1.0 and Flan-T5 have learned to
 TIMEOUT = 60  # seconds without a byte
 WAITS = (1, 2, 4)  # seconds before a busy hub is asked again, unless it names another time
@@ -37,12 +34,14 @@ LONGEST_WAIT = 120  # seconds
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # errors of ours, not of the connection
 
 
-def fetch(hub_id: str, weights: bool = True, check: Callable[[Path, str], None] = lambda path, name: None) -> Path:
+def fetch(
+    hub_id: str, check: Callable[[Path, str], None], list_weights: Callable[[Path, Callable], list[str]] | None
+) -> Path:
     """The local directory of model `hub_id`, such as google/t5-v1_1-base: config, tokenizer and, if asked for, weights.
 
-    check(path, name) raises OSError or ValueError for a file that is not what `name` must be, and so does this. Also
-    FileNotFoundError if the hub has no such T5, PermissionError if it wants to know who asks, ConnectionError if it
-    cannot be reached.
+    check(path, name) raises OSError or ValueError for a file that is not what `name` must be, and so does this.
+    list_weights(directory, bring) names the files of the weights, asking bring(name) for each that may be one. Raises
+    FileNotFoundError, PermissionError or ConnectionError if the hub has no such T5, wants to know who asks, is gone.
     """
     directory = Path(os.environ.get("DSS_CACHE") or "~/.cache/dss").expanduser() / hub_id.replace("/", "--")
     if is_complete(directory):
@@ -56,16 +55,12 @@ def fetch(hub_id: str, weights: bool = True, check: Callable[[Path, str], None] 
             raise FileNotFoundError(f"{hub_id}: no such directory here, and {hub.url} has no config.json{hub.offline}")
         for name in ("spiece.model", "tokenizer_config.json"):  # small: what is missing shows before the weights
             hub.bring(name)
-        if weights:
-            files = weight_files(directory, partial(hub.bring, ask=False)) or weight_files(directory, hub.bring)
-            if not files:
-                raise FileNotFoundError(f"{hub.url}: {NO_WEIGHTS}{hub.offline}")
-            for name in files:
-                if not hub.bring(name):
-                    raise FileNotFoundError(f"{hub.url}{name}: missing, though the index names it{hub.offline}")
-            if not hub.offline:
-                names = [path.name for path in directory.iterdir()]
-                (directory / ".complete").write_text("\n".join(names), "utf-8")
+        for ask in (False, True) if list_weights else ():  # weights in any form that are here are taken first
+            names = list_weights(directory, partial(hub.bring, ask=ask)) or ["model.safetensors"] * ask
+            if missing := [name for name in names if not hub.bring(name)]:
+                raise FileNotFoundError(f"{hub.url}{missing[0]}: missing{hub.offline}")
+        if list_weights and not hub.offline:
+            (directory / ".complete").write_text("\n".join(path.name for path in directory.iterdir()), "utf-8")
     return directory
 
 
@@ -80,7 +75,7 @@ class Hub:
 
     def __init__(self, hub_id, directory, check):
         get = os.environ.get
-        address, token = get("HF_ENDPOINT") or "https://huggingface.co", get("HF_TOKEN", "")
+        address, token = get("HF_ENDPOINT") or "https://huggingface.co", get("HF_TOKEN") or ""
         if not re.fullmatch("https?://[^@]+", address) or not re.fullmatch("[!-~]*", token):  # neither is shown
             raise ValueError("HF_ENDPOINT or HF_TOKEN is not the address of a hub (https://huggingface.co) or a token")
         self.who = {"Authorization": f"Bearer {token}"} if token else {}
@@ -89,20 +84,19 @@ class Hub:
         self.offline = ", and HF_HUB_OFFLINE is set" if offline else ""
         cache = Path(get("HF_HUB_CACHE") or (get("HF_HOME") or "~/.cache/huggingface") + "/hub").expanduser()
         self.other = cache / f"models--{hub_id.replace('/', '--')}"  # where Hugging Face keeps this model
-        self.id, self.directory, self.check = hub_id, directory, check
+        self.directory, self.check = directory, check
 
     def bring(self, name, ask=True):
         """Link or, if `ask`, download a file into the directory, unless it is there. Returns whether it is now."""
-        path, part, url = self.directory / name, self.directory / f"{name}.part", self.url + name
+        path, part, url = self.directory / name, self.directory / f"{name}.part", f"{self.url}{name}"
         if path.exists() or self.borrow(name, path):
             return True
         if self.offline or not ask:
             return False
-        where = url if name != "config.json" else f"{self.id}: no such directory here, and {url}"
         try:
             have = part.stat().st_size if part.exists() else 0
             reply, size, tag = self.get(url, have)
-            if not reply:
+            if reply.status == 404:
                 return False
             have = have if reply.status == 206 else 0
             self.directory.mkdir(exist_ok=True)
@@ -116,7 +110,7 @@ class Hub:
             if getattr(problem, "errno", None) in DISK:
                 raise OSError(problem.errno, problem.strerror, str(part)) from None
             kind = PermissionError if isinstance(problem, PermissionError) else ConnectionError
-            raise kind(f"{where}: {getattr(problem, 'reason', None) or str(problem) or repr(problem)}") from None
+            raise kind(f"{url}: {getattr(problem, 'reason', None) or str(problem) or repr(problem)}") from None
         try:
             kind = dict(kind="sha1", start=b"blob %d\0" % got) if len(tag) == 40 else {}  # git's, of small files
             if size not in (None, got) or (tag and tag != digest(part, **kind).hex()):
@@ -127,48 +121,40 @@ class Hub:
             part.unlink()
             if have:  # the rest was of another version
                 return self.bring(name)
-            raise ValueError(f"{where}: something else came ({problem}); run again") from None
+            raise ValueError(f"{url}: something else came ({problem}); run again") from None
         os.replace(part, path)
         return True
 
     def get(self, url, have):
-        """(reply, size, tag) for a file from its byte `have` on, or whole where the reply's status is 200; None as the
-        reply if there is no such file. size (or None) and tag (a digest or "") are those that the hub states."""
+        """(reply, size, tag): a reply of status 404, or 206 with the bytes of a file from `have` on, or 200 with all of
+        them; size (or None) and tag (a digest or "") as the hub states them before it sends us on to another host."""
         waits = list(WAITS)
         while True:
-            request, redirects = Request(url, headers={"Range": f"bytes={have}-"} if have else {}), Redirects()
+            request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             for name, value in self.who.items():
                 request.add_unredirected_header(name, value)  # no other host is shown who asks
             try:
-                reply = build_opener(redirects).open(request, timeout=TIMEOUT)
+                reply = build_opener(redirects := Redirects()).open(request, timeout=TIMEOUT)
             except HTTPError as error:
-                pause = error.headers.get("Retry-After", "")
-                pause = int(pause) if pause.isdecimal() else (waits or [0])[0]
-                if error.code == 404:
-                    return None, None, ""
-                if error.code in (401, 403):  # 401 also for a model that does not exist
-                    hint = "no such model, or it needs HF_TOKEN; or download it yourself"
-                    raise PermissionError(f"HTTP {error.code}: {hint}") from None
-                if error.code == 416 and have:
-                    have = 0
-                elif (error.code == 429 or error.code >= 500) and waits and pause <= LONGEST_WAIT:
-                    print(f"{url}: HTTP {error.code}, asking again in {pause} s", file=sys.stderr)
-                    time.sleep(pause)
-                    waits.pop(0)
-                else:
-                    raise ConnectionError(f"HTTP {error.code} {error.reason}") from None
-                continue
-            stated = redirects.stated or reply.headers
-            size, tag = stated.get("X-Linked-Size", ""), stated.get("X-Linked-Etag")
+                reply = error
+            code, header, stated = reply.status, reply.headers.get, redirects.stated or reply.headers
             # sha256 of a large file, git's sha1 of a small one; other tags say nothing of the content
-            tag, lengths = (tag, (40, 64)) if tag else (stated.get("ETag", ""), (40,))
-            tag = tag.removeprefix("W/").strip('"')
-            tag = tag if len(tag) in lengths else ""
-            joins = tag and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            if reply.status == 200 or joins:
-                begin = have if reply.status == 206 else 0
-                return reply, int(size) if size.isdecimal() else reply.length and begin + reply.length, tag
-            have = 0  # what is here may not be the beginning of this file, and without a digest that would not show
+            linked, size = stated.get("X-Linked-Etag"), stated.get("X-Linked-Size", "")
+            tag = (linked or stated.get("ETag", "")).removeprefix("W/").strip('"')
+            tag = tag if len(tag) == 40 or (linked and len(tag) == 64) else ""
+            wait = int(header("Retry-After")) if header("Retry-After", "").isdecimal() else (waits or [0])[0]
+            if code in (200, 404) or (code == 206 and tag and header("Content-Range", "").startswith(f"bytes {have}-")):
+    return reply, int(size) if size.isdecimal() else reply.length and before + reply.length, tag
+            if code in (206, 416) and have:
+                have = 0  # what is here may not be the beginning of this file, and without a digest that would not show
+            elif (code == 429 or code >= 500) and waits and wait <= LONGEST_WAIT:
+                print(f"{url}: HTTP {code}, asking again in {wait} s", file=sys.stderr)
+                time.sleep(wait)
+                waits.pop(0)
+            elif code in (401, 403):  # 401 also for a model that does not exist
+                raise PermissionError(f"HTTP {code}: no such model, or it needs HF_TOKEN; or download it yourself")
+            else:
+                raise ConnectionError(f"HTTP {code} {reply.reason}")
 
     def borrow(self, name, path):
         """Link a file that Hugging Face's own cache holds. Returns whether it does."""
@@ -182,44 +168,17 @@ class Hub:
 
 
 class Redirects(HTTPRedirectHandler):
-    """Keeps what the hub states of a file, on its way to another host."""
-
-    stated = None
+    stated = None  # what the hub says of a file, on the way to another host
 
     def redirect_request(self, request, reply, code, message, headers, url):
         self.stated = headers if "X-Linked-Etag" in headers else self.stated
         return super().redirect_request(request, reply, code, message, headers, url)
 
 
-def weight_files(directory: Path, has: Callable[[str], bool]) -> list[str]:
-    """The names of the files that hold a checkpoint's weights, whole or in shards; [] if there are none.
-
-    has(name) says whether `directory` has a file, or sees to it. Raises ValueError for an index that is none.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if has(name):
-            return [name]
-        if has(f"{name}.index.json"):
-            return shards(directory / f"{name}.index.json")
-    return []
-
-
-def shards(index: str | os.PathLike) -> list[str]:
-    """The file names that an index.json lists. Raises ValueError if it is not such an index."""
-    try:
-        content = read_json(index)
-        names, about = sorted(set(content["weight_map"].values())), content.get("metadata", {})
-        if not isinstance(about, dict) or any(n != os.path.basename(n) or n in ("", ".", "..") for n in names):
-            raise ValueError("its metadata are none, or it names a file in another directory")
-        return names
-    except (KeyError, TypeError, AttributeError, ValueError) as problem:
-        raise ValueError(f"{index}: not an index of shards ({problem})") from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 there is no such model, or it is not one that this code computes."""
-    from dss.generate import generate  # these import this module
-    from dss.weights import load_t5, locate
+    from dss.student import Student  # these import this module
+    from dss.weights import locate
 
     parser = arguments.OneLineParser(prog="python -m dss.hub", description="Download a public T5.")
     parser.add_argument("model", help="its id on the hub, such as google/flan-t5-small, or a directory")
@@ -228,11 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         line = str(directory := locate(args.model))
         if args.check:
-            model, tokenizer = load_t5(directory), T5Tokenizer(directory)
-            if max(question := tokenizer.encode(QUESTION)) >= model.config.vocab_size:
-                raise ValueError(f"{directory}: the tokenizer has more ids than the model embeds")
-            [ids] = generate(model, [question], 32)
-            line += f": {model.num_parameters():,} parameters; {QUESTION!r} -> {tokenizer.decode(ids)!r}"
+            student = Student.load(directory, prefixes={"predict": ""}, max_new_tokens=32)
+            [answer] = student.answer([QUESTION])
+            line += f": {student.model.num_parameters():,} parameters; {QUESTION!r} -> {answer!r}"
     except (OSError, ValueError) as problem:
         return arguments.fail("dss.hub", 2, problem)
     print(line)

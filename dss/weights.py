@@ -18,13 +18,14 @@ import os
 import re
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from data.files import open_regular, parse_json, read_json, reason, replacing
 from dss.config import T5Config
-from dss.hub import NO_WEIGHTS, fetch, shards, weight_files
+from dss.hub import fetch
 from dss.model import T5
 from tokenizer import T5Tokenizer
 
@@ -137,7 +138,32 @@ def locate(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) or {".", ".."} & set(name.split("/")):
         raise FileNotFoundError(f"{name}: no such directory of weights")
-    return fetch(name, weights, check_file)
+    return fetch(name, check_file, weight_files if weights else None)
+
+
+def weight_files(directory: Path, has: Callable[[str], bool]) -> list[str]:
+    """The names of the files that hold a checkpoint's weights, whole or in shards; [] if there are none.
+
+    has(name) says whether `directory` has a file, or sees to it. Raises ValueError for an index that is none.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if has(name):
+            return [name]
+        if has(f"{name}.index.json"):
+            return shards(directory / f"{name}.index.json")
+    return []
+
+
+def shards(index: str | os.PathLike) -> list[str]:
+    """The file names that an index.json lists. Raises ValueError if it is not such an index."""
+    try:
+        content = read_json(index)
+        names, about = sorted(set(content["weight_map"].values())), content.get("metadata", {})
+        if not isinstance(about, dict) or any(n != os.path.basename(n) or n in ("", ".", "..") for n in names):
+            raise ValueError("its metadata are none, or it names a file in another directory")
+        return names
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+        raise ValueError(f"{index}: not an index of shards ({problem})") from None
 
 
 def check_file(path: Path, name: str) -> None:
@@ -181,7 +207,7 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a checkpoint directory, mapped from its files. Raises FileNotFoundError or ValueError."""
     files = weight_files(directory, lambda name: (directory / name).exists())
     if not files:
-        raise FileNotFoundError(f"{directory}: {NO_WEIGHTS}")
+        raise FileNotFoundError(f"{directory}: no model.safetensors or pytorch_model.bin, whole or in shards")
     tensors = {}
     for name in files:
         tensors |= (read_safetensors if name.endswith(".safetensors") else read_bin)(directory / name)
