@@ -52,13 +52,15 @@ def fetch(
         if is_complete(directory):  # by another process
             return directory
         if not hub.bring("config.json"):
-            raise FileNotFoundError(f"{hub_id}: no such directory here, and {hub.url} has no config.json{hub.offline}")
+            raise FileNotFoundError(
+                f"{hub_id}: no such directory here, and {hub.url} has no config.json{hub.offline or ''}"
+            )
         for name in ("spiece.model", "tokenizer_config.json"):  # small: what is missing shows before the weights
             hub.bring(name)
         for ask in (False, True) if list_weights else ():  # weights in any form that are here are taken first
             names = list_weights(directory, partial(hub.bring, ask=ask)) or ["model.safetensors"] * ask
             if missing := [name for name in names if not hub.bring(name)]:
-                raise FileNotFoundError(f"{hub.url}{missing[0]}: missing{hub.offline}")
+                raise FileNotFoundError(f"{hub.url}{missing[0]}: missing{hub.offline or ''}")
         if list_weights and not hub.offline:
             (directory / ".complete").write_text("\n".join(path.name for path in directory.iterdir()), "utf-8")
     return directory
@@ -80,8 +82,7 @@ class Hub:
             raise ValueError("HF_ENDPOINT or HF_TOKEN is not the address of a hub (https://huggingface.co) or a token")
         self.who = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = f"{address.rstrip('/')}/{hub_id}/resolve/main/"
-        offline = get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        self.offline = ", and HF_HUB_OFFLINE is set" if offline else ""
+        self.offline = get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and ", and HF_HUB_OFFLINE is set"
         cache = Path(get("HF_HUB_CACHE") or (get("HF_HOME") or "~/.cache/huggingface") + "/hub").expanduser()
         self.other = cache / f"models--{hub_id.replace('/', '--')}"  # where Hugging Face keeps this model
         self.directory, self.check = directory, check
@@ -144,7 +145,8 @@ class Hub:
             tag = tag if len(tag) == 40 or (linked and len(tag) == 64) else ""
             wait = int(header("Retry-After")) if header("Retry-After", "").isdecimal() else (waits or [0])[0]
             if code in (200, 404) or (code == 206 and tag and header("Content-Range", "").startswith(f"bytes {have}-")):
-    return reply, int(size) if size.isdecimal() else reply.length and before + reply.length, tag
+                before = have * (code == 206)
+                return reply, int(size) if size.isdecimal() else reply.length and before + reply.length, tag
             if code in (206, 416) and have:
                 have = 0  # what is here may not be the beginning of this file, and without a digest that would not show
             elif (code == 429 or code >= 500) and waits and wait <= LONGEST_WAIT:
