@@ -82,7 +82,7 @@ class Hub:
             raise ValueError("HF_ENDPOINT or HF_TOKEN is not the address of a hub (https://huggingface.co) or a token")
         self.who = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = f"{address.rstrip('/')}/{hub_id}/resolve/main/"
-        self.offline = get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and ", and HF_HUB_OFFLINE is set"
+        self.offline = ", and HF_HUB_OFFLINE is set" * (get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"))
         cache = Path(get("HF_HUB_CACHE") or (get("HF_HOME") or "~/.cache/huggingface") + "/hub").expanduser()
         self.other = cache / f"models--{hub_id.replace('/', '--')}"  # where Hugging Face keeps this model
         self.directory, self.check = directory, check
