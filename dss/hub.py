@@ -52,15 +52,13 @@ def fetch(
         if is_complete(directory):  # by another process
             return directory
         if not hub.bring("config.json"):
-            raise FileNotFoundError(
-                f"{hub_id}: no such directory here, and {hub.url} has no config.json{hub.offline or ''}"
-            )
+            raise FileNotFoundError(f"{hub_id}: no such directory here, and {hub.url} has no config.json{hub.offline}")
         for name in ("spiece.model", "tokenizer_config.json"):  # small: what is missing shows before the weights
             hub.bring(name)
         for ask in (False, True) if list_weights else ():  # weights in any form that are here are taken first
             names = list_weights(directory, partial(hub.bring, ask=ask)) or ["model.safetensors"] * ask
             if missing := [name for name in names if not hub.bring(name)]:
-                raise FileNotFoundError(f"{hub.url}{missing[0]}: missing{hub.offline or ''}")
+                raise FileNotFoundError(f"{hub.url}{missing[0]}: missing{hub.offline}")
         if list_weights and not hub.offline:
             (directory / ".complete").write_text("\n".join(path.name for path in directory.iterdir()), "utf-8")
     return directory
