@@ -22,9 +22,9 @@ from dss.batch import make_step
 from dss.config import T5Config, parse_args
 from dss.model import T5
 from dss.rows import load_rows
-from dss.run.report import Log, in_short
+from dss.run.report import in_short
 from dss.run.start import choose_device
-from dss.run.state import Progress, save_state
+from dss.run.state import save_state
 from dss.weights import load_t5
 
 QUICK = "--batch_size 4 --warmup 2 --max_target_length 12 --max_new_tokens 4".split()
@@ -422,21 +422,6 @@ def test_each_dropout_acts_in_training_alone(place):
 
 
 # ---- What a run says ------------------------------------------------------------------------------------------------
-
-
-def test_speed_is_of_training_steps_alone(tmp_path, monkeypatch):
-    """The time of an evaluation inside the window used to count, and halved the figure."""
-    clock = [0.0]
-    monkeypatch.setattr("dss.run.report.time.monotonic", lambda: clock[0])
-    with Log(tmp_path / "metrics.jsonl", Progress()) as log:
-        for _ in range(2):
-            clock[0] += 1.0
-            log.add(torch.ones(3), 100)
-            clock[0] += 50.0
-            log.write_accuracy(1, 0.5)
-        log.write_means(2, 0.1, torch.tensor(1.0))
-        assert log.now.seconds == 102
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["tokens_per_second"] == 100
 
 
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
