@@ -82,6 +82,12 @@ def joined() -> Iterator[None]:
     STORE[:] = [store]
     watcher = threading.Thread(target=watch, args=((mine + 1) % n, words, sys.stderr), daemon=True)
     watcher.start()
+
+    def leave() -> None:
+        dist.send(torch.zeros(1), (mine - 1) % n, group=words)
+        watcher.join()
+        dist.destroy_process_group()
+
     try:
         with contextlib.ExitStack() as stack:
             if mine:
@@ -89,15 +95,16 @@ def joined() -> Iterator[None]:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield
-        dist.send(torch.zeros(1), (mine - 1) % n, group=words)
-        watcher.join()
-        dist.destroy_process_group()
+        leave()
     except BaseException as error:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's are on their way where another process has ended
             signal.signal(number, signal.SIG_IGN)
-        if speaks_first(str(mine)):
+        first, status = speaks_first(str(mine)), getattr(error, "status", 1)
+        if status == 130:  # interrupted: all end at the same step
+            leave()
+        if first:
             raise
-        raise SystemExit(2 if isinstance(error, (OSError, ValueError)) else getattr(error, "status", 1)) from None
+        raise SystemExit(2 if isinstance(error, (OSError, ValueError)) else status) from None
 
 
 def watch(neighbour: int, words: dist.ProcessGroup, terminal: TextIO) -> None:
