@@ -20,7 +20,9 @@ from data.jsonl import Record, read_jsonl, write_jsonl
 from dss.batch import LABEL, RATIONALE
 from dss.config import parse_args
 from dss.rows import load_rows, rows_for, swap_rationales
+from dss.run import parallel
 from dss.run.start import make_model
+from dss.run.state import Progress, save_state
 from dss.study.presets import PRESETS
 from dss.weights import load_t5, save_t5
 
@@ -465,6 +467,12 @@ def test_a_damaged_state_is_one_line(files, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train, "Stop", lambda _: StopAt(2))
         assert run(*files, *QUICK, "--out", tmp_path / "out") == 130
-    (tmp_path / "out" / "standard" / "state.pt").write_bytes(b"junk")
+    state = tmp_path / "out" / "standard" / "state.pt"
+    state.write_bytes(b"junk")
     assert run(*files, *QUICK, "--out", tmp_path / "out", "--resume") == 2
     assert "state.pt: not the state of this run" in capsys.readouterr().err
+    student = train.prepare(parse_args([str(a) for a in [*files, *QUICK, "--out", tmp_path / "new"]])).student
+    optimizer = train.make_optimizer(student.model, parse_args([]))
+    save_state(state, student.model, optimizer, vars(Progress()) | {"patience": 3})
+    with pytest.raises(ValueError, match="state.pt: the state of a run by another version"):
+        parallel.load_state(state.parent, student, optimizer, parse_args([]))

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data.answers import same_label
-from data.files import replacing
+from data.files import parse_json, replacing
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows, count_shared
 from dss.run import parallel
@@ -206,8 +206,8 @@ def commonest_label(rows: Rows) -> tuple[str, float]:
 
 def correct(directory: Path) -> np.ndarray:
     """0 or 1 for each question of OUT/METHOD/predictions.jsonl."""
-    lines = (directory / "predictions.jsonl").read_text("utf-8").splitlines()
-    return np.array([json.loads(line)["correct"] for line in lines], dtype=int)
+    path = directory / "predictions.jsonl"
+    return np.array([parse_json(line, path)["correct"] for line in path.read_text("utf-8").splitlines()], dtype=int)
 
 
 def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float, float]:
