@@ -34,23 +34,7 @@ def test_no_text_makes_it_raise(text):
     assert value(text) is None or math.isfinite(value(text))
 
 
-NO_VALUE = [
-    "",
-    " ",
-    "x",
-    "9**9**9",
-    "1//2",
-    "1/0",
-    "9e99",
-    "0x10",
-    "1_000",
-    "1,000",
-    "(1",
-    "1)",
-    "2 3",
-    "'a'*9",
-    "True",
-]
+NO_VALUE = ["", " ", "2 3", *"x 9**9**9 1//2 1/0 9e99 0x10 1_000 1,000 (1 1) 'a'*9 True".split()]
 NO_VALUE += ["1 if 1 else 2", "__import__('os')", "(" * 99 + "1" + ")" * 99 + " " * 9, "9" * 16, "99999999 * 99999999"]
 NO_VALUE += ["1\n2", "1#2", "1j"]
 

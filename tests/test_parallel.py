@@ -12,13 +12,13 @@ import torch
 from comparing import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from running import same, weights, write_rows
 
 import train
-from data.jsonl import Record, write_jsonl
+from data.jsonl import Record
 from dss.batch import Sequence, make_step, share_tokens
 from dss.config import parse_args
 from dss.run import parallel
-from dss.weights import load_t5
 
 QUICK = "--steps 20 --eval_every 10 --log_every 5 --batch_size 5 --warmup 2 --max_new_tokens 4 --dropout 0".split()
 
@@ -30,13 +30,7 @@ def files(tmp_path):
         Record(f"r{i}", "Tom gave apples. " * (1 + i % 7), f"{i} + 1", f"Add 1 to {i}." * (i % 5) or None)
         for i in range(40)
     ]
-    write_jsonl(tmp_path / "rows.jsonl", rows[:27])
-    write_jsonl(tmp_path / "test.jsonl", rows[27:])
-    return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl"), "--method", "dss"]
-
-
-def weights(arm):
-    return load_t5(arm / "student").state_dict()
+    return [*write_rows(tmp_path, rows, 27), "--method", "dss"]
 
 
 def apart(a, b):
@@ -160,7 +154,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path, ext
     assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: interrupted at step 7 of dss") == 1
     assert several.run(2, tmp_path, go, [*cut, "--resume"]) == [0, 0]
     whole, cut = (weights(tmp_path / name / "dss") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert same(whole, cut)
 
 
 def at_step(step, rank, number, arguments):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from running import counting, result, run, same, weights, write_rows
 
 import tokenizer
 import train
@@ -33,10 +34,7 @@ SIX = [*QUICK, "--steps", "6", "--eval_every", "2", "--log_every", "100", "--met
 
 @pytest.fixture
 def files(tmp_path):
-    rows = [Record(f"r{i}", f"Tom gave {i} apples.", f"{i} + 1", f"Add 1 to {i}.", f"{i}") for i in range(20)]
-    write_jsonl(tmp_path / "rows.jsonl", rows[:16])
-    write_jsonl(tmp_path / "test.jsonl", rows[16:])
-    return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl")]
+    return write_rows(tmp_path, counting(20), 16)
 
 
 @pytest.fixture
@@ -46,24 +44,12 @@ def pretrained(files, tmp_path):
     return tmp_path / "first" / "standard" / "student"
 
 
-def run(*arguments):
-    return train.main([str(a) for a in arguments])
-
-
 def prepare(*arguments):
     return train.prepare(parse_args([str(a) for a in arguments]))
 
 
 def last_line(capsys):
     return capsys.readouterr().err.splitlines()[-1]
-
-
-def weights(arm):
-    return load_t5(arm / "student").state_dict()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def at_step(steps, act):
@@ -310,9 +296,9 @@ def test_inputs_in_two_places_and_texts_that_were_cut_are_counted(files, tmp_pat
     assert run(*files, *QUICK, "--steps", "1", "--method", "dss", *limits, "--out", tmp_path / "out") == 0
     error = capsys.readouterr().err
     assert "16 of 16 validation inputs and 1 of 5 test inputs are training inputs too" in error
-    result = json.loads((tmp_path / "out" / "dss" / "result.json").read_text())
-    assert result["inputs_cut"] and 16 <= result["targets_cut"] <= 32
-    cut = f"dss: {result['inputs_cut']} inputs cut at 6 tokens, {result['targets_cut']} targets cut at 5 tokens; see"
+    found = result(tmp_path / "out", "dss")
+    assert found["inputs_cut"] and 16 <= found["targets_cut"] <= 32
+    cut = f"dss: {found['inputs_cut']} inputs cut at 6 tokens, {found['targets_cut']} targets cut at 5 tokens; see"
     assert cut in error
 
 
@@ -340,8 +326,8 @@ def test_the_weights_that_were_best_on_validation_are_tested_and_saved(files, tm
     seen = []
     monkeypatch.setattr(train, "evaluate", scripted(shares, seen))
     assert run(*files, *SIX, "--out", tmp_path / "out") == 0
-    result = json.loads((tmp_path / "out" / "dss" / "result.json").read_text())
-    assert result["best_step"] == 2 * (best + 1) and result["validation_accuracy"] == shares[best]
+    figures = result(tmp_path / "out", "dss")
+    assert figures["best_step"] == 2 * (best + 1) and figures["validation_accuracy"] == shares[best]
     assert len(seen) == 4 and same(seen[3], seen[best]) and same(weights(tmp_path / "out" / "dss"), seen[best])
     assert not same(seen[0], seen[1]) and not same(seen[1], seen[2])
 
@@ -439,7 +425,7 @@ def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", at_step(range(6), second))
     assert run(*files, *SIX, "--out", tmp_path / "out") == 0
     *_, line, _ = (tmp_path / "out" / "dss" / "metrics.jsonl").read_text().splitlines()
-    tokens = json.loads((tmp_path / "out" / "dss" / "result.json").read_text())["tokens"]
+    tokens = result(tmp_path / "out", "dss")["tokens"]
     assert json.loads(line)["tokens_per_second"] == round(tokens / 6)
 
 
@@ -448,7 +434,7 @@ def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, ca
     assert run(*arguments, "--method", "standard") == 0
     shown = capsys.readouterr().out
     assert shown.count("  question   ") == 3 and "(nothing)   (gold: 16 + 1)" in shown
-    assert len(json.loads((tmp_path / "out" / "standard" / "result.json").read_text())["samples"]) == 3
+    assert len(result(tmp_path / "out", "standard")["samples"]) == 3
     assert "with --resume --method standard NAME adds a student" in shown and "data.toy" not in shown
     assert run(*arguments, "--method", "standard", "dss", "--resume") == 0
     assert "dss - standard:" in capsys.readouterr().out

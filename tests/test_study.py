@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from running import write_rows
 
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
@@ -20,9 +21,7 @@ from dss.study.presets import PRESETS
 from dss.study.report import seeds_needed, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = (
-    "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8 --max_new_tokens 2".split()
-)
+QUICK = "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8".split()
 
 
 @pytest.fixture
@@ -30,9 +29,7 @@ def files(tmp_path):
     rows = [
         Record(f"r{i}", f"Tom gave {i} apples. How many?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)
     ]
-    write_jsonl(tmp_path / "rows.jsonl", rows[:20])
-    write_jsonl(tmp_path / "test.jsonl", rows[20:])
-    return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl")]
+    return write_rows(tmp_path, rows, 20)
 
 
 def run(*arguments):

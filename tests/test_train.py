@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import counting, result, run, same, weights, write_rows
 
 import tokenizer
 import train
@@ -27,48 +28,17 @@ from dss.study.presets import PRESETS
 from dss.weights import load_t5, save_t5
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = (
-    "--steps 6 --eval_every 3 --log_every 2 --batch_size 4 --warmup 2 --max_target_length 12 --max_new_tokens 4".split()
-)
+QUICK = "--steps 6 --eval_every 3 --log_every 2 --batch_size 4 --warmup 2 --max_target_length 12".split()
 
 
 @pytest.fixture
 def files(tmp_path):
     """Training rows (two of them without a label, one without a rationale) and test rows with equations."""
-    rows = [
-        Record(
-            f"r{i}",
-            f"Tom gave {i} apples and {i + 1} pears. How many?",
-            f"{i} + {i + 1}",
-            f"Add {i} and {i + 1}.",
-            f"{i}",
-        )
-        for i in range(24)
-    ]
-    bare = [
-        Record("bare", "How many apples and pears?", "1 + 1"),
-        Record("n1", "x y"),
-        Record("n2", "y z", None, "no label"),
-    ]
-    write_jsonl(tmp_path / "rows.jsonl", rows[:20] + bare)
-    write_jsonl(tmp_path / "test.jsonl", rows[20:])
-    return ["--data", str(tmp_path / "rows.jsonl"), "--test_data", str(tmp_path / "test.jsonl")]
-
-
-def run(*arguments):
-    return train.main([str(a) for a in arguments])
-
-
-def result(out, method):
-    return json.loads((out / method / "result.json").read_text())
-
-
-def weights(out, method):
-    return load_t5(out / method / "student").state_dict()
-
-
-def same_weights(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    rows, bare = (
+        counting(24),
+        [Record("bare", "How many?", "1 + 1"), Record("n1", "x y"), Record("n2", "y", None, "no")],
+    )
+    return write_rows(tmp_path, [*rows[:20], *bare, *rows[20:]], 23)
 
 
 def test_a_run_writes_what_the_contract_names(files, tmp_path, capsys):
@@ -116,8 +86,8 @@ def test_transformers_loads_the_student_and_its_tokenizer(files, tmp_path, trans
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(files, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run(*files, *QUICK, "--method", "dss", "--seed", seed, "--dropout", 0.1, "--out", tmp_path / name) == 0
-    a, b, c = (weights(tmp_path / name, "dss") for name in "abc")
-    assert same_weights(a, b) and not same_weights(a, c)
+    a, b, c = (weights(tmp_path / name / "dss") for name in "abc")
+    assert same(a, b) and not same(a, c)
 
 
 def test_micro_batches_change_memory_not_the_student(files, tmp_path):
@@ -126,7 +96,7 @@ def test_micro_batches_change_memory_not_the_student(files, tmp_path):
             run(*files, *QUICK, "--method", "dss", "--micro_batch", size, "--dropout", 0, "--out", tmp_path / str(size))
             == 0
         )
-    whole, one, three = (weights(tmp_path / size, "dss") for size in "013")
+    whole, one, three = (weights(tmp_path / size / "dss") for size in "013")
     for name in whole:
         torch.testing.assert_close(one[name], whole[name], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(three[name], whole[name], rtol=1e-3, atol=1e-4)
@@ -142,7 +112,7 @@ def test_finetuning_starts_from_public_weights(files, tmp_path):
     assert run(*files, *QUICK, "--method", "standard", "--out", tmp_path / "one") == 0
     student = tmp_path / "one" / "standard" / "student"
     assert run(*files, *QUICK, "--method", "dss", "--weights", student, "--lr", 1e-9, "--out", tmp_path / "two") == 0
-    before, after = weights(tmp_path / "one", "standard"), weights(tmp_path / "two", "dss")
+    before, after = weights(tmp_path / "one" / "standard"), weights(tmp_path / "two" / "dss")
     assert before.keys() == after.keys() and all((before[n] - after[n]).abs().max() < 1e-6 for n in before)
     config = parse_args(["--weights", str(student), "--dropout", "0.25"])
     loaded = make_model(config, tokenizer.T5Tokenizer(student))
@@ -414,7 +384,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(files, tmp_path, capsys,
     assert {"state.pt", "student", "metrics.jsonl"} <= {p.name for p in (tmp_path / "cut" / "dss").iterdir()}
     load_t5(tmp_path / "cut" / "dss" / "student")
     assert run(*arguments, "--out", tmp_path / "cut", "--resume") == 0
-    assert same_weights(weights(tmp_path / "whole", "dss"), weights(tmp_path / "cut", "dss"))
+    assert same(weights(tmp_path / "whole" / "dss"), weights(tmp_path / "cut" / "dss"))
     whole, cut = ((tmp_path / name / "dss" / "predictions.jsonl").read_text() for name in ("whole", "cut"))
     assert whole == cut
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "dss" / "metrics.jsonl").read_text().splitlines()]
@@ -447,7 +417,7 @@ def test_a_killed_run_leaves_a_state_to_resume_and_torn_log_lines_are_dropped(fi
     with open(tmp_path / "killed" / "dss" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     assert run(*arguments, "--out", tmp_path / "killed", "--resume") == 0
-    assert same_weights(weights(tmp_path / "whole", "dss"), weights(tmp_path / "killed", "dss"))
+    assert same(weights(tmp_path / "whole" / "dss"), weights(tmp_path / "killed" / "dss"))
     lines = (tmp_path / "killed" / "dss" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 3, 4, 6, 6]
 

@@ -1,0 +1,37 @@
+"""Short runs of train.py, as several test files make them."""
+
+import json
+
+import torch
+
+import train
+from data.jsonl import Record, write_jsonl
+from dss.weights import load_t5
+
+
+def write_rows(directory, rows, split):
+    """The flags of train.py for rows[:split] to train on and rows[split:] to be tested on."""
+    write_jsonl(directory / "rows.jsonl", rows[:split])
+    write_jsonl(directory / "test.jsonl", rows[split:])
+    return ["--data", str(directory / "rows.jsonl"), "--test_data", str(directory / "test.jsonl")]
+
+
+def counting(n):
+    """n Records whose answers are equations."""
+    return [Record(f"r{i}", f"Tom gave {i} apples.", f"{i} + 1", f"Add 1 to {i}.", f"{i}") for i in range(n)]
+
+
+def run(*arguments):
+    return train.main([str(a) for a in arguments])
+
+
+def result(out, method):
+    return json.loads((out / method / "result.json").read_text())
+
+
+def weights(arm):
+    return load_t5(arm / "student").state_dict()
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
