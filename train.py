@@ -8,9 +8,9 @@ question, told apart by a prefix: `predict: x -> label` and `explain: x -> ratio
 
     L = L_label + lambda * L_rationale
 
-and is tested on `predict:` alone, so rationales cost nothing then. Read on in dss/: batch.py makes a row into two
-sequences and a step into one packed stream, loss.py is the equation, model.py T5, student.py what a student answers.
-config.py has the flags, rows.py divides the rows, and run/ is what happens around a run.
+and is tested on `predict:` alone, so rationales cost nothing then. Read on in dss/: config.py has the flags, rows.py
+divides the rows, batch.py makes a row into two sequences and a step into packed streams, model.py is T5, loss.py the
+equation, student.py what a student answers. run/ is what happens around a run.
 """
 
 import signal
@@ -69,14 +69,15 @@ def main(argv: list[str] | None = None) -> int:
     except Ended as end:
         return arguments.fail("train.py", end.status, end)
     except KeyboardInterrupt:
-        return arguments.fail("train.py", 130, "interrupted; --resume goes on from the last state that was saved")
+        return arguments.fail("train.py", 130, "interrupted; if a state was saved, --resume goes on from it")
     except (OSError, ValueError) as error:
         return arguments.fail("train.py", 2, error)
     return 0
 
 
 def train(run: "Run", method: str, stop: Stop) -> dict:
-    """Train a student by one method, select it on the validation rows, test it once. Returns its result.json."""
+    """Train a student by one method, select it on the validation rows, test it once (on the validation rows, where
+    there are no test rows). Returns its result.json."""
     config, rows, out = run.config, run.rows, run.out / method
     if (out / "result.json").exists():  # under --resume: done before
         return read_json(out / "result.json")
@@ -93,7 +94,7 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
     keeper = Keeper(out, student, optimizer, now, config)
 
     def validate() -> None:
-        log.means(now.step)
+        log.means(now.step)  # raises if the loss is no number
         require_finite(student.model, now.step)  # a diverged student is never the best, and never saved
         right, _ = evaluate(student, rows.validation, stop, "validation")
         accuracy, now.evaluated = sum(right) / len(right), now.step
@@ -102,12 +103,12 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
         log.write_accuracy(now.step, accuracy)
         bar.write(f"{method}: step {now.step:,}, validation accuracy {accuracy:.1%}", file=sys.stderr)
 
-    with keeper, log, bar:
-        if now.evaluated < now.step and is_due(now.step, config):  # it was interrupted in the middle of this
+    with keeper, log, bar:  # where training ends early, the keeper saves its state and says what is kept
+        if now.evaluated < now.step and is_due(now.step, config):  # the run was interrupted during this evaluation
             validate()
-        ahead = steps_ahead(now.step, examples, student, config)
+        steps = steps_ahead(now.step, examples, student, config)
         for step in range(now.step, config.steps):
-            work, rate = next(ahead), learning_rate(step, config)
+            work, rate = next(steps), learning_rate(step, config)
             parallel.seed(config.seed, step)
             losses, norm = train_step(student, optimizer, work, rate, config)
             now.step, now.tokens = step + 1, now.tokens + work.tokens
@@ -118,10 +119,10 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
             if is_due(now.step, config):
                 validate()
             keeper.keep_state()
-            parallel.check(stop)
+            parallel.check(stop)  # raises Interrupted, in all processes at the same step
         bar.close()
         keeper.keep_state(at_once=True)
-        parallel.load_weights(student, out / "student", config)
+        parallel.load_weights(student, out / "student", config)  # the best
         return test(student, rows, now, cut, out, stop)
 
 
@@ -137,7 +138,7 @@ def train_step(
             L, L_label, L_rationale = distillation_loss(model, batch, work.n_label, work.n_rationale, config.lam)
         L.backward()
         total += torch.stack([L.detach(), L_label, L_rationale])
-    parallel.sum_up([total, *parallel.gradients(model, config)])
+    parallel.sum_up([total, *parallel.gradients(model, config)])  # over processes: each had a part of the rows
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
     norm = norm.full_tensor() if config.shard else norm
     for group in optimizer.param_groups:
@@ -192,14 +193,14 @@ def test(student: Student, rows: Rows, now: Progress, cut: Counter, out: Path, s
     return result
 
 
-# ---- Before training: everything that can be wrong with the input is found here, before anything is written ----------
+# ---- Before training: what is wrong with arguments, rows or weights is found here, before anything is written --------
 
 
 @dataclass(frozen=True)
 class Run:
     config: TrainConfig
     rows: Rows
-    student: Student  # untrained, on the CPU; every method starts from a copy
+    student: Student  # untrained, on the CPU; every method starts from these weights
     device: torch.device
     out: Path
     identity: dict  # what config.json says
@@ -209,7 +210,7 @@ def prepare(config: TrainConfig) -> Run:
     """Raises OSError or ValueError, in one line, for whatever the user can put right."""
     device = choose_device(config.device, config.dtype)
     config = replace(config, dtype=choose_dtype(config.dtype, device))
-    kernels.choice(device)
+    kernels.choice(device)  # raises for a DSS_KERNELS that cannot be
     parallel.require_as_many(config.processes)
     rows = load_rows(config)
     out = find_output(config, rows.name)
@@ -245,15 +246,15 @@ def steps_ahead(first: int, examples: Examples, student: Student, config: TrainC
     model, process = student.model, (parallel.rank(), parallel.size())
     device, start_token = model.embedding.weight.device, model.config.decoder_start_token_id
 
-    def prepare(step: int) -> Step:
+    def make(step: int) -> Step:
         rows = [examples.sequences(row, epoch) for row, epoch in rows_of_step(step, len(examples), config)]
         return make_step(rows, config.micro_batch, device, start_token, *process)
 
-    return ahead(prepare, range(first, config.steps))
+    return ahead(make, range(first, config.steps))
 
 
 def matched_steps(examples: Examples, run: Run) -> int:
-    """Steps in which `examples` of standard finetuning are as many tokens as step-by-step trains on in --steps."""
+    """The number of steps after which standard finetuning has seen as many tokens as step-by-step sees in --steps."""
     dss, _ = make_examples(run.rows.train, "dss", run.config, run.student.tokenizer)
     standard, matched = (sum(count_tokens(some.sequences(row)) for row in range(len(some))) for some in (examples, dss))
     return round(run.config.steps * matched / standard)

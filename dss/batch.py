@@ -4,9 +4,9 @@ The method in two sequences (Hsieh et al. 2023, section 3.2): from one input x,
 
     predict: x  ->  label            explain: x  ->  rationale
 
-There is no padding. A `Batch` holds all inputs of a step one after another in one stream of tokens, all targets in
-another, and `Segments` says where each sequence begins. Both tasks lie in the same two streams, so a step is one
-forward and one backward pass.
+There is no padding, which would be computed for nothing. A `Batch`, which is a step or a part of one, holds its inputs
+one after another in one stream of tokens, its targets in a second, and `Segments` says where each begins. Both tasks
+lie in the same two streams, so a batch is one forward and one backward pass.
 """
 
 from array import array
@@ -51,7 +51,7 @@ class Batch:
     inputs: Segments
     decoder_input_ids: torch.Tensor  # (T,) int64, all targets, each shifted right behind a start token
     labels: torch.Tensor  # (T,) int64, the tokens to predict
-    task: torch.Tensor  # (T,) int64, LABEL or RATIONALE, for each target token
+    task: torch.Tensor  # (T,) int64, LABEL or RATIONALE (or neither: NOTHING) for each target token
     targets: Segments
 
 
@@ -66,8 +66,8 @@ def sequences(
     """The sequences that `method` trains on for one row, whose rationale is a text or None.
 
     standard: predict -> label. dss: that, and explain -> rationale where the row has one. With both in one target:
-    predict -> rationale, separator, label (single_task); predict -> label, separator, rationale (label_first). A
-    control trains on what the method that it is named after does. A row whose label is None trains nothing.
+    predict -> rationale, separator, label (single_task); predict -> label, separator, rationale (label_first). The
+    controls dss-* have the sequences of dss, standard-matched those of standard. A row whose label is None has none.
     cut: counts the inputs and targets that were too long.
     """
     cut = Counter() if cut is None else cut
@@ -103,7 +103,7 @@ def shorten(ids: list[int], longest: int) -> list[int]:
 
 
 class Examples:
-    """The sequences of many rows, a few bytes a token: a list of a million rows' lists would take ten times as much."""
+    """The sequences of many rows, in arrays: Python lists would take ten times the memory."""
 
     def __init__(self) -> None:
         self.ids, self.ends = array("i"), array("q", [0])  # of all inputs and targets in turn, and where each ends

@@ -108,12 +108,15 @@ class TrainConfig:
     # data
     data: tuple[str, ...] = ()  # training rows, JSONL files; none: the embedded task
     eval_data: str = ""  # validation rows, JSONL; none: cut from the training rows
-    test_data: str = ""  # test rows, JSONL, read once, at the end
+    test_data: str = ""  # test rows, JSONL, answered once, at the end
     eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval-data is not given
     subsample: float = 1.0  # share of all labelled rows used, validation cut included; smaller shares lie in larger
     labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or beyond --subsample
     # method
-    method: tuple[Literal[METHODS], ...] = ("standard", "dss")  # a student each, in order; dss/README.md has more
+    method: tuple[Literal[METHODS], ...] = (
+        "standard",
+        "dss",
+    )  # a student for each, in this order: dss/README.md
     lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale
     # student
     weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; none: random weights
@@ -122,12 +125,12 @@ class TrainConfig:
     vocab_size: int = 4000  # most pieces of a tokenizer trained on the training rows
     dropout: float | None = None  # dropout rate; unset: the student's own
     max_input_length: int = 1024  # tokens of an input, prefix included; longer ones are cut
-    max_target_length: int = 256  # tokens of a label or rationale in training; longer ones are cut
+    max_target_length: int = 256  # tokens of a target in training, and of a written rationale; longer ones are cut
     max_new_tokens: int = 64  # tokens of a predicted label
     # optimisation
     steps: int = 3000  # optimiser steps
     batch_size: int = 32  # rows a step; a row with a rationale is two sequences under dss
-    micro_batch: int = 0  # rows a device computes at a time, to save memory; 0: all; the gradient stays the same
+    micro_batch: int = 0  # rows a device computes at a time, to save memory; 0: all; only dropout draws change
     lr: float | None = None  # peak learning rate; unset: 1e-3 from random weights, 5e-5 (the paper's) from --weights
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0, or level
     warmup: int = 100  # steps of linear warm-up
@@ -146,9 +149,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 (autocast) where the GPU computes it
     shard: bool = False  # weights, gradients and optimiser in parts on all of torchrun's processes, not whole on each
     checkpoint_activations: bool = False  # compute each layer again in the backward pass, to save memory
-    save_minutes: float = 10.0  # between writings of the state that --resume goes on from; 0: at every evaluation
+    save_minutes: float = 10.0  # minutes between saved states, which --resume goes on from; 0: at every evaluation
     plan: bool = False  # print the memory that the run needs on each device, and end
-    processes: int = 0  # of torchrun; for --plan as many devices, here or elsewhere; 0: those that are here
+    processes: int = 0  # number of torchrun processes, and of devices that --plan computes for; 0: those here
     device_gb: float = 0.0  # memory of a device, in GB; 0: of the one that is here
     out: str = ""  # output directory; none: runs/NAME_OF_DATA
     resume: bool = False  # continue what --out holds: finished students are kept, an unfinished one goes on

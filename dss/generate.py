@@ -1,9 +1,8 @@
 """Greedy decoding with cached states, many inputs at once.
 
-One step reads one token of each unfinished sequence. What the decoder looks back at lies in memory that is taken once:
-for self-attention each layer's keys and values of the tokens so far, for cross-attention the encoder's output, which
-all layers share. A sequence that ends leaves the batch: the last one takes its row, so that the running sequences stay
-the first rows, and no others move.
+One step reads one token of each unfinished sequence. The cache is allocated once: for self-attention each layer's keys
+and values of the tokens so far, for cross-attention the encoder's output, which all layers share. A sequence that ends
+leaves the batch: the last one takes its row, so that the running sequences stay the first rows, and no others move.
 
 With one query a sequence, attention is a few plain products on padded states; `kernels.attention` would have to be
 given a new packed stream of them in every step.
@@ -72,8 +71,8 @@ def generate(
     """Greedy outputs for a list of inputs (each a non-empty list of ids, ending in </s>), in their order.
 
     An output ends before </s>, before the token `stop`, or after max_new_tokens. Inputs are taken batch_size at a time,
-    longest first, so that a batch holds inputs of like length and a lack of memory shows at once. Call model.eval()
-    first. Raises ValueError for an empty input.
+    longest first: a batch holds inputs of like length, and memory runs out in the first batch if at all. Call
+    model.eval() first. Raises ValueError for an empty input.
     """
     if not all(map(len, inputs)):
         raise ValueError(f"generate: input {[len(i) for i in inputs].index(0)} is empty")
@@ -128,8 +127,8 @@ def score(
     """The log-likelihood of every candidate output of every input, natural logarithm, summed over its tokens.
 
     inputs: lists of ids, ending in </s>; candidates[i]: the outputs to compare for inputs[i], each a list of ids, with
-    the token that ends it. At most batch_size candidates are computed at a time (but all of one input's). Returns a
-    list of lists of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list of them.
+    the token that ends it. At most batch_size candidates are computed at a time, but one input's are never split.
+    Returns a list of lists of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list of them.
     """
     if not all(map(len, inputs)) or not all(map(len, candidates)) or not all(len(c) for cs in candidates for c in cs):
         raise ValueError("score: every input needs a token and a candidate, every candidate a token")

@@ -41,7 +41,7 @@ def fetch(
 
     check(path, name) raises OSError or ValueError for a file that is not what `name` must be, and so does this.
     list_weights(directory, bring) names the files of the weights, asking bring(name) for each that may be one. Raises
-    FileNotFoundError, PermissionError or ConnectionError if the hub has no such T5, wants to know who asks, is gone.
+    FileNotFoundError, PermissionError or ConnectionError: the hub has no such T5, needs a token, or is out of reach.
     """
     directory = Path(os.environ.get("DSS_CACHE") or "~/.cache/dss").expanduser() / hub_id.replace("/", "--")
     if is_complete(directory):

@@ -1,9 +1,9 @@
 """The loss of Distilling Step-by-Step:  L = L_label + lambda * L_rationale  (Hsieh et al. 2023, equation 2).
 
 Each term is the mean cross-entropy over its own target tokens. The means are taken over the whole optimiser step:
-N_label and N_rationale count all of its micro-batches, whose losses then simply add up, and the gradient does not
-depend on how a step is cut. (The released code weighs the terms alpha and 1 - alpha, which is alpha = 1 / (1 + lambda)
-up to a factor of the whole.)
+N_label and N_rationale count the targets of all its micro-batches on all devices. Losses and gradients of these parts
+are then summed, never averaged, and do not depend on how a step is divided. (The released code weighs the terms alpha
+and 1 - alpha; with alpha = 1 / (1 + lambda) its loss is ours times alpha.)
 """
 
 from torch import Tensor

@@ -86,7 +86,7 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """T5's initialisation: what 1/sqrt(D) does elsewhere, the small query projection does here.
+        """T5's initialisation: it does not divide by sqrt(D), but starts with smaller query weights instead.
 
         An untied output matrix gets 1/sqrt(C), as in T5's own code (transformers draws it with deviation 1, and
         training from random weights then starts at a loss of about sqrt(C)).
@@ -142,8 +142,7 @@ class Stack(nn.Module):
 class Layer(nn.Module):
     """One layer: T5 normalises the input of each part and adds its output to what came in ("pre-norm").
 
-    The residual stream x and the last part's output, not yet added to it, go from part to part and from layer to layer,
-    because addition and normalisation are one kernel.
+    Each part returns the residual stream x and its own output, which the next norm adds to x: one kernel does both.
     """
 
     def __init__(self, config: T5Config, is_decoder: bool):

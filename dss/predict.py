@@ -37,7 +37,7 @@ from dss.run.start import choose_device, choose_threads
 from dss.student import Student
 
 Row = tuple[Record, str | None]  # and its line of JSON, if it is one
-MOMENT = 0.05  # seconds that an input of a pipe waits for others to be answered with
+MOMENT = 0.05  # seconds to wait for more piped inputs before answering
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -78,7 +78,7 @@ def closed_set(rows: list[Record], metric: str) -> list[str]:
 
 
 def require_rationales(files: str, rows: list[Record], config: TrainConfig) -> None:
-    """Raise ValueError for a method that could only train as another one: without rationales, or with one to swap."""
+    """Raise ValueError for a method whose rows have too few rationales: none, or only one to swap."""
     having = sum(record.rationale is not None for record in rows)
     for method in config.method:
         least = {"standard": 0, "standard-matched": 0, "dss-shuffled": 2}.get(method, 1)
@@ -105,7 +105,7 @@ def labelled(rows: list[Record], problem: str) -> list[Record]:
 
 
 def rows_for(method: str, rows: list[Record], seed: int) -> list[Record]:
-    """The rows as a method trains on them: the two controls change the rationales."""
+    """The rows as a method trains on them: two of the controls change the rationales."""
     if method == "dss-shuffled":
         return swap_rationales(rows, seed)
     if method == "dss-scrambled":

@@ -40,7 +40,7 @@ class Student:
     method: str = "dss"  # one of dss.config.METHODS; it says where in an output the label is
     prefixes: dict[str, str] = field(default_factory=lambda: {"predict": PREDICT, "explain": EXPLAIN})
     metric: str = "text"  # how a label counts as right: text, choice or equation
-    labels: list[str] = field(default_factory=list)  # all labels there are; empty: the set is open
+    labels: list[str] = field(default_factory=list)  # the closed set of labels; empty if there is none
     max_input_length: int = TrainConfig.max_input_length  # tokens, prefix and </s> included
     max_target_length: int = TrainConfig.max_target_length  # tokens of a rationale
     max_new_tokens: int = TrainConfig.max_new_tokens  # tokens of a label
@@ -74,7 +74,7 @@ class Student:
         return [label for label, _ in self.answer_with_rationale(inputs)]
 
     def answer_with_rationale(self, inputs: Sequence[str]) -> list[tuple[str, str | None]]:
-        """(label, rationale) for each input; the rationale is None unless the student has to write it first."""
+        """(label, rationale) for each input; the rationale is None, except for single_task."""
         separator, decode = self.tokenizer.special.get(SEPARATOR), self.tokenizer.decode
         if self.method == "single_task":  # rationale <extra_id_0> label; without a separator there is no label
             parts = [split(ids, separator) for ids in self.write("predict", inputs, self.max_target_length)]
@@ -147,7 +147,7 @@ def read_about(path: Path) -> dict:
         good = good and all(isinstance(text, str) for text in [*prefixes.values(), *labels])
         good = good and all(type(n) is int and 2 <= n < 2**20 for n in lengths)
     if not good:
-        raise ValueError(f"{path}: not what a student is saved with; without the file, the defaults hold")
+        raise ValueError(f"{path}: not a valid {ABOUT}; delete it to use the defaults")
     return about
 
 

@@ -4,7 +4,7 @@ Read: model.safetensors, pytorch_model.bin, and both in shards with an index.jso
 transformers loads as it is. A safetensors file is eight bytes of header length, a JSON header that gives each tensor's
 dtype, shape and byte range, and the bytes; reading it maps the file, so a tensor costs memory only when it is copied.
 
-Two facts of a T5 that other layouts run together are kept apart here. `tie_word_embeddings`: is the output matrix the
+Two settings that other layouts merge are separate here. `tie_word_embeddings`: is the output matrix the
 embedding? `scale_decoder_outputs`: are logits scaled by d_model**-0.5? T5 1.0 does both, T5 1.1 and mT5 neither.
 Checkpoints written by transformers 4 have the first key only and mean both by it; transformers 5 writes "tied" for
 all, keeps an lm_head.weight where it differs, and says in the second key whether logits are scaled.
@@ -52,7 +52,9 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
     if shared is None:
         raise ValueError(f"{directory}: the weights lack shared.weight")
     if not all(same(copy, shared) for copy in copies):
-        raise ValueError(f"{directory}: embed_tokens.weight is not shared.weight, which this code takes for both")
+        raise ValueError(
+            f"{directory}: embed_tokens.weight is not shared.weight; this code supports one shared embedding"
+        )
     tensors["shared.weight"] = shared
     tied = same(tensors.get(HEAD, shared), shared)
     if tied:
@@ -160,7 +162,7 @@ def shards(index: str | os.PathLike) -> list[str]:
         content = read_json(index)
         names, about = sorted(set(content["weight_map"].values())), content.get("metadata", {})
         if not isinstance(about, dict) or any(n != os.path.basename(n) or n in ("", ".", "..") for n in names):
-            raise ValueError("its metadata are none, or it names a file in another directory")
+            raise ValueError("its metadata is not an object, or it names a file in another directory")
         return names
     except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise ValueError(f"{index}: not an index of shards ({problem})") from None
@@ -222,7 +224,7 @@ def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         if (zipped := zipfile.is_zipfile(path)) and any(
             entry.compress_type for entry in zipfile.ZipFile(path).infolist()
         ):
-            raise ValueError("it is compressed, and would be mapped as it is")
+            raise ValueError("it is a compressed archive, which cannot be memory-mapped")
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_dense(t) for n, t in tensors.items()):
             raise ValueError("it is not a dict of named dense tensors of floating-point numbers")

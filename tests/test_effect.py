@@ -6,7 +6,7 @@ import pytest
 
 import train
 
-SHORT = "--steps 1000 --eval-every 500 --lr 3e-3 --batch-size 16 --subsample 0.5".split()  # a sixth of the work
+SHORT = "--steps 1000 --eval-every 500 --lr 2e-3 --batch-size 16 --subsample 0.5".split()  # a sixth of the work
 
 
 def accuracies(out, *arguments):

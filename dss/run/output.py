@@ -63,8 +63,8 @@ def identify(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer | None = No
 
 @contextmanager
 def claimed(out: Path, config: TrainConfig, identity: dict) -> Iterator[None]:
-    """Hold the output directory for the block: empty of what --overwrite replaces, or the same run's under --resume.
-    The first process holds it for all.
+    """Hold the output directory for the block; the first process holds it for all. With --overwrite, old output is
+    deleted; with --resume, it must be of the same run.
 
     Raises ValueError, naming the setting, if any method there, asked for or not, was trained with another, and
     BlockingIOError if another process trains there.

@@ -116,7 +116,7 @@ def watch(neighbour: int, words: dist.ProcessGroup, terminal: TextIO) -> None:
         speaks_first(f"{mine} {neighbour}")
         time.sleep(2 * MOMENT)  # the main thread ends by itself, unless it waits for a GPU that waits for the dead
         if speaks_first(mine):
-            kept = "--resume goes on from the last state that was saved"
+            kept = "if a state was saved, --resume goes on from it"
             print(f"train.py: {Lost(str(neighbour))}; {kept}", file=terminal, flush=True)
         os._exit(1)
 
