@@ -113,10 +113,7 @@ class TrainConfig:
     subsample: float = 1.0  # share of all labelled rows used, validation cut included; smaller shares lie in larger
     labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or beyond --subsample
     # method
-    method: tuple[Literal[METHODS], ...] = (
-        "standard",
-        "dss",
-    )  # a student for each, in this order: dss/README.md
+    method: tuple[Literal[METHODS], ...] = ("standard", "dss")  # a student for each, in this order: dss/README.md
     lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale
     # student
     weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; none: random weights

@@ -128,7 +128,7 @@ def score(
 
     inputs: lists of ids, ending in </s>; candidates[i]: the outputs to compare for inputs[i], each a list of ids, with
     the token that ends it. At most batch_size candidates are computed at a time, but one input's are never split.
-    Returns a list of lists of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list of them.
+    Returns a list of lists of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list.
     """
     if not all(map(len, inputs)) or not all(map(len, candidates)) or not all(len(c) for cs in candidates for c in cs):
         raise ValueError("score: every input needs a token and a candidate, every candidate a token")

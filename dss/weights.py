@@ -52,9 +52,7 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
     if shared is None:
         raise ValueError(f"{directory}: the weights lack shared.weight")
     if not all(same(copy, shared) for copy in copies):
-        raise ValueError(
-            f"{directory}: embed_tokens.weight is not shared.weight; this code supports one shared embedding"
-        )
+        raise ValueError(f"{directory}: embed_tokens.weight is not shared.weight; one shared embedding is supported")
     tensors["shared.weight"] = shared
     tied = same(tensors.get(HEAD, shared), shared)
     if tied:
