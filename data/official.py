@@ -1,9 +1,8 @@
 """The paper's released datasets -> JSONL:  python -m data.official DATASETS_DIR --out DIR
 
-DATASETS_DIR has the release's layout: NAME/NAME_SPLIT.json with one JSON object a line, NAME/llm/SPLIT_CoT_K.json with
-the raw PaLM 540B outputs for those rows in order (lists; several files continue one another), and, where they are
-there, gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split found becomes NAME_SPLIT.jsonl, and
-NAME_SPLIT_gpt-neox.jsonl beside it.
+DATASETS_DIR holds NAME/NAME_SPLIT.json, one JSON object a line, NAME/llm/SPLIT_CoT_K.json, PaLM 540B's raw outputs for
+those rows as lists that continue one another, and perhaps gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split
+becomes NAME_SPLIT.jsonl, and NAME_SPLIT_gpt-neox.jsonl beside it.
 
 An output is a rationale, a marker, an answer, and nearly always an invented next example, which is cut off first:
 
@@ -19,28 +18,25 @@ usable answer behind it (two choices, an unknown x) leaves the rationale and no 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from data import arguments
 from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
 from data.files import parse_json, read_json
-from data.jsonl import Record, RecordError, read_lines, write_jsonl
+from data.jsonl import Record, RecordError, parse_record, read_lines, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
 
 
 def read_cqa(row):
-    choices = "".join(f"\n({letter}) {choice}" for letter, choice in zip("abcde", row["choices"], strict=True))
-    return f"{row['question']}\nAnswer Choices:{choices}", row["answer"]
-
-
-def read_svamp(row):
-    return row["input"], row["label"]
+    choices = (f"({letter}) " + choice for letter, choice in zip("abcde", row["choices"], strict=True))
+    return "\n".join([row["question"], "Answer Choices:", *choices]), row["answer"]
 
 
 def read_nli(row):
-    return f"{row['premise']}</s>{row['hypothesis']}", NLI[row["label"]] if 0 <= row["label"] < 3 else None
+    return "</s>".join([row["premise"], row["hypothesis"]]), NLI[row["label"]] if 0 <= row["label"] < 3 else None
 
 
 class Format(NamedTuple):
@@ -56,16 +52,16 @@ class Format(NamedTuple):
 nli_answer = partial(class_answer, labels=NLI)
 FORMATS = {
     "cqa": Format(read_cqa, "Q:", ["So the answer is"], choice_answer, "choice"),
-    "svamp": Format(read_svamp, "Q:", ["The answer is"], equation_answer, "equation"),
+    "svamp": Format(itemgetter("input", "label"), "Q:", ["The answer is"], equation_answer, "equation"),
     "anli1": Format(read_nli, "Premise:", ["So the answer is", "The answer is"], nli_answer, "class"),
     "esnli": Format(read_nli, "Premise:", ["Answer:"], nli_answer, "class"),
 }
 
 
-def parse_output(output: str, form: Format, text: str = "") -> tuple[str | None, str | None]:
-    """One raw output for the question `text` -> (rationale or None, teacher label or None)."""
+def parse_output(output: str | None, form: Format, text: str = "") -> tuple[str | None, str | None]:
+    """One raw output, if any, for the question `text` -> (rationale or None, teacher label or None)."""
     same = partial(same_label, label_type=form.label_type, input=text)
-    return read_answer(output, [form.next_example], form.markers, form.answer, same)[:2]
+    return read_answer(output or "", [form.next_example], form.markers, form.answer, same)[:2]
 
 
 def import_split(path: Path, outputs: list, form: Format, teacher: str) -> tuple[list[Record], Counter]:
@@ -79,22 +75,23 @@ def import_split(path: Path, outputs: list, form: Format, teacher: str) -> tuple
     if len(outputs) > len(lines):
         raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
     for index, (place, line) in enumerate(lines):
+        output, where = outputs[index] if index < len(outputs) else (None, None)
         try:
             text, label = form.read(parse_json(line, place))
+            rationale, answer = parse_output(output, form, text)
         except (ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{place}: not a row of this dataset ({error!r})") from None
-        output, where = outputs[index] if index < len(outputs) else (None, None)
-        rationale, answer = parse_output(output, form, text) if output is not None else (None, None)
+        provenance = {"model": teacher, "output": where} if output is not None else {}
+        record = Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance)
+        records.append(parse_record(record.to_json(), place, ""))  # raises where the release holds what is no text
         counts["rows"] += 1
         counts["rationale"] += rationale is not None
         counts["teacher label"] += answer is not None
         counts["no output"] += output is None
         counts["not parsed"] += output is not None and rationale is None
         counts["no usable answer"] += rationale is not None and answer is None
-        if answer is not None and label is not None:
-            counts["teacher right"] += same_label(answer, label, form.label_type, text)
-        provenance = {"model": teacher, "output": where} if output is not None else {}
-        records.append(Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance))
+        judged = answer is not None and label is not None
+        counts["teacher right"] += judged and same_label(answer, label, form.label_type, text)
     return records, counts
 
 
@@ -109,14 +106,6 @@ def read_outputs(files):
     return outputs
 
 
-def part(path):
-    """K of SPLIT_CoT_K.json."""
-    number = path.stem.rsplit("_", 1)[1]
-    if not number.isdecimal():
-        raise RecordError(f"{path}: the release names these files SPLIT_CoT_NUMBER.json, which is their order")
-    return int(number)
-
-
 def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
     """Import every split below `root` into `out`; yield (name of the file written, Counter) for each.
 
@@ -128,7 +117,7 @@ def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
     out.mkdir(parents=True, exist_ok=True)
     for path, form in splits:
         name, split = path.stem.rsplit("_", 1)
-        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=part)
+        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=lambda file: (len(file.name), file.name))
         neox = root / "gpt-neox" / name / f"{split}.json"
         for suffix, teacher, files in (("", "PaLM 540B", palm), ("_gpt-neox", "GPT-NeoX 20B", [neox])):
             if all(file.exists() for file in files):
@@ -143,11 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)
     columns = ("rows", "rationale", "teacher label", "not parsed", "no usable answer", "no output")
-    heading = "  ".join([f"{'file':<28}", *columns, "teacher right"]) + "\n"
     try:
-        for name, counts in import_all(args.datasets, args.out):
-            print(heading, end="")
-            heading = ""
+        for number, (name, counts) in enumerate(import_all(args.datasets, args.out)):
+            if number == 0:
+                print(f"{'file':<28}", *columns, "teacher right", sep="  ")
             right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
             print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
     except (OSError, ValueError) as error:

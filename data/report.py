@@ -5,7 +5,6 @@ between files. Lengths are in T5's tokens with --spiece spiece.model, otherwise 
 about 3 for every 4 tokens.
 """
 
-import argparse
 import re
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -21,28 +20,25 @@ AS = {"text": "texts", "choice": "choices, in any case of letters", "equation": 
 PERCENTILES = (50, 90, 99, 100)
 PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py puts before the input, for each target
 LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
+CLASSES = 10  # that are shown, the commonest
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong."""
-    parser = arguments.OneLineParser(
-        prog="python -m data.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.OneLineParser(prog="python -m data.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows as JSONL")
     parser.add_argument("--spiece", default="", help="a spiece.model, or its directory, to count tokens with")
-    parser.add_argument("--classes", type=int, default=10, help="most classes shown, commonest first [10]")
     args = parser.parse_args(argv)
-    if args.classes < 0:
-        parser.error(f"--classes must be 0 or more, got {args.classes}")
     try:
         count, unit = counter(args.spiece)
         rows = {path: list(read_jsonl(path)) for path in args.files}
         for path, records in rows.items():
             if not records:
                 raise RecordError(f"{path}: no row in it")
-            print("\n".join([f"{path}: {len(records):,} rows", *describe(records, count, unit, args.classes)]) + "\n")
-        if len(rows) > 1:
-            print("\n".join(overlaps(rows)) + "\n")
+            print(f"{path}: {len(records):,} rows", *describe(records, count, unit), "", sep="\n")
+        inputs = {path: {normal(r.input) for r in records} for path, records in rows.items()}
+        for a, b in combinations(inputs, 2):  # test rows among the training rows are the usual accident
+            print(f"{a} and {b} share {len(inputs[a] & inputs[b]):,} inputs (white space and case of letters apart)")
     except (OSError, ValueError, RuntimeError) as error:
         return arguments.fail("data.report", 2, error)
     return 0
@@ -59,13 +55,22 @@ def counter(spiece):
     return lambda text: len(pieces.encode(text)) + 1, "tokens, </s> included"
 
 
-def describe(records, count, unit, most):
+def describe(records, count, unit):
     """The lines of one file's report."""
-    kind = choose_label_type(records)
-    yield from lacks(records)
-    yield from duplicates(records)
+    for what, n in lacks(records).items():
+        yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
+    inputs = defaultdict(list)
+    for record in records:
+        inputs[normal(record.input)].append(record)
+    repeated = [group for group in inputs.values() if len(group) > 1]
+    differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
+    if repeated:
+        shared = sum(map(len, repeated))
+        yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
+    if ids := len(records) - len({r.id for r in records}):
+        yield f"  {ids:>8,}  rows repeat an id"
     yield ""
-    yield from teacher(records, kind, most)
+    yield from teacher(records)
     yield ""
     yield f"  {'length in ' + unit:<34}" + "".join(f"{p:>7} %" for p in PERCENTILES) + "     rows cut by train.py"
     for name, longest in LONGEST.items():
@@ -86,7 +91,7 @@ def texts(record, name):
 
 
 def lacks(records):
-    """Lines that count the rows by what they can train."""
+    """The Counter of what the rows can train."""
     counts = Counter()
     for r in records:
         if r.label is not None and r.rationale is not None:
@@ -97,59 +102,34 @@ def lacks(records):
             counts["only the teacher's label: for --labels teacher or gold-or-teacher"] += 1
         else:
             counts["neither label: train nothing"] += 1
-        counts["a rationale, but no teacher label"] += r.rationale is not None and r.teacher_label is None
-    for what, n in (+counts).items():
-        yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
+        if r.rationale is not None and r.teacher_label is None:
+            counts["a rationale, but no teacher label"] += 1
+    return counts
 
 
-def duplicates(records):
-    inputs = defaultdict(list)
-    for record in records:
-        inputs[normal(record.input)].append(record)
-    repeated = [group for group in inputs.values() if len(group) > 1]
-    differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
-    shared, ids = sum(map(len, repeated)), len(records) - len({r.id for r in records})
-    if shared:
-        yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
-    if ids:
-        yield f"  {ids:>8,}  rows repeat an id"
-
-
-def teacher(records, kind, most):
-    """The teacher against gold, by class: lines of a table."""
+def teacher(records):
+    """Lines on the teacher's accuracy, in all and by class."""
+    kind = choose_label_type(records)
     judged = [r for r in records if r.label is not None and (r.teacher_label is not None or r.teacher)]
-    right = {id(r): r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input) for r in judged}
+    right = [r for r in judged if r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input)]
+    share = f", {len(right) / len(judged):.1%}; labels compared as {AS[kind]}" if judged else ""
+    yield f"  teacher right on {len(right):,} of {len(judged):,} rows with gold{share}"
     classes = Counter(r.label for r in records if r.label is not None)
-    n, of = sum(right.values()), len(judged)
-    share = f", {n / of:.1%}; labels compared as {AS[kind]}" if judged else ""
-    yield f"  teacher right on {n:,} of {of:,} rows with gold{share}"
     if len(classes) > len(records) / 2 or not classes:
         yield f"  {len(classes):,} different labels: no classes to balance"
         return
+    judged, right = (Counter(r.label for r in rows) for rows in (judged, right))
+    missing = Counter(r.label for r in records if r.teacher_label is None)
     yield f"    {'class':<24}{'rows':>9}{'share':>9}{'teacher right':>15}{'no teacher label':>18}"
-    for label, n in classes.most_common(most):
-        mine = [r for r in judged if r.label == label]
-        accuracy = f"{sum(right[id(r)] for r in mine) / len(mine):.1%}" if mine else "-"
-        missing = sum(r.teacher_label is None for r in records if r.label == label)
-        yield f"    {short(label):<24}{n:>9,}{n / sum(classes.values()):>9.1%}{accuracy:>15}{missing:>18,}"
-    if len(classes) > most:
-        yield f"    and {len(classes) - most:,} more classes"
-
-
-def overlaps(files):
-    """Lines on inputs that two files share: test rows among the training rows are the usual accident."""
-    seen = {path: {normal(r.input) for r in records} for path, records in files.items()}
-    for a, b in combinations(seen, 2):
-        yield f"{a} and {b} share {len(seen[a] & seen[b]):,} inputs (white space and case of letters apart)"
+    for label, n in classes.most_common(CLASSES):
+        accuracy = f"{right[label] / judged[label]:.1%}" if judged[label] else "-"
+        yield f"    {' '.join(label.split())[:22]:<24}{n:>9,}{n / classes.total():>9.1%}{accuracy:>15}{missing[label]:>18,}"
+    if len(classes) > CLASSES:
+        yield f"    and {len(classes) - CLASSES:,} more classes"
 
 
 def normal(text):
-    return " ".join((text or "").casefold().split())
-
-
-def short(text, longest=22):
-    text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    return " ".join(text.casefold().split())
 
 
 if __name__ == "__main__":
