@@ -123,7 +123,8 @@ def teacher(records):
     yield f"    {'class':<24}{'rows':>9}{'share':>9}{'teacher right':>15}{'no teacher label':>18}"
     for label, n in classes.most_common(CLASSES):
         accuracy = f"{right[label] / judged[label]:.1%}" if judged[label] else "-"
-        yield f"    {' '.join(label.split())[:22]:<24}{n:>9,}{n / classes.total():>9.1%}{accuracy:>15}{missing[label]:>18,}"
+        name, share = " ".join(label.split())[:22], n / classes.total()
+        yield f"    {name:<24}{n:>9,}{share:>9.1%}{accuracy:>15}{missing[label]:>18,}"
     if len(classes) > CLASSES:
         yield f"    and {len(classes) - CLASSES:,} more classes"
 
