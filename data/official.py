@@ -4,20 +4,14 @@ DATASETS_DIR holds NAME/NAME_SPLIT.json, one JSON object a line, NAME/llm/SPLIT_
 those rows as lists that continue one another, and perhaps gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split
 becomes NAME_SPLIT.jsonl, and NAME_SPLIT_gpt-neox.jsonl beside it.
 
-An output is a rationale, a marker, an answer, and nearly always an invented next example, which is cut off first:
-
-    cqa      ... So the answer is (c) wooded area.          cut at "Q:"
-    svamp    ... The answer is (10 * 45).                   cut at "Q:"
-    anli1    ... So the answer is contradiction.            cut at "Premise:"
-    esnli    REASON\\nAnswer: neutral                        cut at "Premise:"
-
-Without a marker the output ended in mid-thought, and the row has neither rationale nor teacher label. A marker with no
-usable answer behind it (two choices, an unknown x) leaves the rationale and no teacher label. Both are counted.
+An output is a rationale, a marker, an answer ("... So the answer is (c) wooded area.") and nearly always an invented
+next example, which is cut off first. Without a marker it ended in mid-thought, and the row has neither rationale nor
+teacher label. A marker with no usable answer behind it (two choices, an unknown x) leaves the rationale alone.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -58,41 +52,30 @@ FORMATS = {
 }
 
 
-def parse_output(output: str | None, form: Format, text: str = "") -> tuple[str | None, str | None]:
-    """One raw output, if any, for the question `text` -> (rationale or None, teacher label or None)."""
+def parse_output(output: str, form: Format, text: str = "") -> tuple[str | None, str | None]:
+    """One raw output for the question `text` -> (rationale or None, teacher label or None)."""
     same = partial(same_label, label_type=form.label_type, input=text)
-    return read_answer(output or "", [form.next_example], form.markers, form.answer, same)[:2]
+    return read_answer(output, [form.next_example], form.markers, form.answer, same)[:2]
 
 
-def import_split(path: Path, outputs: list, form: Format, teacher: str) -> tuple[list[Record], Counter]:
-    """The Records of one split file and the Counter of what its outputs held.
-
-    outputs: [(raw output, where it lies)], in the rows' order; rows past their end have none.
-    """
-    records, counts = [], Counter()
+def import_split(path: Path, outputs: list, form: Format, teacher: str) -> list[Record]:
+    """The Records of one split file. outputs: [(raw output, where it lies)], in the rows' order; the last rows may have
+    none. Raises RecordError, for one where the release holds something else than a text."""
+    records = []
     with open(path, "rb") as file:
         lines = [(place, line) for place, _, line in read_lines(file, str(path)) if line.strip()]
     if len(outputs) > len(lines):
         raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
-    for index, (place, line) in enumerate(lines):
-        output, where = outputs[index] if index < len(outputs) else (None, None)
+    for index, ((place, line), output) in enumerate(zip_longest(lines, outputs)):
         try:
             text, label = form.read(parse_json(line, place))
-            rationale, answer = parse_output(output, form, text)
+            rationale, answer = parse_output(output[0], form, text) if output else (None, None)
         except (ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{place}: not a row of this dataset ({error!r})") from None
-        provenance = {"model": teacher, "output": where} if output is not None else {}
+        provenance = {"model": teacher, "output": output[1]} if output else {}
         record = Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance)
-        records.append(parse_record(record.to_json(), place, ""))  # raises where the release holds what is no text
-        counts["rows"] += 1
-        counts["rationale"] += rationale is not None
-        counts["teacher label"] += answer is not None
-        counts["no output"] += output is None
-        counts["not parsed"] += output is not None and rationale is None
-        counts["no usable answer"] += rationale is not None and answer is None
-        judged = answer is not None and label is not None
-        counts["teacher right"] += judged and same_label(answer, label, form.label_type, text)
-    return records, counts
+        records.append(parse_record(record.to_json(), place, ""))
+    return records
 
 
 def read_outputs(files):
@@ -106,8 +89,8 @@ def read_outputs(files):
     return outputs
 
 
-def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
-    """Import every split below `root` into `out`; yield (name of the file written, Counter) for each.
+def import_all(root: Path, out: Path) -> Iterator[str]:
+    """Import every split below `root` into `out`; yield a line on each file written.
 
     Raises FileNotFoundError if `root` holds none of the datasets, RecordError for a file that is not as released.
     """
@@ -121,9 +104,17 @@ def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
         neox = root / "gpt-neox" / name / f"{split}.json"
         for suffix, teacher, files in (("", "PaLM 540B", palm), ("_gpt-neox", "GPT-NeoX 20B", [neox])):
             if all(file.exists() for file in files):
-                records, counts = import_split(path, read_outputs(files), form, teacher)
-                write_jsonl(out / f"{path.stem}{suffix}.jsonl", records)
-                yield f"{path.stem}{suffix}.jsonl", counts
+                rows = import_split(path, read_outputs(files), form, teacher)
+                write_jsonl(out / f"{path.stem}{suffix}.jsonl", rows)
+                yield f"{path.stem}{suffix}.jsonl: {summary(rows, form)}"
+
+
+def summary(rows, form):
+    both = [r for r in rows if r.label is not None and r.teacher_label is not None]
+    right = sum(same_label(r.teacher_label, r.label, form.label_type, r.input) for r in both)
+    reasons, labels = (sum(r.rationale is not None for r in rows), sum(r.teacher_label is not None for r in rows))
+    share = right / max(sum(bool(r.teacher) for r in rows), 1)
+    return f"{len(rows):,} rows, {reasons:,} rationales, {labels:,} teacher labels; teacher right on {share:.1%}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,13 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)
-    columns = ("rows", "rationale", "teacher label", "not parsed", "no usable answer", "no output")
     try:
-        for number, (name, counts) in enumerate(import_all(args.datasets, args.out)):
-            if number == 0:
-                print(f"{'file':<28}", *columns, "teacher right", sep="  ")
-            right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
-            print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
+        for line in import_all(args.datasets, args.out):
+            print(line)
     except (OSError, ValueError) as error:
         return arguments.fail("data.official", 2, error)
     return 0

@@ -57,7 +57,8 @@ def counter(spiece):
 
 def describe(records, count, unit):
     """The lines of one file's report."""
-    for what, n in lacks(records).items():
+    unlabelled = sum(r.rationale is not None and r.teacher_label is None for r in records)
+    for what, n in (Counter(map(trains, records)) + Counter({"a rationale, but no teacher label": unlabelled})).items():
         yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
     inputs = defaultdict(list)
     for record in records:
@@ -90,21 +91,15 @@ def texts(record, name):
     return value if isinstance(value, list) else [value] if value is not None else []
 
 
-def lacks(records):
-    """The Counter of what the rows can train."""
-    counts = Counter()
-    for r in records:
-        if r.label is not None and r.rationale is not None:
-            counts["a label and a rationale: train both tasks"] += 1
-        elif r.label is not None:
-            counts["a label, no usable rationale: train the label task alone"] += 1
-        elif r.teacher_label is not None:
-            counts["only the teacher's label: for --labels teacher or gold-or-teacher"] += 1
-        else:
-            counts["neither label: train nothing"] += 1
-        if r.rationale is not None and r.teacher_label is None:
-            counts["a rationale, but no teacher label"] += 1
-    return counts
+def trains(r):
+    """What a row can train."""
+    if r.label is not None and r.rationale is not None:
+        return "a label and a rationale: train both tasks"
+    if r.label is not None:
+        return "a label, no usable rationale: train the label task alone"
+    if r.teacher_label is not None:
+        return "only the teacher's label: for --labels teacher or gold-or-teacher"
+    return "neither label: train nothing"
 
 
 def teacher(records):
