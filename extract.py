@@ -21,10 +21,12 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -35,8 +37,8 @@ from data.files import locked
 from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
-from data.teacher.endpoint import RAW, RequestError, Teacher, shown
-from data.teacher.output import SETTINGS, State, append, put_in_order, read_state, what_changed
+from data.teacher.endpoint import PATHS, RAW, RequestError, Teacher, shown
+from data.teacher.output import State, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
@@ -75,7 +77,6 @@ class Run:
     prompt: Prompt
     teacher: Teacher
     pace: Pace
-    params: dict  # of every request, besides the model and the question
     state: State = field(default_factory=State)  # what is done and what failed
     ids: dict = field(default_factory=dict)  # of the input, in order
     drawn: set | None = None  # line numbers of --sample
@@ -86,7 +87,7 @@ class Run:
     characters: int = 0  # in all of them
     answered: dict | None = None  # the last request that the teacher answered
     kinds: Counter = field(default_factory=Counter)  # of errors, in this start; None: of answered rows
-    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion, cached), retries
+    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion), retries
     start: float = field(default_factory=time.monotonic)
     warned: set = field(default_factory=set)
     interrupted: bool = False  # by a signal or, if `aborted` says why, by itself
@@ -101,40 +102,26 @@ def prepare(config, scale):
     base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = os.environ.get(config.api_key_env, "").strip()
     teacher = Teacher(base_url, config.endpoint, key, config.header, config.timeout)
+    if not (teacher.url or config.batch_requests or config.batch_replies or config.dry_run):
+        raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
     if teacher.hide(config.extra_body) != config.extra_body:
         raise ValueError("--extra-body must not hold the key, for it is written into every row")
-    pace = Pace(config.rpm, config.patience, scale)
-    run = Run(config, prompt, teacher, pace, config.params(prompt.stop))
+    run = Run(config, prompt, teacher, Pace(config.rpm, config.patience, scale))
     if config.sample:
         order = list(range(sum(1 for _ in read_input(run))))
         random.Random(config.seed or 0).shuffle(order)
         run.drawn = set(order[: config.sample])
-    if not (teacher.url or config.batch_requests or config.batch_replies or config.dry_run):
-        raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
     if config.batch_replies:
         run.replies = Replies(config.batch_replies, teacher)
     if not (config.overwrite or config.dry_run):
         run.state = read_state(config.output, config.errors_path)
-    expected = set()
-    for record, body in scan(run):
-        run.first = run.first or body
-        run.characters += characters(body or {})
-        digest = request_hash(run, body) if body else None
-        run.kept += body is None and record.id not in run.state.done
-        expected.update(custom_id(record.id, digest or "", i) for i in range(config.n) if run.replies)
-        if run.state.hashes.get(record.id, "") == digest:
-            continue
-        if record.id in run.state.done:
-            changed = what_changed(config.output, record.id, body and provenance(run))
-            raise ValueError(f"{config.output} was made with {changed}; name another --output")
-        run.state.failed.pop(record.id, None)  # if it failed, then under other settings: these may do
-    if foreign := sorted(run.replies.places.keys() - expected) if run.replies else ():
-        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
-        raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
+    scan(run)
+    if not run.ids:
+        raise ValueError(f"{config.input}: there are no rows in it")
     run.resumed = sum(not to_ask(run, name) for name in run.ids)
     if config.overwrite and not config.dry_run:
-        for path in filter(os.path.exists, (config.output, config.errors_path)):
-            os.unlink(path)
+        for path in (config.output, config.errors_path):
+            Path(path).unlink(missing_ok=True)
     print_header(run)
     return run
 
@@ -147,9 +134,9 @@ def read_input(run):
 
 
 def scan(run):
-    """Yield (row, its request, or None if it is kept as it is) of the whole input. Raises ValueError for a row that
-    cannot be asked about, and warns of gold labels that no answer can have."""
-    config, odd = run.config, []
+    """Read the whole input and count what is in it. Raises ValueError for a row that cannot be asked about or was asked
+    with other settings, and for a reply to none of them; warns of gold labels that no answer can have."""
+    config, state, odd, expected = run.config, run.state, [], set()
     for record in read_input(run):
         if record.id in run.ids:
             raise ValueError(f"{config.input}: the id {record.id!r} is there twice; give each row its own")
@@ -159,15 +146,25 @@ def scan(run):
             flag = "--rationalize" if config.rationalize else "--keep correct"
             raise ValueError(f"{config.input}: row {record.id!r} has no gold label, which {flag} needs")
         if record.label is not None and run.prompt.read(record.label, record.input) is None:
-            odd.append(record.id)
-            example = record.label
-        yield record, body
-    if not run.ids:
-        raise ValueError(f"{config.input}: there are no rows in it")
+            odd.append(f"{record.label!r} in row {record.id!r}")
+        run.first = run.first or body
+        run.characters += characters(body or {})
+        run.kept += body is None and record.id not in state.done
+        digest = request_hash(run, body)
+        if run.replies and body:
+            expected.update(custom_id(record.id, digest, i) for i in range(config.n))
+        if record.id in state.done and state.hashes[record.id] != digest:
+            changed = what_changed(config.output, record.id, body and provenance(run))
+            raise ValueError(f"{config.output} was made with {changed}; name another --output")
+        if state.hashes.get(record.id) != digest:
+            state.failed.pop(record.id, None)  # if it failed, then under other settings: these may do
+    if foreign := sorted(run.replies.places.keys() - expected) if run.replies else ():
+        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
+        raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
     if odd:
+        what = f"{len(odd):,} gold labels are none that the prompt's {run.prompt.label_type} labels"
         known = f" ({', '.join(run.prompt.labels)})" if run.prompt.labels else ""
-        what = f"{len(odd):,} gold labels are none that the prompt's {run.prompt.label_type} labels{known} can match"
-        print_line(f"warning: {what}, such as {example!r} in row {odd[-1]!r}")
+        print_line(f"warning: {what}{known} can match, such as {odd[-1]}")
 
 
 def to_ask(run, name):
@@ -176,12 +173,16 @@ def to_ask(run, name):
     return name not in run.state.done and (kind is None or run.config.retry_failed and kind != "incorrect")
 
 
+def jobs_of(run):
+    """(record, its request, or None if the record is kept as it is) of every row that is to be asked."""
+    return ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
+
+
 def write_batch(run):
     """Write the requests that are to be made into files, and say how to go on."""
     config = run.config
-    asked = ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
-    requests = (sample_request(run, *job, i) for job in asked if job[1] for i in range(config.n))
-    url = "/v1/chat/completions" if config.endpoint == "chat" else "/v1/completions"
+    requests = (sample_request(run, *job, i) for job in jobs_of(run) if job[1] for i in range(config.n))
+    url = "/v1" + PATHS[config.endpoint]
     for path, count in write_requests(config.batch_requests, requests, url, config.batch_rows):
         print_line(f"{path}: {count:,} requests")
     print_line("next: the same command with --batch-replies REPLIES.jsonl in place of --batch-requests")
@@ -191,17 +192,15 @@ def write_batch(run):
 def render(run, record):
     """The body of the request for a row; None for one that has a rationale, which is kept unless --replace is given.
     Raises ValueError for an input that does not fit the prompt file."""
-    if record.rationale is not None and not run.config.replace:
+    config = run.config
+    if record.rationale is not None and not config.replace:
         return None
-    gold = record.label if run.config.rationalize else None
+    question, name = (run.prompt.chat, "messages") if config.endpoint == "chat" else (run.prompt.completion, "prompt")
     try:
-        if run.config.endpoint == "chat":
-            question = {"messages": run.prompt.chat(record.input, gold)}
-        else:
-            question = {"prompt": run.prompt.completion(record.input, gold)}
+        asked = question(record.input, record.label if config.rationalize else None)
     except ValueError as error:
-        raise ValueError(f"{run.config.input}: row {record.id!r}: {error}") from None
-    return {"model": run.config.model, **question, **run.params}
+        raise ValueError(f"{config.input}: row {record.id!r}: {error}") from None
+    return {"model": config.model, name: asked, **config.params(run.prompt.stop)}
 
 
 def characters(body):
@@ -209,10 +208,10 @@ def characters(body):
 
 
 def request_hash(run, body):
-    """What makes two requests the same, as hexadecimal SHA-256."""
+    """What makes two requests the same, as hexadecimal SHA-256; None for no request."""
     config = run.config
-    whole = body | {"endpoint": config.endpoint, "n": config.n, "reasoning": config.reasoning, "keep": config.keep}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    whole = {"endpoint": config.endpoint, "n": config.n, "reasoning": config.reasoning, "keep": config.keep}
+    return body and hashlib.sha256(json.dumps(body | whole, sort_keys=True).encode()).hexdigest()
 
 
 def sample_request(run, record, body, number):
@@ -249,8 +248,6 @@ def work(run, jobs, results):
         except Exception as error:
             samples = error
         results.put((*job, samples))
-    if not run.replies:
-        teacher.close()
 
 
 def ask(run, teacher, record, body, number):
@@ -328,8 +325,9 @@ def take(run, record, body, reply, sample):
 
 def provenance(run):
     """The part of a row's `teacher` that is the same for all rows of a run."""
-    params = run.params | {"n": run.config.n, "reasoning": run.config.reasoning}
-    given = {name: getattr(run.config, name) for name in SETTINGS}
+    config = run.config
+    params = config.params(run.prompt.stop) | {"n": config.n, "reasoning": config.reasoning}
+    given = {name: getattr(config, name) for name in ("model", "endpoint", "rationalize", "keep")}
     return {"base_url": run.teacher.url, "prompt_sha256": run.prompt.sha256, "params": params} | given
 
 
@@ -349,16 +347,19 @@ def check(run, record, body, samples):
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
         "model_served": best.model or None,
-        "usage": {name: usage[name] for name in ("prompt", "completion", "cached")},
+        "usage": {"prompt": usage["prompt"], "completion": usage["completion"]},
         "attempts": sum(s.attempts for s in samples),
         "latency_s": round(sum(s.seconds for s in samples), 3),  # of the replies, without pauses
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": data.__version__,
     }
     if config.n > 1:
-        given = [{"label": s.answer.label, "rationale": s.answer.rationale} for s in samples]
-        failed = [{"error": s.answer.error, "raw": s.raw} for s in samples]
-        teacher["samples"] = [f if s.answer.error else g for s, f, g in zip(samples, failed, given)]
+        teacher["samples"] = [
+            {"error": s.answer.error, "raw": s.raw}
+            if s.answer.error
+            else {"label": s.answer.label, "rationale": s.answer.rationale}
+            for s in samples
+        ]
     if winners and config.keep == "correct" and not correct:
         what = f"the label is {answer.label!r}, not the gold one, and --keep correct is given"
         answer = Answer(error="incorrect", detail=what)
@@ -376,8 +377,7 @@ def check(run, record, body, samples):
 def ask_all(run, stop):
     """Ask about every row that is to be asked, and write each outcome as it comes. The files end up in input order."""
     config, jobs, results = run.config, queue.SimpleQueue(), queue.SimpleQueue()
-    todo = ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
-    total = len(run.ids) - run.resumed
+    todo, total = jobs_of(run), len(run.ids) - run.resumed
     workers = 1 if run.replies else min(config.concurrency, total)
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
@@ -406,10 +406,15 @@ def ask_all(run, stop):
                 row, kind = check(run, record, body, samples)
                 ready.append((row, kind))
                 in_a_row = in_a_row + 1 if kind and kind != "incorrect" else 0
-                if config.max_consecutive_failures and in_a_row == config.max_consecutive_failures:
+                if in_a_row == (config.max_consecutive_failures or None):
                     last = row.other["error"]["message"]
                     run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer; the last: {last}"
-            write(run, ready, bar)
+            append(config.output, [row.to_json() for row, kind in ready if not kind])
+            append(config.errors_path, [row.to_json() for row, kind in ready if kind])
+            for row, kind in ready:
+                count(run, row, kind)
+            bar.set_postfix_str(bar_text(run), refresh=False)
+            bar.update(len(ready))
     for _ in range(workers):
         jobs.put(None)
     if not ending.is_set():
@@ -419,26 +424,18 @@ def ask_all(run, stop):
 
 def drain(results):
     """What is in a queue, after a wait for the first: all of it is then written to the disk at once."""
-    try:
-        ready = [results.get(timeout=0.5)]  # without a timeout Windows would hold back Ctrl-C
-    except queue.Empty:
-        return []
-    while not results.empty():  # nobody else takes from it
-        ready.append(results.get())
-    return ready
+    with suppress(queue.Empty):
+        yield results.get(timeout=0.5)  # without a timeout Windows would hold back Ctrl-C
+        while True:
+            yield results.get_nowait()
 
 
-def write(run, rows, bar):
-    """Write (Record, kind of error or None) pairs into the output or the errors file, then count them."""
-    append(run.config.output, [row.to_json() for row, kind in rows if not kind])
-    append(run.config.errors_path, [row.to_json() for row, kind in rows if kind])
-    for row, kind in rows:
-        run.state.add(row.id, kind, row.other.get("correct"))
-        if row.teacher:
-            run.kinds[kind] += 1
-            run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - run.config.n)
-        bar.update()
-        bar.set_postfix_str(bar_text(run), refresh=False)
+def count(run, row, kind):
+    """Count a row that is on the disk."""
+    run.state.add(row.id, kind, row.other.get("correct"))
+    if row.teacher:
+        run.kinds[kind] += 1
+        run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - run.config.n)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from http.client import HTTPConnection, HTTPSConnection
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 LONGEST_WAIT = 120  # seconds of Retry-After that are waited for
 CONNECT = 30  # seconds for a connection to be made
 LARGEST_REPLY = 32 << 20  # bytes
@@ -38,18 +39,12 @@ HINTS = {  # what to look at after a status
     403: "is the key right, and in the variable that --api-key-env names?",
     404: "are --base-url, --endpoint and --model right?",
 }
-FLAGS = {  # what to do about a parameter that the server refuses
-    "max_tokens": "use --max-tokens-field max_completion_tokens",
-    "max_completion_tokens": "use --max-tokens-field max_tokens",
-    "stop": "use --no-stop",
-    "temperature": "use --temperature 1",
-}
+REFUSED = "try --max-tokens-field max_completion_tokens, --no-stop, --temperature 1 or another --extra-body"
 UNSUPPORTED = r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs"
-CONTEXT = r"context.{0,20}(length|size|window)|too many tokens|(prompt|input) is too long|maximum.{0,20}context"
-ROW_ERRORS = (  # (kind, its code, its message)
-    ("context_exceeded", "context_length|exceed_context", CONTEXT),
-    ("content_filter", "content_filter|content_policy", "content management policy"),
-)
+ROW_ERRORS = {  # in the code or the message of a status 4xx
+    "context_exceeded": r"context.{0,20}(length|size|window)|maximum.{0,20}context|too many tokens|is too long",
+    "content_filter": r"content_filter|content_policy|content management policy",
+}
 
 
 class RequestError(Exception):
@@ -66,7 +61,7 @@ class Reply(NamedTuple):
     reasoning: str  # from a field of its own; "" where there is none
     cut_short: bool  # it ended at the token limit
     model: str  # that served it, as the server says
-    usage: dict  # tokens: prompt, completion, cached
+    usage: dict  # tokens: prompt, completion
 
 
 class Response(http.client.HTTPResponse):
@@ -102,12 +97,10 @@ class Teacher:
         ValueError, which never quotes a secret."""
         self.endpoint, self.timeout, self.connection = endpoint, timeout, None
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
-        if key:
-            self.headers["Authorization"] = f"Bearer {key}"
+        self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
         secrets = [key]
         for name, value, hidden in map(read_header, headers):
-            others = {n: v for n, v in self.headers.items() if n.casefold() != name.casefold()}
-            self.headers = others | {name: value}
+            self.headers = {n: v for n, v in self.headers.items() if n.lower() != name.lower()} | {name: value}
             secrets += hidden
         if " " in key or not all(re.fullmatch("[ -~]*", value) for value in self.headers.values()):
             raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
@@ -123,12 +116,11 @@ class Teacher:
                 self.login = {"Proxy-Authorization": f"Basic {login}"}
                 secrets += [password, login]
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        target = parts._replace(path=parts.path + ("/chat/completions" if endpoint == "chat" else "/completions"))
+        self.target = parts._replace(path=parts.path + PATHS[endpoint])
         if self.proxy and not self.tls:  # such a proxy is told the whole URL
             self.headers |= self.login
         else:
-            target = target._replace(scheme="", netloc="")
-        self.target = target.geturl()
+            self.target = self.target._replace(scheme="", netloc="")
         # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
         secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
         self.secrets = sorted(secrets, key=len, reverse=True)  # the longest first: one may hold another
@@ -144,8 +136,8 @@ class Teacher:
         try:
             status, headers, content = self.exchange(json.dumps(body).encode(), start + self.timeout)
         except TimeoutError:
-            waited = f"{time.monotonic() - start:.3g} s (--timeout {self.timeout:g})"
-            kind, what, then = "timeout", f"no whole reply within {waited}", "retry"
+            what = f"no whole reply within {time.monotonic() - start:.3g} s (--timeout {self.timeout:g})"
+            kind, then = "timeout", "retry"
         except ssl.SSLCertVerificationError as error:
             what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
             kind, then = "certificate", "stop"
@@ -170,14 +162,10 @@ class Teacher:
             self.connection = kind(host, port, timeout=min(self.timeout, CONNECT), **tls)
             if self.tls and self.proxy:
                 self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
+            self.connection.connect()
         self.connection.response_class = functools.partial(Response, until=until)
-        if not self.connection.sock:
-            try:
-                self.connection.connect()
-            except TimeoutError:
-                raise ConnectionError(f"no connection within {self.connection.timeout:g} s") from None
         self.connection.sock.settimeout(time_left(until))
-        self.connection.request("POST", self.target, content, self.headers)
+        self.connection.request("POST", self.target.geturl(), content, self.headers)
         response = self.connection.getresponse()
         body = response.read(LARGEST_REPLY + 1)
         if len(body) > LARGEST_REPLY:
@@ -213,10 +201,10 @@ def read_url(base_url):
 
 def read_header(header):
     """`api-key: $AZURE_KEY` -> (name, value, [the secret in it])."""
-    name, _, value = header.partition(":")
-    name, value, variable = name.strip(), value.strip(), r"\$\{?(\w+)\}?"
+    name, _, value = map(str.strip, header.partition(":"))
     if not value or not re.fullmatch(r"[\w-]+", name):
         raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
+    variable = r"\$\{?(\w+)\}?"
     secrets = {v: os.environ.get(v, "").strip() for v in re.findall(variable, value)}
     looks_like_a_key = re.search(CREDENTIAL, name) or re.search(r"(?i)\b[sp]k-|\b(bearer|basic) |[\w+=-]{32}", value)
     if looks_like_a_key and not secrets:
@@ -256,9 +244,7 @@ def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) ->
         why = shown(failed or f"finish_reason {finish}")[:200]
         raise RequestError("bad_reply", f"the reply ended in an error: {why}", "retry", text)
     usage = content.get("usage") if isinstance(content.get("usage"), dict) else {}
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-    counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
+    counts = {name: usage.get(f"{name}_tokens") for name in ("prompt", "completion")}
     counts = {name: n if type(n) is int and 0 <= n < 1e9 else 0 for name, n in counts.items()}
     texts = said, message.get("reasoning_content") or message.get("reasoning"), content.get("model")
     said, reasoning, model = (text if isinstance(text, str) else "" for text in texts)
@@ -286,15 +272,14 @@ def status_error(status, headers, text, content, body, teacher):
     if status in HINTS:
         kind = "insufficient_quota" if status == 402 else kind
         return RequestError(kind, f"{said}; {HINTS[status]}", "denied" if status == 403 else "stop", text)
-    for kind_of_row, in_code, in_message in ROW_ERRORS:
-        if re.search(in_code, code) or status == 400 and re.search(in_message, message, re.I):
-            return RequestError(kind_of_row, said, "row", text)
-    if status == 400 and re.search(UNSUPPORTED, f"{code} {message}", re.I):
-        named = {shown(fields.get("param"))} | set(re.findall(r"\w+", message.split(". ")[0]))
-        for name in [n for n in body if n in named and n not in ("model", "messages", "prompt")]:
-            hint = FLAGS.get(name, f"do without --{name.replace('_', '-')}, or give another --extra-body")
-            return RequestError("unsupported", f"{said}; the server refuses {name}: {hint}", "stop")
     if not (status in (408, 409, 429) or status >= 500):
+        for row_kind, pattern in ROW_ERRORS.items():
+            if re.search(pattern, f"{code} {message}", re.I):
+                return RequestError(row_kind, said, "row", text)
+        named = {shown(fields.get("param")), *re.findall(r"\w+", message.split(". ")[0])} & body.keys()
+        refused = sorted(named - {"model", "messages", "prompt"})
+        if status == 400 and refused and re.search(UNSUPPORTED, f"{code} {message}", re.I):
+            return RequestError("unsupported", f"{said}; the server refuses {refused[0]}: {REFUSED}", "stop")
         return RequestError(kind, said, "row", text)
     if wait is not None and wait > LONGEST_WAIT:
         return RequestError(kind, f"{said}; it wants a pause of {wait:.0f} s; start again then", "stop")
@@ -302,11 +287,10 @@ def status_error(status, headers, text, content, body, teacher):
 
 
 def retry_after(headers):
-    """The seconds that a reply asks to wait, from retry-after-ms or Retry-After (seconds or a date), or None."""
-    for name, scale in (("retry-after-ms", 1000), ("Retry-After", 1)):
-        value = (headers.get(name) or "").strip()
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value) / scale
+    """The seconds that a reply asks to wait by its Retry-After, which may be a date, or None."""
+    value = (headers.get("Retry-After") or "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
     try:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):

@@ -15,7 +15,6 @@ from data.jsonl import RecordError
 from data.teacher.tally import print_line
 
 BEGIN = b'{"id": '  # of every line
-SETTINGS = ("model", "endpoint", "rationalize", "keep")  # of the command line, that a row's `teacher` holds
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
@@ -110,12 +109,13 @@ def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = (
 
 
 def what_changed(path: str, name: str, now: dict | None) -> str:
-    """What makes the request of row `name` another than the one that its line in the file was made with. `now` is the
-    `teacher` of this run's rows, None for a row that is kept as it came."""
+    """What makes the request of row `name` another than the one that its line in the file was made with. `now` is what
+    the `teacher` of all this run's rows has, None for a row that is kept as it came."""
     before = next(row["teacher"] for _, row, _ in read_rows(path) if row["id"] == name)
     if before is None or now is None:
         return f"{'no ' if before is None else ''}--replace, or another rationale in row {name!r}"
-    old, new = ({n: t.get(n) for n in (*SETTINGS, "prompt_sha256")} | t.get("params", {}) for t in (before, now))
+    names = now.keys() - {"base_url", "params"}
+    old, new = ({n: t.get(n) for n in sorted(names)} | t.get("params", {}) for t in (before, now))
     changed = [n for n in old | new if old.get(n) != new.get(n)]
     shown = (f"{n} {old.get(n, 'unset')}, not {new.get(n, 'unset')}" for n in changed)
     return "; ".join(shown) or f"another input in row {name!r}"
