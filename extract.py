@@ -90,6 +90,7 @@ class Run:
     spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion), retries
     start: float = field(default_factory=time.monotonic)
     warned: set = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held by the one worker that takes the next row
     interrupted: bool = False  # by a signal or, if `aborted` says why, by itself
     aborted: str = ""
 
@@ -233,26 +234,29 @@ class Sample:
 
 
 def work(run, jobs, results):
-    """A worker: takes (record, body) and gives (record, body, samples) until it takes None. The samples are None if the
-    run ended first, or an exception that is a bug of ours."""
+    """A worker asks about row after row. It gives (record, body, samples) of each, an exception that is a bug of ours,
+    and None at its end."""
     teacher = run.replies or copy(run.teacher)  # each worker has a connection of its own
-    while job := jobs.get():
-        try:
-            samples = [ask(run, teacher, *job, number) for number in range(run.config.n if job[1] else 0)]
-        except Stopped:
-            samples = None
-        except RequestError as error:
-            question = "; is the teacher running there?" if error.kind == "disconnect" else ""
-            run.aborted, samples = run.aborted or f"{error}{question}", None
-            run.pace.stopped.set()
-        except Exception as error:
-            samples = error
-        results.put((*job, samples))
+    try:
+        while not run.pace.stopped.is_set():
+            with run.lock:
+                record, body = next(jobs)
+            samples = [ask(run, teacher, record, body, i) for i in range(run.config.n if body else 0)]
+            results.put((record, body, samples))
+    except RequestError as error:
+        question = "; is the teacher running there?" if error.kind == "disconnect" else ""
+        run.aborted = run.aborted or f"{error}{question}"
+        run.pace.stopped.set()
+    except (StopIteration, Stopped):
+        pass
+    except Exception as error:
+        results.put(error)
+    results.put(None)
 
 
 def ask(run, teacher, record, body, number):
-    """Sample `number` of a row: ask until there is a reply, read it. Raises Stopped where there will be none, and
-    RequestError if the run must end."""
+    """Sample `number` of a row: ask until there is a reply, read it; None if a batch has none. Raises Stopped if the
+    run ends first, RequestError if it must end."""
     pace, sample = run.pace, Sample()
     identity, body = sample_request(run, record, body, number)
     while True:
@@ -265,7 +269,7 @@ def ask(run, teacher, record, body, number):
             return take(run, record, body, reply, sample)
         except RequestError as error:
             if run.replies and error.then not in ("row", "denied"):  # the batch has failed here, not the row
-                raise Stopped from None
+                return None
             if error.then == "pace":
                 warn(run, "429", f"{error}; requests slow down to the server's pace, which --rpm gives beforehand")
                 pace.slow_down(sent, error)
@@ -273,7 +277,7 @@ def ask(run, teacher, record, body, number):
             pace.let_through(answered=False)
             sample.attempts += 1
             sample.answer, sample.raw = Answer(error=error.kind, detail=str(error)), error.raw
-            if run.replies or error.then == "row" or error.then == "denied" and answers(run, teacher):
+            if run.replies or error.then == "row" or error.then == "denied" and run.answered and answers(run, teacher):
                 return sample
             if error.then in ("stop", "denied"):
                 raise
@@ -289,14 +293,11 @@ def ask(run, teacher, record, body, number):
 
 def answers(run, teacher):
     """Whether the teacher still answers the request that it answered last."""
-    if not run.answered:
-        return False
     run.pace.wait()
     try:
-        teacher.ask(run.answered)
+        return bool(teacher.ask(run.answered))
     except RequestError as error:
         return error.then == "pace"
-    return True
 
 
 def take(run, record, body, reply, sample):
@@ -376,34 +377,31 @@ def check(run, record, body, samples):
 
 def ask_all(run, stop):
     """Ask about every row that is to be asked, and write each outcome as it comes. The files end up in input order."""
-    config, jobs, results = run.config, queue.SimpleQueue(), queue.SimpleQueue()
-    todo, total = jobs_of(run), len(run.ids) - run.resumed
-    workers = 1 if run.replies else min(config.concurrency, total)
+    config, jobs, total = run.config, jobs_of(run), len(run.ids) - run.resumed
+    workers = min(1 if run.replies else config.concurrency, total)
+    results = queue.Queue(maxsize=2 * workers)
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
-    ending, flying, in_a_row = run.pace.stopped, 0, 0
+    ending, in_a_row = run.pace.stopped, 0
     interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
     layout = "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # fits into 80 columns
     options = dict(bar_format=layout, mininterval=interval, disable=not total)
     with tqdm(total=len(run.ids), initial=run.resumed, **options) as bar:
-        while True:
-            while flying < 2 * workers and not ending.is_set() and (job := next(todo, None)):
-                jobs.put(job)
-                flying += 1
-            if not flying:
-                break
+        while workers:
             if (stop.requested or run.aborted) and not run.interrupted:
                 run.interrupted = stop.requested = True
                 ending.set()
                 print_line("ending: waiting for the requests in flight; Ctrl-C ends at once")
             ready = []
-            for record, body, samples in drain(results):
-                flying -= 1
-                if isinstance(samples, Exception):
-                    raise samples
-                if samples is None:  # the next start will ask
+            for result in drain(results):
+                if isinstance(result, Exception):
+                    raise result
+                if result is None:
+                    workers -= 1
                     continue
-                row, kind = check(run, record, body, samples)
+                if None in result[2]:  # the next start will ask
+                    continue
+                row, kind = check(run, *result)
                 ready.append((row, kind))
                 in_a_row = in_a_row + 1 if kind and kind != "incorrect" else 0
                 if in_a_row == (config.max_consecutive_failures or None):
@@ -415,18 +413,16 @@ def ask_all(run, stop):
                 count(run, row, kind)
             bar.set_postfix_str(bar_text(run), refresh=False)
             bar.update(len(ready))
-    for _ in range(workers):
-        jobs.put(None)
     if not ending.is_set():
         put_in_order(config.output, run.ids)
         put_in_order(config.errors_path, run.ids, leave_out=run.state.done)
 
 
 def drain(results):
-    """What is in a queue, after a wait for the first: all of it is then written to the disk at once."""
+    """Yield what is in a queue, after a wait for the first: all of it is then written to the disk at once."""
     with suppress(queue.Empty):
         yield results.get(timeout=0.5)  # without a timeout Windows would hold back Ctrl-C
-        while True:
+        for _ in range(results.qsize()):
             yield results.get_nowait()
 
 

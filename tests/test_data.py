@@ -41,21 +41,15 @@ def test_records_are_read_as_written_unknown_keys_included(tmp_path_factory, row
         (b"[1]", "a record is a JSON object, this is list"),
         (b"{}", '"input" must be a text that is not blank, got None'),
         (b'{"input": "  "}', "not blank"),
-        (b'{"input": 3}', "got 3"),
         (b'{"input": "x", "label": 3}', '"label" must be a text or null, got 3'),
         (b'{"input": "x", "rationale": []}', '"rationale" must be'),
         (b'{"input": "x", "rationale": ["y", " "]}', '"rationale" must be'),
         (b'{"input": "x", "label": ["y"]}', '"label" must be a text or null'),
-        (b'{"input": "x", "other": ' + b"[" * 2000 + b"]" * 2000 + b"}", "nested deeper than 100"),
         (b'{"input": "x", "input": "y"}', "a key is there twice"),
-        (b'{"input": "x", "score": 1e400}', "1e400 is not a finite number"),
-        (b'{"input": "x", "score": NaN}', "NaN is not a finite number"),
-        (b'{"input": "x", "score": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"input": "x", "teacher_label": false}', '"teacher_label" must be'),
         (b'{"input": "x", "id": 7}', '"id" must be a text, got 7'),
         (b'{"input": "x", "teacher": "PaLM"}', '"teacher" must be an object'),
         (b'{"input": "caf\xe9"}', "not UTF-8"),
-        (b'{"input": "\xff\xfe"}', "not UTF-8"),
         (rb'{"input": "a \ud83d"}', "half a character"),
         (rb'{"input": "x", "id": "\uDE00"}', "half a character"),
         (rb'{"input": "x", "teacher": {"reply": ["\ude00\ud83d"]}}', "half a character"),
@@ -127,22 +121,17 @@ def test_any_output_parses_to_a_rationale_that_holds_no_next_example(name, outpu
     assert rationale is None or rationale.strip() and official.FORMATS[name].next_example not in rationale
 
 
-RELEASED = {
-    "cqa": {"question": "Where?", "choices": ["a1", "b1", "c1", "d1", "e1"], "answer": "c1"},
-    "svamp": {"input": "Two boxes of 42?", "label": "( 84.0 / 2.0 )"},
-    "anli1": {"premise": "p", "hypothesis": "h", "label": 2, "uid": "u", "reason": ""},
-    "esnli": {"premise": "p", "hypothesis": "h", "label": 0},
-}
-IMPORTED = {  # (input, output, teacher label)
-    "cqa": (
-        "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1",
-        "Because. So the answer is (c) c1.",
-        "c1",
-    ),
-    "svamp": ("Two boxes of 42?", "Because. The answer is (42 * 1).", "(42 * 1)"),
-    "anli1": ("p</s>h", "Because. So the answer is contradiction.", "contradiction"),
-    "esnli": ("p</s>h", "Because.\nAnswer: entailment", "entailment"),
-}
+CHOICES = "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1"
+RELEASED = {  # (row, its input, an output, its label)
+    "cqa": ({"question": "Where?", "choices": ["a1", "b1", "c1", "d1", "e1"], "answer": "c1"},
+            CHOICES, "Because. So the answer is (c) c1.", "c1"),
+    "svamp": ({"input": "Two boxes of 42?", "label": "( 84.0 / 2.0 )"},
+              "Two boxes of 42?", "Because. The answer is (42 * 1).", "(42 * 1)"),
+    "anli1": ({"premise": "p", "hypothesis": "h", "label": 2, "uid": "u", "reason": ""},
+              "p</s>h", "Because. So the answer is contradiction.", "contradiction"),
+    "esnli": ({"premise": "p", "hypothesis": "h", "label": 0}, "p</s>h", "Because.\nAnswer: entailment", "entailment"),
+}  # fmt: skip
+CQA, ESNLI = RELEASED["cqa"][0], RELEASED["esnli"][0]
 
 
 def release(root, name, rows, split="train"):
@@ -152,8 +141,8 @@ def release(root, name, rows, split="train"):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
-    release(tmp_path, name, [RELEASED[name]] * 12)
-    question, good, label = IMPORTED[name]
+    row, question, good, label = RELEASED[name]
+    release(tmp_path, name, [row] * 12)
     for k in range(11):  # K counts 0..10: 10 comes after 9, not after 1
         outputs = ["no answer"] if k == 10 else [good.replace("Because", f"Because {k}")]
         (tmp_path / name / "llm" / f"train_CoT_{k}.json").write_text(json.dumps(outputs))
@@ -182,15 +171,27 @@ def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
         ("svamp/svamp_train.json", '{"input": "x", "label": 3}', 'svamp_train.json:1: "label" must be a text'),
         ("svamp/svamp_train.json", '{"input": 3, "label": "x"}', 'svamp_train.json:1: "input" must be a text'),
         ("svamp/svamp_train.json", r'{"input": "\ud83d", "label": "x"}', "train.json:1: it holds half a character"),
-        ("cqa/cqa_train.json", json.dumps(RELEASED["cqa"] | {"choices": [1, 2, 3, 4, 5]}), "train.json:1: not a row"),
-        ("cqa/cqa_train.json", json.dumps(RELEASED["cqa"] | {"answer": ["c1"]}), 'cqa_train.json:1: "label" must be'),
-        ("esnli/esnli_train.json", json.dumps(RELEASED["esnli"] | {"premise": ["p"]}), "esnli_train.json:1: not a row"),
+        (
+            "cqa/cqa_train.json",
+            json.dumps(CQA | {"choices": [1, 2, 3, 4, 5]}),
+            "train.json:1: not a row",
+        ),
+        (
+            "cqa/cqa_train.json",
+            json.dumps(CQA | {"answer": ["c1"]}),
+            'cqa_train.json:1: "label" must be',
+        ),
+        (
+            "esnli/esnli_train.json",
+            json.dumps(ESNLI | {"premise": ["p"]}),
+            "esnli_train.json:1: not a row",
+        ),
         ("svamp/svamp_train.json", b'{"input": "\xe9"}', "svamp_train.json:1: not UTF-8"),
         ("svamp/svamp_train.json", None, "none of cqa/cqa_SPLIT.json"),
     ],
 )
 def test_a_release_that_is_not_as_it_should_be_is_one_line_and_exit_2(tmp_path, capsys, path, content, words):
-    release(tmp_path, path.split("/")[0], [RELEASED["svamp"]])
+    release(tmp_path, path.split("/")[0], [RELEASED["svamp"][0]])
     if content is None:
         (tmp_path / path).unlink()
     else:

@@ -33,12 +33,8 @@ CONNECT = 30  # seconds for a connection to be made
 LARGEST_REPLY = 32 << 20  # bytes
 RAW = 20_000  # characters of a failed reply that are kept
 CREDENTIAL = r"(?i)key|token|secret|auth|cookie|password|signature"  # in a name: what it holds must not be shown
-HINTS = {  # what to look at after a status
-    401: "is the key right, and in the variable that --api-key-env names?",
-    402: "the account has nothing left to spend",
-    403: "is the key right, and in the variable that --api-key-env names?",
-    404: "are --base-url, --endpoint and --model right?",
-}
+KEY = "is the key right, and in the variable that --api-key-env names?"
+HINTS = {401: KEY, 402: "nothing left to spend", 403: KEY, 404: "are --base-url, --endpoint and --model right?"}
 REFUSED = "try --max-tokens-field max_completion_tokens, --no-stop, --temperature 1 or another --extra-body"
 UNSUPPORTED = r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs"
 ROW_ERRORS = {  # in the code or the message of a status 4xx
@@ -65,8 +61,7 @@ class Reply(NamedTuple):
 
 
 class Response(http.client.HTTPResponse):
-    """A response of which everything must come before the time `until`, or TimeoutError. A server may send interim ones
-    first, of which http.client skips 100 alone, and takes a 102 or 103 for the reply."""
+    """A response of which everything must come before the time `until`, or TimeoutError."""
 
     def __init__(self, sock, *args, until, **options):
         super().__init__(sock, *args, **options)
@@ -80,7 +75,7 @@ class Response(http.client.HTTPResponse):
 
     def _read_status(self):
         version, status, reason = super()._read_status()
-        return version, 100 if 100 <= status < 200 else status, reason
+        return version, 100 if 100 <= status < 200 else status, reason  # it skips 100, and took a 102 for the reply
 
 
 def time_left(until):
@@ -93,8 +88,7 @@ class Teacher:
     """An endpoint and, from the first request on, one keep-alive connection to it: for one thread."""
 
     def __init__(self, base_url: str, endpoint: str, key: str, headers: Iterable[str], timeout: float):
-        """endpoint: "chat" or "completions"; timeout: seconds for a whole reply; headers: as --header has them. Raises
-        ValueError, which never quotes a secret."""
+        """The arguments are those of the command line. Raises ValueError, which never quotes a secret."""
         self.endpoint, self.timeout, self.connection = endpoint, timeout, None
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
         self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -107,14 +101,13 @@ class Teacher:
         self.parts = parts = read_url(base_url)
         self.url = parts.geturl()
         proxy = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
-        self.proxy, self.login = None, {}  # (host, port) and headers for it
-        if proxy.hostname and not urllib.request.proxy_bypass(parts.netloc):
-            self.proxy = proxy.hostname, proxy.port or 80
-            if proxy.username:
-                password = unquote(proxy.password or "")
-                login = base64.b64encode(f"{unquote(proxy.username)}:{password}".encode()).decode()
-                self.login = {"Proxy-Authorization": f"Basic {login}"}
-                secrets += [password, login]
+        used = proxy.hostname and not urllib.request.proxy_bypass(parts.netloc)
+        self.proxy, self.login = (proxy.hostname, proxy.port or 80) if used else None, {}
+        if used and proxy.username:
+            password = unquote(proxy.password or "")
+            login = base64.b64encode(f"{unquote(proxy.username)}:{password}".encode()).decode()
+            self.login = {"Proxy-Authorization": f"Basic {login}"}
+            secrets += [password, login]
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.target = parts._replace(path=parts.path + PATHS[endpoint])
         if self.proxy and not self.tls:  # such a proxy is told the whole URL
@@ -133,19 +126,19 @@ class Teacher:
     def ask(self, body: dict, identity: str = "") -> Reply:
         """Send one request. Raises RequestError. (Its `identity` is for batch files, which are asked alike.)"""
         start = time.monotonic()
+        kind, then = "disconnect", "retry"
         try:
             status, headers, content = self.exchange(json.dumps(body).encode(), start + self.timeout)
+            return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
         except TimeoutError:
-            what = f"no whole reply within {time.monotonic() - start:.3g} s (--timeout {self.timeout:g})"
-            kind, then = "timeout", "retry"
+            kind, what = "timeout", f"no whole reply within {time.monotonic() - start:.3g} s (--timeout)"
         except ssl.SSLCertVerificationError as error:
             what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
             kind, then = "certificate", "stop"
+        except http.client.IncompleteRead:
+            what = "the reply was cut off"
         except (OSError, http.client.HTTPException) as error:
-            what = "the reply was cut off" if isinstance(error, http.client.IncompleteRead) else str(error)
-            kind, what, then = "disconnect", self.hide(what or type(error).__name__), "retry"
-        else:
-            return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
+            what = self.hide(str(error) or type(error).__name__)
         self.close()  # a reply that comes later has nowhere to go
         raise RequestError(kind, f"{self.url}: {what}", then)
 
@@ -221,8 +214,8 @@ def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) ->
     """
     text = teacher.hide(text)
     try:  # half a character (a lone surrogate) can't be written to a file, and an escaped key must be hidden, too
-        text = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode()
-        content = json.loads(text := teacher.hide(text))
+        text = teacher.hide(json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode())
+        content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
     if not 200 <= status < 300:
@@ -261,16 +254,15 @@ def status_error(status, headers, text, content, body, teacher):
     """The RequestError that a response with another status than 2xx means."""
     error = content.get("error", content) if isinstance(content, dict) else content or text
     fields = error if isinstance(error, dict) else {}
-    code = f"{shown(fields.get('code'))} {shown(fields.get('type'))}"
     message = shown(fields.get("message") or fields.get("detail") or error or "no message")[:300]
     said, kind, wait = f"{status} from {teacher.url}: {message}", f"http_{status}", retry_after(headers)
+    code = f"{shown(fields.get('code'))} {shown(fields.get('type'))}"
     if 300 <= status < 400:
         where = teacher.hide(shown(headers.get("Location") or "nowhere").split("?")[0])
         return RequestError(kind, f"{status}: {teacher.url} redirects to {where}; use that as --base-url", "stop")
-    if status == 429 and re.search(r"insufficient_quota|billing", code):
-        status = 402
+    if status == 402 or status == 429 and re.search(r"insufficient_quota|billing", code):
+        kind, status = "insufficient_quota", 402
     if status in HINTS:
-        kind = "insufficient_quota" if status == 402 else kind
         return RequestError(kind, f"{said}; {HINTS[status]}", "denied" if status == 403 else "stop", text)
     if not (status in (408, 409, 429) or status >= 500):
         for row_kind, pattern in ROW_ERRORS.items():

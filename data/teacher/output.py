@@ -1,8 +1,4 @@
-"""A file that is written row by row and is its own state: what is in it is done, whatever happened to the writer.
-
-One process writes (`locked`), a row counts as done when it is on the disk (`append`), a last line torn by a crash is
-cut off (`read_state`), and at the end the lines are put in order (`put_in_order`).
-"""
+"""A file that is written row by row and is its own state: what is in it is done, whatever happened to the writer."""
 
 import json
 import os
@@ -32,7 +28,8 @@ def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
             if teacher is not None and not (isinstance(teacher, dict) and "request_sha256" in teacher):
                 what = "name another file" if number == 1 else "remove this line, and its row is asked again"
                 raise RecordError(f"{path}:{number}: not a row that extract.py wrote; {what}")
-            yield f"{path}:{number}", row, line
+            if line.endswith(b"\n"):  # else it is torn, too
+                yield f"{path}:{number}", row, line
 
 
 @dataclass
@@ -59,22 +56,18 @@ def read_state(output: str, errors: str) -> State:
     RecordError for files that are not extract.py's, and then leaves them as they are."""
     state, sizes = State(), {}
     for path in filter(os.path.exists, (errors, output)):  # the output has the last word
-        size, line = 0, b"\n"
+        sizes[path] = 0
         for where, row, line in read_rows(path):
             if row["id"] in state.done:
                 raise RecordError(f"{where}: the id {row['id']!r} is there twice; remove one of the lines")
             kind = row.get("error", {}).get("kind", "unknown") if path == errors else None
             state.add(row["id"], kind, row.get("correct"))
             state.hashes[row["id"]] = (row["teacher"] or {}).get("request_sha256")
-            size += len(line)
-        sizes[path] = size, line.endswith(b"\n")
-    for path, (size, ended) in sizes.items():
+            sizes[path] += len(line)
+    for path, size in sizes.items():
         if torn := os.path.getsize(path) - size:
             os.truncate(path, size)
             print_line(f"{path}: a last line torn by a crash was cut off ({torn:,} bytes); its row is asked again")
-        elif not ended:
-            with open(path, "ab") as file:
-                file.write(b"\n")
     return state
 
 
