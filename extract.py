@@ -25,6 +25,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import data
 from data import arguments
 from data.answers import split_thinking
-from data.files import locked
+from data.files import locked, open_regular
 from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
@@ -97,6 +98,7 @@ class Run:
 
 def prepare(config, scale):
     """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
+    open_regular(config.input).close()  # for it is read twice
     prompt = load_prompt(config.prompt)
     if config.rationalize and not (prompt.hint and "{hint}" in prompt.question):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
@@ -338,12 +340,12 @@ def check(run, record, body, samples):
     if body is None:
         return replace(record, teacher=None), None
     usable = [s for s in samples if not s.answer.error]
-    alike = [[t for t in usable if run.prompt.same(s.answer.label, t.answer.label, record.input)] for s in usable]
+    same = partial(run.prompt.same, input=record.input)
+    alike = [[t for t in usable if same(s.answer.label, t.answer.label)] for s in usable]
     winners = max(alike, key=len, default=[])  # the samples with the label that most have
     best = (winners or samples)[0]
     answer = best.answer
-    judged = record.label is not None and winners
-    correct = run.prompt.same(answer.label, record.label, record.input) if judged else None
+    correct = same(answer.label, record.label) if winners and record.label is not None else None
     usage = sum((s.usage for s in samples), Counter())
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
@@ -355,15 +357,11 @@ def check(run, record, body, samples):
         "version": data.__version__,
     }
     if config.n > 1:
-        teacher["samples"] = [
-            {"error": s.answer.error, "raw": s.raw}
-            if s.answer.error
-            else {"label": s.answer.label, "rationale": s.answer.rationale}
-            for s in samples
-        ]
+        given = [{"label": s.answer.label, "rationale": s.answer.rationale} for s in samples]
+        failed = [{"error": s.answer.error, "raw": s.raw} for s in samples]
+        teacher["samples"] = [f if s.answer.error else g for s, f, g in zip(samples, failed, given)]
     if winners and config.keep == "correct" and not correct:
-        what = f"the label is {answer.label!r}, not the gold one, and --keep correct is given"
-        answer = Answer(error="incorrect", detail=what)
+        answer = Answer(error="incorrect", detail=f"--keep correct: the label {answer.label!r} is not the gold one")
     other = {name: value for name, value in record.other.items() if name != "error"} | {"correct": correct}
     rationale, label = answer.rationale, answer.label
     if answer.error:
@@ -379,14 +377,14 @@ def ask_all(run, stop):
     """Ask about every row that is to be asked, and write each outcome as it comes. The files end up in input order."""
     config, jobs, total = run.config, jobs_of(run), len(run.ids) - run.resumed
     workers = min(1 if run.replies else config.concurrency, total)
-    results = queue.Queue(maxsize=2 * workers)
+    results = queue.Queue(maxsize=workers)  # no worker asks further ahead than is written
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
     ending, in_a_row = run.pace.stopped, 0
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
     layout = "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # fits into 80 columns
-    options = dict(bar_format=layout, mininterval=interval, disable=not total)
-    with tqdm(total=len(run.ids), initial=run.resumed, **options) as bar:
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+    bar = tqdm(total=len(run.ids), initial=run.resumed, bar_format=layout, mininterval=interval, disable=not total)
+    with bar:
         while workers:
             if (stop.requested or run.aborted) and not run.interrupted:
                 run.interrupted = stop.requested = True
@@ -396,10 +394,8 @@ def ask_all(run, stop):
             for result in drain(results):
                 if isinstance(result, Exception):
                     raise result
-                if result is None:
-                    workers -= 1
-                    continue
-                if None in result[2]:  # the next start will ask
+                workers -= result is None
+                if result is None or None in result[2]:  # a batch has no reply: the next start will ask
                     continue
                 row, kind = check(run, *result)
                 ready.append((row, kind))
@@ -410,7 +406,10 @@ def ask_all(run, stop):
             append(config.output, [row.to_json() for row, kind in ready if not kind])
             append(config.errors_path, [row.to_json() for row, kind in ready if kind])
             for row, kind in ready:
-                count(run, row, kind)
+                run.state.add(row.id, kind, row.other.get("correct"))
+                if row.teacher:
+                    run.kinds[kind] += 1
+                    run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - config.n)
             bar.set_postfix_str(bar_text(run), refresh=False)
             bar.update(len(ready))
     if not ending.is_set():
@@ -424,14 +423,6 @@ def drain(results):
         yield results.get(timeout=0.5)  # without a timeout Windows would hold back Ctrl-C
         for _ in range(results.qsize()):
             yield results.get_nowait()
-
-
-def count(run, row, kind):
-    """Count a row that is on the disk."""
-    run.state.add(row.id, kind, row.other.get("correct"))
-    if row.teacher:
-        run.kinds[kind] += 1
-        run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - run.config.n)
 
 
 if __name__ == "__main__":

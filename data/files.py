@@ -51,8 +51,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def locked(path: str | os.PathLike, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold PATH.lock for the block, so that one process at a time writes to `path`. A killed process holds nothing.
 
-    Where another process holds it: BlockingIOError at once, or, with a function `waiting`, a call of it and a wait for
-    the other's end.
+    Where another process holds it: BlockingIOError, or, with a function `waiting`, a call of it and a wait.
     """
     name = f"{path}.lock"
     with open(name, "ab") as file:
@@ -120,9 +119,9 @@ def parse_json(text: str | bytes, where: object, most: int = MOST_JSON) -> objec
 
 
 def finite(text):
-    if not math.isfinite(float(text)):
+    if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is not a finite number")
-    return float(text)
+    return number
 
 
 def unrepeated(pairs):

@@ -16,7 +16,6 @@ from data import arguments
 from data.answers import choose_label_type, same_label
 from data.jsonl import RecordError, read_jsonl
 
-AS = {"text": "texts", "choice": "choices, in any case of letters", "equation": "values of equations"}
 PERCENTILES = (50, 90, 99, 100)
 PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py puts before the input, for each target
 LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs = {path: {normal(r.input) for r in records} for path, records in rows.items()}
         for a, b in combinations(inputs, 2):  # test rows among the training rows are the usual accident
             print(f"{a} and {b} share {len(inputs[a] & inputs[b]):,} inputs (white space and case of letters apart)")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         return arguments.fail("data.report", 2, error)
     return 0
 
@@ -49,9 +48,10 @@ def counter(spiece):
     if not spiece:
         return lambda text: len(re.findall(r"\w+|[^\w\s]", text)), "words and marks"
     path = Path(spiece) / "spiece.model" if Path(spiece).is_dir() else Path(spiece)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such SentencePiece model")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError:
+        raise ValueError(f"{path}: not a SentencePiece model") from None
     return lambda text: len(pieces.encode(text)) + 1, "tokens, </s> included"
 
 
@@ -65,8 +65,7 @@ def describe(records, count, unit):
         inputs[normal(record.input)].append(record)
     repeated = [group for group in inputs.values() if len(group) > 1]
     differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
-    if repeated:
-        shared = sum(map(len, repeated))
+    if shared := sum(map(len, repeated)):
         yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
     if ids := len(records) - len({r.id for r in records}):
         yield f"  {ids:>8,}  rows repeat an id"
@@ -107,7 +106,7 @@ def teacher(records):
     kind = choose_label_type(records)
     judged = [r for r in records if r.label is not None and (r.teacher_label is not None or r.teacher)]
     right = [r for r in judged if r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input)]
-    share = f", {len(right) / len(judged):.1%}; labels compared as {AS[kind]}" if judged else ""
+    share = f", {len(right) / len(judged):.1%}; labels compared as {kind}" if judged else ""
     yield f"  teacher right on {len(right):,} of {len(judged):,} rows with gold{share}"
     classes = Counter(r.label for r in records if r.label is not None)
     if len(classes) > len(records) / 2 or not classes:

@@ -310,7 +310,7 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
         ("--header api-key", "--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'"),
         ("--keep samples", "--keep must be another without --n"),
         ("--batch-requests b --batch-replies c", "--batch-replies must be given without --batch-requests"),
-        ("--input /dev/null", "--input must be a regular file"),
+        ("--input /dev/null", "/dev/null: not a regular file"),
         ("--prompt nowhere.json", "nowhere.json"),
         ("--output nowhere/out.jsonl", "--output must be in a directory that exists"),
         ("--input-field question", 'in.jsonl:1: there is no "question"; the line has id, input, label'),
