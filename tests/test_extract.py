@@ -91,14 +91,6 @@ def test_the_fields_of_the_input_may_have_other_names_and_hide_nothing(files):
     assert (row["original_input"], row["original_label"], row["correct"]) == ("mine", 3, True)
 
 
-def test_limit_and_more_of_the_same_file_later(files):
-    with Stub() as stub:
-        assert run(files, stub.url, "--limit 2") == 0 and len(rows(files)) == 2
-        assert run(files, stub.url) == 0 and [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
-        assert run(files, stub.url, "--limit 2") == 0 and len(rows(files)) == 6
-    assert len(stub.requests) == 6
-
-
 def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(files):
     with Stub() as stub:
         assert run(files, stub.url, "--concurrency 2") == 0 and stub.connections <= 2

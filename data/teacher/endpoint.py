@@ -68,7 +68,7 @@ class Response(http.client.HTTPResponse):
         receive = self.fp.raw.readinto
 
         def receive_in_time(buffer):
-            sock.settimeout(time_left(until))
+            sock.settimeout(max(until - time.monotonic(), 1e-6))
             return receive(buffer)
 
         self.fp.raw.readinto = receive_in_time
@@ -76,12 +76,6 @@ class Response(http.client.HTTPResponse):
     def _read_status(self):
         version, status, reason = super()._read_status()
         return version, 100 if 100 <= status < 200 else status, reason  # it skips 100, and took a 102 for the reply
-
-
-def time_left(until):
-    if (left := until - time.monotonic()) <= 0:
-        raise TimeoutError
-    return left
 
 
 class Teacher:
@@ -109,11 +103,10 @@ class Teacher:
             self.login = {"Proxy-Authorization": f"Basic {login}"}
             secrets += [password, login]
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self.target = parts._replace(path=parts.path + PATHS[endpoint])
+        target = parts._replace(path=parts.path + PATHS[endpoint])
+        self.target = target._replace(scheme="", netloc="").geturl()
         if self.proxy and not self.tls:  # such a proxy is told the whole URL
-            self.headers |= self.login
-        else:
-            self.target = self.target._replace(scheme="", netloc="")
+            self.target, self.headers = target.geturl(), self.headers | self.login
         # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
         secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
         self.secrets = sorted(secrets, key=len, reverse=True)  # the longest first: one may hold another
@@ -157,8 +150,8 @@ class Teacher:
                 self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
             self.connection.connect()
         self.connection.response_class = functools.partial(Response, until=until)
-        self.connection.sock.settimeout(time_left(until))
-        self.connection.request("POST", self.target.geturl(), content, self.headers)
+        self.connection.sock.settimeout(self.timeout)
+        self.connection.request("POST", self.target, content, self.headers)
         response = self.connection.getresponse()
         body = response.read(LARGEST_REPLY + 1)
         if len(body) > LARGEST_REPLY:
