@@ -39,7 +39,7 @@ from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
 from data.teacher.endpoint import PATHS, RAW, RequestError, Teacher, shown
-from data.teacher.output import State, append, put_in_order, read_state, what_changed
+from data.teacher.output import Outcome, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
@@ -78,7 +78,7 @@ class Run:
     prompt: Prompt
     teacher: Teacher
     pace: Pace
-    state: State = field(default_factory=State)  # what is done and what failed
+    state: dict = field(default_factory=dict)  # id: Outcome of what is done and what failed
     ids: dict = field(default_factory=dict)  # of the input, in order
     drawn: set | None = None  # line numbers of --sample
     replies: Replies | None = None  # of --batch-replies
@@ -152,15 +152,16 @@ def scan(run):
             odd.append(f"{record.label!r} in row {record.id!r}")
         run.first = run.first or body
         run.characters += characters(body or {})
-        run.kept += body is None and record.id not in state.done
+        run.kept += body is None and record.id not in state
         digest = request_hash(run, body)
         if run.replies and body:
             expected.update(custom_id(record.id, digest, i) for i in range(config.n))
-        if record.id in state.done and state.hashes[record.id] != digest:
-            changed = what_changed(config.output, record.id, body and provenance(run))
-            raise ValueError(f"{config.output} was made with {changed}; name another --output")
-        if state.hashes.get(record.id) != digest:
-            state.failed.pop(record.id, None)  # if it failed, then under other settings: these may do
+        old = state.get(record.id)
+        if old and old.request_hash != digest:
+            del state[record.id]  # if it failed, then under other settings: these may do
+            if not old.kind:
+                changed = what_changed(config.output, record.id, body and provenance(run))
+                raise ValueError(f"{config.output} was made with {changed}; name another --output")
     if foreign := sorted(run.replies.places.keys() - expected) if run.replies else ():
         what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
         raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
@@ -172,8 +173,7 @@ def scan(run):
 
 def to_ask(run, name):
     """Whether a row is still to be asked: not in the output, and not failed before unless --retry-failed says so."""
-    kind = run.state.failed.get(name)
-    return name not in run.state.done and (kind is None or run.config.retry_failed and kind != "incorrect")
+    return name not in run.state or run.config.retry_failed and run.state[name].kind not in (None, "incorrect")
 
 
 def jobs_of(run):
@@ -406,7 +406,7 @@ def ask_all(run, stop):
             append(config.output, [row.to_json() for row, kind in ready if not kind])
             append(config.errors_path, [row.to_json() for row, kind in ready if kind])
             for row, kind in ready:
-                run.state.add(row.id, kind, row.other.get("correct"))
+                run.state[row.id] = Outcome(kind, row.other.get("correct"))
                 if row.teacher:
                     run.kinds[kind] += 1
                     run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - config.n)
@@ -414,7 +414,7 @@ def ask_all(run, stop):
             bar.update(len(ready))
     if not ending.is_set():
         put_in_order(config.output, run.ids)
-        put_in_order(config.errors_path, run.ids, leave_out=run.state.done)
+        put_in_order(config.errors_path, run.ids, {name for name, outcome in run.state.items() if not outcome.kind})
 
 
 def drain(results):

@@ -18,6 +18,11 @@ from typing import BinaryIO
 from data.files import MOST_JSON, parse_json, replacing
 
 TEXTS = ("label", "rationale", "teacher_label")
+KINDS = dict.fromkeys(("label", "teacher_label"), (str, "a text or null")) | {
+    "id": (str, "a text"),
+    "rationale": (str | list, "a text, a list of texts or null"),
+    "teacher": (dict, "an object"),
+}
 
 
 class RecordError(ValueError):
@@ -59,22 +64,16 @@ def parse_record(line: str, where: str, default_id: str, names: dict[str, str] |
     row = renamed(row, where, names or {})
     if not is_text(row.get("input")):
         raise RecordError(f'{where}: "input" must be a text that is not blank, got {repr(row.get("input"))}')
-    texts = {}
-    for name in TEXTS:
+    found = {}
+    for name, (kind, what) in KINDS.items():
         value = row.pop(name, None)
-        if name == "rationale" and isinstance(value, list) and value and all(map(is_text, value)):
-            texts[name] = value
-        elif value is None or isinstance(value, str):
-            texts[name] = value if is_text(value) else None
-        else:
-            kinds = "a text, a list of texts or null" if name == "rationale" else "a text or null"
-            raise RecordError(f'{where}: "{name}" must be {kinds}, got {repr(value)}')
-    for name, kind, what in (("id", str, "a text"), ("teacher", dict, "an object")):
-        if not isinstance(row.get(name), kind | None):
-            raise RecordError(f'{where}: "{name}" must be {what}, got {repr(row[name])}')
-    identity, teacher = row.pop("id", None), row.pop("teacher", None)
-    identity = default_id if identity is None else identity
-    return Record(id=identity, input=row.pop("input"), teacher=teacher or {}, other=row, **texts)
+        if not isinstance(value, kind | None) or isinstance(value, list) and not (value and all(map(is_text, value))):
+            raise RecordError(f'{where}: "{name}" must be {what}, got {repr(value)}')
+        blank = name in TEXTS and isinstance(value, str) and not value.strip()
+        found[name] = None if blank else value
+    found["id"] = default_id if found["id"] is None else found["id"]
+    found["teacher"] = found["teacher"] or {}
+    return Record(input=row.pop("input"), other=row, **found)
 
 
 def is_text(value):

@@ -2,9 +2,8 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from data.files import replacing
 from data.jsonl import RecordError
@@ -32,37 +31,26 @@ def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
                 yield f"{path}:{number}", row, line
 
 
-@dataclass
-class State:
-    """What is done, in earlier starts and in this one."""
+class Outcome(NamedTuple):
+    """What came of a row, in an earlier start or in this one."""
 
-    hashes: dict = field(default_factory=dict)  # id -> request hash; None: kept with the rationale it came with
-    done: set = field(default_factory=set)  # ids in the output
-    failed: dict = field(default_factory=dict)  # id -> kind of error, of those in the errors file
-    right: Counter = field(default_factory=Counter)  # `correct` of the rows in the output
-
-    def add(self, name: str, kind: str | None, correct: bool | None):
-        """A row is on the disk: in the errors file if it has a kind of error, else in the output."""
-        self.failed.pop(name, None)
-        if kind:
-            self.failed[name] = kind
-        else:
-            self.done.add(name)
-            self.right[correct] += 1
+    kind: str | None  # of error; None: the row is in the output
+    correct: bool | None = None
+    request_hash: str | None = None  # of earlier starts; None also for a row kept with the rationale it came with
 
 
-def read_state(output: str, errors: str) -> State:
-    """The State that the output and the errors file hold. A last line that a crash has torn is cut off. Raises
+def read_state(output: str, errors: str) -> dict[str, Outcome]:
+    """{id: Outcome} of what the output and the errors file hold. A last line that a crash has torn is cut off. Raises
     RecordError for files that are not extract.py's, and then leaves them as they are."""
-    state, sizes = State(), {}
+    state, sizes = {}, {}
     for path in filter(os.path.exists, (errors, output)):  # the output has the last word
         sizes[path] = 0
         for where, row, line in read_rows(path):
-            if row["id"] in state.done:
-                raise RecordError(f"{where}: the id {row['id']!r} is there twice; remove one of the lines")
+            name = row["id"]
+            if name in state and not state[name].kind:
+                raise RecordError(f"{where}: the id {name!r} is there twice; remove one of the lines")
             kind = row.get("error", {}).get("kind", "unknown") if path == errors else None
-            state.add(row["id"], kind, row.get("correct"))
-            state.hashes[row["id"]] = (row["teacher"] or {}).get("request_sha256")
+            state[name] = Outcome(kind, row.get("correct"), (row["teacher"] or {}).get("request_sha256"))
             sizes[path] += len(line)
     for path, size in sizes.items():
         if torn := os.path.getsize(path) - size:

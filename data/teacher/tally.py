@@ -54,17 +54,17 @@ def print_header(run):
 
 def print_summary(run) -> tuple[int, str]:
     """Say what came of it. Returns the exit status, and the reason if the run ended early."""
-    config, state, spent, seconds = run.config, run.state, run.spent, time.monotonic() - run.start
-    kinds = Counter(state.failed[name] for name in run.ids if name in state.failed)
-    done, asked, ok = sum(name in state.done for name in run.ids), run.kinds.total(), run.kinds.pop(None, 0)
-    unasked = len(run.ids) - done - kinds.total()
+    config, spent, seconds = run.config, run.spent, time.monotonic() - run.start
+    kinds = Counter(run.state[name].kind for name in run.ids if name in run.state)
+    unasked = len(run.ids) - kinds.total()
+    done, asked, ok = kinds.pop(None, 0), run.kinds.total(), run.kinds.pop(None, 0)
     if asked:
         which = f" ({listed(run.kinds)})" if asked > ok else ""
         now = f"{ok:,} ok, {asked - ok:,} left out{which}; {spent['retries']:,} retries"
         print_line(f"asked {asked:,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {now}")
-        if gold := state.right[True] + state.right[False]:
-            right = f"{state.right[True]:,} of {gold:,} answered rows with a gold label"
-            print_line(f"teacher right on {right} ({state.right[True] / gold:.1%})")
+        if judged := [o.correct for o in run.state.values() if not o.kind and o.correct is not None]:
+            right = f"{sum(judged):,} of {len(judged):,} answered rows with a gold label"
+            print_line(f"teacher right on {right} ({sum(judged) / len(judged):.1%})")
         cost = dollars(config, spent["prompt"], spent["completion"])
         print_line(f"tokens: {spent['prompt']:,} in, {spent['completion']:,} out{cost}")
     print_line(f"{config.output}: {done:,} of {len(run.ids):,} rows")
