@@ -97,8 +97,7 @@ class Stub:
         self.behave, self.latency, self.idle, self.lock = behave, latency, idle, threading.Lock()
         self.requests, self.attempts, self.actions = [], Counter(), Counter()
         self.flying = self.most = self.connections = self.port = 0
-        self.gone = False
-        self.stalled, self.paths = set(), set()
+        self.gone, self.paths = False, set()
 
     def __enter__(self):
         self.server = Server(("127.0.0.1", self.port), Handler)
@@ -114,9 +113,6 @@ class Stub:
 
     def arrive(self, question, body, headers):
         with self.lock:
-            for sock in [s for s in self.stalled if select.select([s], [], [], 0)[0]]:  # its client has hung up
-                self.stalled.discard(sock)
-                self.flying -= 1
             self.flying += 1
             self.most = max(self.most, self.flying)
             self.requests.append((question, body, headers, time.monotonic()))
@@ -162,9 +158,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.drip(*DRIPS[action])
         if stub.gone:
             action = "disconnect"
-        if action == "late":  # after the client's patience
-            time.sleep(1.5)
-            action = "ok"
+        time.sleep(1.5 if action == "late" else 0)  # after the client's patience
         if action in ("reset", "disconnect"):
             stub.leave()
             if action == "reset":
@@ -174,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         cut = 30 if action in ("truncated", "truncated chunk") else None  # bytes of the body that are sent
         chunked, interim = action == "truncated chunk", action == "interim"
-        if action in ("ok", "interim") or cut:
+        if action in ("ok", "interim", "late") or cut:
             action = completed(answer(question))
         if action == "date":
             action = (429, error("slow down"), {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
@@ -207,14 +201,8 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     def stall(self):
-        """Half a reply, then nothing until the client hangs up; then the rest, which is late."""
-        stub = self.server.stub
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
-        with stub.lock:
-            stub.stalled.add(self.connection)
-        select.select([self.connection], [], [], 20)
-        with stub.lock:
-            if self.connection in stub.stalled:
-                stub.stalled.discard(self.connection)
-                stub.flying -= 1
+        """Half a reply, then nothing until the client hangs up."""
+        self.server.stub.leave()
         self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+        select.select([self.connection], [], [], 20)

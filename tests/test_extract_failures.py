@@ -243,6 +243,6 @@ def test_back_off_doubles_up_to_a_minute_with_jitter(monkeypatch):
 def test_never_more_in_flight_than_concurrency(tmp_path):
     make_files(tmp_path, 60)
     for most in (1, 5):
-        with Stub(once("stall"), latency=0.01) as stub:
-            assert run(tmp_path, stub.url, f"--concurrency {most} --limit {4 * most} --timeout 0.3 --overwrite") == 0
+        with Stub(once("500"), latency=0.01) as stub:
+            assert run(tmp_path, stub.url, f"--concurrency {most} --limit {4 * most} --overwrite") == 0
         assert stub.most == most
