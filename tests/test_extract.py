@@ -175,7 +175,7 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
 
 def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(files, capsys):
     lines = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
-    lines[1] |= {"rationale": "Mine.", "mine": 1}
+    lines[1] |= {"rationale": "Mine.", "mine": 1, "correct": ["yes"]}
     lines[4] |= {"rationale": ["Mine.", "Ours."]}
     (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Stub() as stub:
@@ -305,6 +305,7 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
         ("--input /dev/null", "/dev/null: not a regular file"),
         ("--prompt nowhere.json", "nowhere.json"),
         ("--output nowhere/out.jsonl", "--output must be in a directory that exists"),
+        ("--id-field label --input-field label", 'in.jsonl:1: "input" must be a text'),
         ("--input-field question", 'in.jsonl:1: there is no "question"; the line has id, input, label'),
     ],
 )

@@ -154,7 +154,7 @@ def test_the_smallest_file_and_labels_of_type_text(tmp_path):
     [
         ("{", "not JSON"),
         ("[]", "one JSON object, this is list"),
-        ({"shots": []}, 'unknown key "shots"'),
+        ({"sha256": ""}, 'unknown key "sha256"'),
         ({"answer_marker": []}, '"answer_marker" must be a list of texts that are not blank'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),

@@ -123,11 +123,12 @@ def load_prompt(path: str) -> Prompt:
             raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
         if isinstance(values.get("answer_marker"), str):
             values["answer_marker"] = [values["answer_marker"]]
-        for name in sorted(values.keys() - Prompt.__annotations__.keys()):
-            raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(Prompt.__annotations__))}')
-        for name in (name for name in Prompt.__annotations__ if name not in values and not hasattr(Prompt, name)):
+        known = Prompt.__annotations__.keys() - {"sha256"}
+        for name in sorted(values.keys() - known):
+            raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(known))}')
+        for name in sorted(name for name in known - values.keys() if not hasattr(Prompt, name)):
             raise ValueError(f'"{name}" is missing')
-        prompt = Prompt(**values | {"sha256": digest(path).hex()})
+        prompt = Prompt(**values, sha256=digest(path).hex())
         check(prompt)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

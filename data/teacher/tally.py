@@ -62,7 +62,7 @@ def print_summary(run) -> tuple[int, str]:
         which = f" ({listed(run.kinds)})" if asked > ok else ""
         now = f"{ok:,} ok, {asked - ok:,} left out{which}; {spent['retries']:,} retries"
         print_line(f"asked {asked:,} rows in {seconds // 60:.0f}m{seconds % 60:02.0f}s: {now}")
-        if judged := [o.correct for o in run.state.values() if not o.kind and o.correct is not None]:
+        if judged := [o.correct for o in run.state.values() if not o.kind and o.correct in (True, False)]:
             right = f"{sum(judged):,} of {len(judged):,} answered rows with a gold label"
             print_line(f"teacher right on {right} ({sum(judged) / len(judged):.1%})")
         cost = dollars(config, spent["prompt"], spent["completion"])
