@@ -139,7 +139,7 @@ def read_input(run):
 def scan(run):
     """Read the whole input and count what is in it. Raises ValueError for a row that cannot be asked about or was asked
     with other settings, and for a reply to none of them; warns of gold labels that no answer can have."""
-    config, state, odd, expected = run.config, run.state, [], set()
+    config, state, odd, expected = run.config, run.state, 0, set()
     for record in read_input(run):
         if record.id in run.ids:
             raise ValueError(f"{config.input}: the id {record.id!r} is there twice; give each row its own")
@@ -149,7 +149,7 @@ def scan(run):
             flag = "--rationalize" if config.rationalize else "--keep correct"
             raise ValueError(f"{config.input}: row {record.id!r} has no gold label, which {flag} needs")
         if record.label is not None and run.prompt.read(record.label, record.input) is None:
-            odd.append(f"{record.label!r} in row {record.id!r}")
+            odd, example = odd + 1, f"{record.label!r} in row {record.id!r}"
         run.first = run.first or body
         run.characters += characters(body or {})
         run.kept += body is None and record.id not in state
@@ -166,9 +166,9 @@ def scan(run):
         what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
         raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
     if odd:
-        what = f"{len(odd):,} gold labels are none that the prompt's {run.prompt.label_type} labels"
+        what = f"{odd:,} gold labels are none that the prompt's {run.prompt.label_type} labels"
         known = f" ({', '.join(run.prompt.labels)})" if run.prompt.labels else ""
-        print_line(f"warning: {what}{known} can match, such as {odd[-1]}")
+        print_line(f"warning: {what}{known} can match, such as {example}")
 
 
 def to_ask(run, name):
