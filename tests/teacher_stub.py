@@ -1,7 +1,7 @@
 """A teacher on loopback that answers sums, and misbehaves in every way extract.py must survive.
 
 `Stub(behave)` runs in threads of the test process; `behave(question, attempt)` names what it does with each request,
-"ok" or a key of REPLIES or one of the ways in `Handler.do_POST`, or gives the reply.
+"ok", a key of REPLIES, a status or one of the ways in `Handler.do_POST`, or gives the reply.
 """
 
 import json
@@ -55,14 +55,7 @@ REPLIES = {  # name: (status, body, headers)
     "429 bare": (429, error("slow down"), {}),
     "429 long": (429, error("come back tomorrow"), {"Retry-After": "3600"}),
     "quota": (429, error("You exceeded your current quota", code="insufficient_quota"), {}),
-    "402": (402, error("Insufficient balance"), {}),
-    "500": (500, error("oops"), {}),
     "503": (503, "<html>Service Unavailable</html>", {"Retry-After": "1"}),
-    "408": (408, error("request timeout"), {}),
-    "409": (409, error("conflict"), {}),
-    "401": (401, error("no such key"), {}),
-    "403": (403, error("not for you"), {}),
-    "404": (404, error("model 'm' not found"), {}),
     "moved": (308, "", {"Location": "https://elsewhere.example/v1/chat/completions?key=1"}),
     "context": (400, error("This model's maximum context length is 4096 tokens.", code="context_length_exceeded"), {}),
     "context, llama.cpp": (400, error("the request exceeds the available context size",
@@ -70,7 +63,6 @@ REPLIES = {  # name: (status, body, headers)
     "filter": (400, error("The response was filtered", code="content_filter"), {}),
     "413": (413, "too large", {}),
     "422": (422, {"detail": "unprocessable"}, {}),
-    "400": (400, error("bad luck"), {}),
     "max_tokens": (400, error("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
                               "'max_completion_tokens' instead.", code="unsupported_parameter",
                               param="max_tokens"), {}),
@@ -174,7 +166,9 @@ class Handler(BaseHTTPRequestHandler):
             action = (429, error("slow down"), {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
         if isinstance(action, dict):
             action = (200, action, {})
-        status, content, headers = REPLIES[action] if isinstance(action, str) else action
+        if isinstance(action, str):
+            action = REPLIES.get(action) or (int(action), error("no"), {})  # a status
+        status, content, headers = action
         content = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         head = f"HTTP/1.1 {status} Whatever\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         if chunked:
