@@ -96,15 +96,12 @@ OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
     ("cqa", "It burns. So the answer is (c) a wood.\n\nQ: Next? So the answer is (a) x.", "It burns.", "a wood"),
     ("cqa", "Both. So the answer is either (a) sea or (b) ocean.\n\nQ:", "Both.", None),
     ("cqa", "So the answer is (b) U.S.", None, "U.S"),
-    ("cqa", "It goes on and on", None, None),
     ("svamp", "84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are", "84 / 2 = 42.", "(84 / 2)"),
     ("svamp", "Nested. The answer is ((1 + 2) * 3).", "Nested.", "((1 + 2) * 3)"),
     ("svamp", "Unknown. The answer is (23 + x).", "Unknown.", None),
-    ("svamp", "Cut off. The answer is (9 + 6", "Cut off.", None),
     ("svamp", "It never says.\n\nQ: Next? The answer is (1 + 1).", None, None),
     ("anli1", "They differ. So the answer is contradiction.\n\nPremise: next", "They differ.", "contradiction"),
     ("anli1", "\nThey differ. The answer is neutral.", "They differ.", "neutral"),  # GPT-NeoX writes it so, too
-    ("anli1", "Who knows. So the answer is maybe.", "Who knows.", None),
     ("esnli", "Same thing.\nAnswer: entailment\n\nPremise: x\nAnswer: neutral", "Same thing.", "entailment"),
     ("esnli", "Same thing.\n", None, None),
 ]

@@ -188,6 +188,24 @@ def test_a_bug_of_ours_in_a_worker_is_raised_and_does_not_hang(files, monkeypatc
         run(files, stub.url)
 
 
+@settings(max_examples=4)
+@given(pauses=st.lists(st.floats(0.1, 0.9), min_size=1, max_size=3))
+def test_after_any_kills_the_file_is_as_an_undisturbed_runs(tmp_path_factory, pauses):
+    folder, calm = make_files(tmp_path_factory.mktemp("killed"), 60), make_files(tmp_path_factory.mktemp("calm"), 60)
+    with Stub(always("no marker", lambda q: "7 + 2" in q), latency=0.03) as stub:
+        for pause in pauses:
+            process = start(folder, stub.url, "--concurrency 4")
+            time.sleep(pause)
+            process.kill()
+            process.communicate()
+        assert run(folder, stub.url, "--concurrency 4") == 1
+        assert max(stub.attempts.values()) <= 1 + len(pauses), "at most what was in flight is asked again"
+        assert run(calm, stub.url, "--concurrency 4") == 1
+    assert [lasting(row) for row in rows(folder)] == [lasting(row) for row in rows(calm)]
+    assert [lasting(row) for row in errors(folder)] == [lasting(row) for row in errors(calm)]
+    assert len(errors(calm)) == 6
+
+
 BAD = ["429", "500", "503", "reset", "truncated", "not json", "html", "no choices", "disconnect", "stall"]
 BAD += ["empty", "null"]
 DEAD = ["null", "empty", "500", "not json", "no choices", "context", "cut short"]
