@@ -223,18 +223,6 @@ def sample_request(run, record, body, number):
     return custom_id(record.id, request_hash(run, body), number), body | seed
 
 
-@dataclass
-class Sample:
-    """One answer to a question, or what came instead."""
-
-    answer: Answer = field(default_factory=Answer)
-    raw: str = ""
-    model: str = ""
-    attempts: int = 0
-    seconds: float = 0.0
-    usage: Counter = field(default_factory=Counter)  # of all attempts
-
-
 def work(run, jobs, results):
     """A worker asks about row after row. It gives (record, body, samples) of each, an exception that is a bug of ours,
     and None at its end."""
@@ -259,16 +247,16 @@ def work(run, jobs, results):
 def ask(run, teacher, record, body, number):
     """Sample `number` of a row: ask until there is a reply, read it; None if a batch has none. Raises Stopped if the
     run ends first, RequestError if it must end."""
-    pace, sample = run.pace, Sample()
+    pace, attempts, seconds, usage = run.pace, 0, 0.0, Counter()
     identity, body = sample_request(run, record, body, number)
     while True:
         sent = pace.wait()
         try:
             reply = teacher.ask(body, identity)
-            sample.seconds = time.monotonic() - sent
-            run.answered = body
+            run.answered, seconds = body, time.monotonic() - sent
             pace.let_through(answered=True)
-            return take(run, record, body, reply, sample)
+            usage.update(reply.usage)
+            return replace(take(run, record, body, reply), attempts=attempts + 1, seconds=seconds, usage=usage)
         except RequestError as error:
             if run.replies and error.then not in ("row", "denied"):  # the batch has failed here, not the row
                 return None
@@ -277,20 +265,21 @@ def ask(run, teacher, record, body, number):
                 pace.slow_down(sent, error)
                 continue
             pace.let_through(answered=False)
-            sample.attempts += 1
-            sample.answer, sample.raw = Answer(error=error.kind, detail=str(error)), error.raw
+            attempts += 1
+            took = dict(attempts=attempts, seconds=seconds, usage=usage)
+            failed = Answer(error=error.kind, detail=str(error), raw=error.raw, **took)
             if run.replies or error.then == "row" or error.then == "denied" and run.answered and answers(run, teacher):
-                return sample
+                return failed
             if error.then in ("stop", "denied"):
                 raise
-            if sample.attempts <= run.config.max_retries:
-                pace.back_off(sample.attempts, error.wait)
+            if attempts <= run.config.max_retries:
+                pace.back_off(attempts, error.wait)
             elif not run.answered:
                 raise
             elif pace.await_teacher(sent, error, lambda: answers(run, teacher)):
-                sample.attempts = 0  # it was not this row's fault
+                attempts = 0  # it was not this row's fault
             else:
-                return sample
+                return failed
 
 
 def answers(run, teacher):
@@ -302,15 +291,14 @@ def answers(run, teacher):
         return error.then == "pace"
 
 
-def take(run, record, body, reply, sample):
-    """The Sample with a reply and what it says. Raises RequestError for a text that another attempt may better."""
+def take(run, record, body, reply):
+    """The Answer in a reply. Raises RequestError for a text that another attempt may better."""
     config = run.config
     if reply.model and reply.model != config.model:
         warn(run, "model", f"asked for {config.model!r}, served by {reply.model!r}")
     if 0 < reply.usage["prompt"] * 8 < characters(body):
         seen = f"{reply.usage['prompt']:,} tokens of {characters(body):,} characters"
         warn(run, "cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
-    sample.usage.update(reply.usage)
     thoughts, said = split_thinking(reply.text)
     thoughts = "\n".join(filter(None, (reply.reasoning, thoughts)))
     answer = run.prompt.parse(said, record.input, reply.cut_short)
@@ -321,9 +309,7 @@ def take(run, record, body, reply, sample):
     vain = answer.error == "empty" and not thoughts and not reply.cut_short
     if vain or answer.error and config.temperature > 0 and "seed" not in body:  # another attempt gives another text
         raise RequestError(answer.error, answer.detail, "retry", reply.text)
-    sample.attempts += 1
-    sample.answer, sample.raw, sample.model = answer, (reply.text or reply.reasoning)[:RAW], reply.model
-    return sample
+    return replace(answer, raw=(reply.text or reply.reasoning)[:RAW], model=reply.model)
 
 
 def provenance(run):
@@ -339,17 +325,16 @@ def check(run, record, body, samples):
     config = run.config
     if body is None:
         return replace(record, teacher=None), None
-    usable = [s for s in samples if not s.answer.error]
+    usable = [s for s in samples if not s.error]
     same = partial(run.prompt.same, input=record.input)
-    alike = [[t for t in usable if same(s.answer.label, t.answer.label)] for s in usable]
+    alike = [[t for t in usable if same(s.label, t.label)] for s in usable]
     winners = max(alike, key=len, default=[])  # the samples with the label that most have
-    best = (winners or samples)[0]
-    answer = best.answer
+    answer = (winners or samples)[0]
     correct = same(answer.label, record.label) if winners and record.label is not None else None
     usage = sum((s.usage for s in samples), Counter())
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
-        "model_served": best.model or None,
+        "model_served": answer.model or None,
         "usage": {"prompt": usage["prompt"], "completion": usage["completion"]},
         "attempts": sum(s.attempts for s in samples),
         "latency_s": round(sum(s.seconds for s in samples), 3),  # of the replies, without pauses
@@ -357,18 +342,19 @@ def check(run, record, body, samples):
         "version": data.__version__,
     }
     if config.n > 1:
-        given = [{"label": s.answer.label, "rationale": s.answer.rationale} for s in samples]
-        failed = [{"error": s.answer.error, "raw": s.raw} for s in samples]
-        teacher["samples"] = [f if s.answer.error else g for s, f, g in zip(samples, failed, given)]
+        given = [{"label": s.label, "rationale": s.rationale} for s in samples]
+        failed = [{"error": s.error, "raw": s.raw} for s in samples]
+        teacher["samples"] = [f if s.error else g for s, f, g in zip(samples, failed, given)]
     if winners and config.keep == "correct" and not correct:
-        answer = Answer(error="incorrect", detail=f"--keep correct: the label {answer.label!r} is not the gold one")
+        what = f"--keep correct: the label {answer.label!r} is not the gold one"
+        answer = replace(answer, error="incorrect", detail=what)
     other = {name: value for name, value in record.other.items() if name != "error"} | {"correct": correct}
     rationale, label = answer.rationale, answer.label
     if answer.error:
-        other["error"] = {"kind": answer.error, "message": answer.detail, "raw": best.raw}
+        other["error"] = {"kind": answer.error, "message": answer.detail, "raw": answer.raw}
         rationale = label = None
     elif config.keep == "samples":
-        rationale = list(dict.fromkeys(s.answer.rationale for s in winners))
+        rationale = list(dict.fromkeys(s.rationale for s in winners))
     row = replace(record, rationale=rationale, teacher_label=label, teacher=teacher, other=other)
     return row, answer.error
 

@@ -4,7 +4,8 @@ data/prompts/ has five; data/README.md describes them and says how to write one.
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from data.answers import CHOICES, pick, read_answer, read_label, same_label
@@ -18,12 +19,17 @@ LABEL_TYPES = ("choice", "class", "equation", "text")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher's text holds: rationale and label, or else the kind of error and a word on it."""
+    """What a teacher's text holds: rationale and label, or else the kind of error and a word on it; and what it took."""
 
     rationale: str | None = None
     label: str | None = None
     error: str | None = None  # "empty" | "truncated" | "unparsed" | "label_invalid", or why there was no reply
     detail: str = ""
+    raw: str = ""  # text
+    model: str = ""  # that was served
+    attempts: int = 0
+    seconds: float = 0.0  # of the last reply
+    usage: Counter = field(default_factory=Counter)  # of all attempts
 
 
 @dataclass(frozen=True)
