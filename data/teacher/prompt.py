@@ -19,7 +19,7 @@ LABEL_TYPES = ("choice", "class", "equation", "text")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a text holds: rationale and label, or else the kind of error and a word on it; and what it took to get it."""
+    """What a text holds, rationale and label or else the kind of error and a word on it, and what it took."""
 
     rationale: str | None = None
     label: str | None = None
