@@ -21,22 +21,25 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
 import data
 from data import arguments
 from data.answers import split_thinking
-from data.files import locked
+from data.files import locked, open_regular
 from data.interrupt import Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
-from data.teacher.endpoint import RAW, RequestError, Teacher, shown
-from data.teacher.output import SETTINGS, State, append, put_in_order, read_state, what_changed
+from data.teacher.endpoint import PATHS, RAW, RequestError, Teacher, shown
+from data.teacher.output import Outcome, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace, Stopped
 from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
@@ -75,8 +78,7 @@ class Run:
     prompt: Prompt
     teacher: Teacher
     pace: Pace
-    params: dict  # of every request, besides the model and the question
-    state: State = field(default_factory=State)  # what is done and what failed
+    state: dict = field(default_factory=dict)  # id: Outcome of what is done and what failed
     ids: dict = field(default_factory=dict)  # of the input, in order
     drawn: set | None = None  # line numbers of --sample
     replies: Replies | None = None  # of --batch-replies
@@ -86,55 +88,43 @@ class Run:
     characters: int = 0  # in all of them
     answered: dict | None = None  # the last request that the teacher answered
     kinds: Counter = field(default_factory=Counter)  # of errors, in this start; None: of answered rows
-    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion, cached), retries
+    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion), retries
     start: float = field(default_factory=time.monotonic)
     warned: set = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held by the one worker that takes the next row
     interrupted: bool = False  # by a signal or, if `aborted` says why, by itself
     aborted: str = ""
 
 
 def prepare(config, scale):
     """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
+    open_regular(config.input).close()  # for it is read twice
     prompt = load_prompt(config.prompt)
     if config.rationalize and not (prompt.hint and "{hint}" in prompt.question):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
     base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
     key = os.environ.get(config.api_key_env, "").strip()
     teacher = Teacher(base_url, config.endpoint, key, config.header, config.timeout)
+    if not (teacher.url or config.batch_requests or config.batch_replies or config.dry_run):
+        raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
     if teacher.hide(config.extra_body) != config.extra_body:
         raise ValueError("--extra-body must not hold the key, for it is written into every row")
-    pace = Pace(config.rpm, config.patience, scale)
-    run = Run(config, prompt, teacher, pace, config.params(prompt.stop))
+    run = Run(config, prompt, teacher, Pace(config.rpm, config.patience, scale))
     if config.sample:
         order = list(range(sum(1 for _ in read_input(run))))
         random.Random(config.seed or 0).shuffle(order)
         run.drawn = set(order[: config.sample])
-    if not (teacher.url or config.batch_requests or config.batch_replies or config.dry_run):
-        raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
     if config.batch_replies:
         run.replies = Replies(config.batch_replies, teacher)
     if not (config.overwrite or config.dry_run):
         run.state = read_state(config.output, config.errors_path)
-    expected = set()
-    for record, body in scan(run):
-        run.first = run.first or body
-        run.characters += characters(body or {})
-        digest = request_hash(run, body) if body else None
-        run.kept += body is None and record.id not in run.state.done
-        expected.update(custom_id(record.id, digest or "", i) for i in range(config.n) if run.replies)
-        if run.state.hashes.get(record.id, "") == digest:
-            continue
-        if record.id in run.state.done:
-            changed = what_changed(config.output, record.id, body and provenance(run))
-            raise ValueError(f"{config.output} was made with {changed}; name another --output")
-        run.state.failed.pop(record.id, None)  # if it failed, then under other settings: these may do
-    if foreign := sorted(run.replies.places.keys() - expected) if run.replies else ():
-        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
-        raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
+    scan(run)
+    if not run.ids:
+        raise ValueError(f"{config.input}: there are no rows in it")
     run.resumed = sum(not to_ask(run, name) for name in run.ids)
     if config.overwrite and not config.dry_run:
-        for path in filter(os.path.exists, (config.output, config.errors_path)):
-            os.unlink(path)
+        for path in (config.output, config.errors_path):
+            Path(path).unlink(missing_ok=True)
     print_header(run)
     return run
 
@@ -147,9 +137,9 @@ def read_input(run):
 
 
 def scan(run):
-    """Yield (row, its request, or None if it is kept as it is) of the whole input. Raises ValueError for a row that
-    cannot be asked about, and warns of gold labels that no answer can have."""
-    config, odd = run.config, []
+    """Read the whole input and count what is in it. Raises ValueError for a row that cannot be asked about or was asked
+    with other settings, and for a reply to none of them; warns of gold labels that no answer can have."""
+    config, state, odd, expected = run.config, run.state, 0, set()
     for record in read_input(run):
         if record.id in run.ids:
             raise ValueError(f"{config.input}: the id {record.id!r} is there twice; give each row its own")
@@ -159,29 +149,43 @@ def scan(run):
             flag = "--rationalize" if config.rationalize else "--keep correct"
             raise ValueError(f"{config.input}: row {record.id!r} has no gold label, which {flag} needs")
         if record.label is not None and run.prompt.read(record.label, record.input) is None:
-            odd.append(record.id)
-            example = record.label
-        yield record, body
-    if not run.ids:
-        raise ValueError(f"{config.input}: there are no rows in it")
+            odd, example = odd + 1, f"{record.label!r} in row {record.id!r}"
+        run.first = run.first or body
+        run.characters += characters(body or {})
+        run.kept += body is None and record.id not in state
+        digest = request_hash(run, body)
+        if run.replies and body:
+            expected.update(custom_id(record.id, digest, i) for i in range(config.n))
+        old = state.get(record.id)
+        if old and old.request_hash != digest:
+            del state[record.id]  # if it failed, then under other settings: these may do
+            if not old.kind:
+                changed = what_changed(config.output, record.id, body and provenance(run))
+                raise ValueError(f"{config.output} was made with {changed}; name another --output")
+    if foreign := sorted(run.replies.places.keys() - expected) if run.replies else ():
+        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
+        raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
     if odd:
+        what = f"{odd:,} gold labels are none that the prompt's {run.prompt.label_type} labels"
         known = f" ({', '.join(run.prompt.labels)})" if run.prompt.labels else ""
-        what = f"{len(odd):,} gold labels are none that the prompt's {run.prompt.label_type} labels{known} can match"
-        print_line(f"warning: {what}, such as {example!r} in row {odd[-1]!r}")
+        print_line(f"warning: {what}{known} can match, such as {example}")
 
 
 def to_ask(run, name):
     """Whether a row is still to be asked: not in the output, and not failed before unless --retry-failed says so."""
-    kind = run.state.failed.get(name)
-    return name not in run.state.done and (kind is None or run.config.retry_failed and kind != "incorrect")
+    return name not in run.state or run.config.retry_failed and run.state[name].kind not in (None, "incorrect")
+
+
+def jobs_of(run):
+    """(record, its request, or None if the record is kept as it is) of every row that is to be asked."""
+    return ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
 
 
 def write_batch(run):
     """Write the requests that are to be made into files, and say how to go on."""
     config = run.config
-    asked = ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
-    requests = (sample_request(run, *job, i) for job in asked if job[1] for i in range(config.n))
-    url = "/v1/chat/completions" if config.endpoint == "chat" else "/v1/completions"
+    requests = (sample_request(run, *job, i) for job in jobs_of(run) if job[1] for i in range(config.n))
+    url = "/v1" + PATHS[config.endpoint]
     for path, count in write_requests(config.batch_requests, requests, url, config.batch_rows):
         print_line(f"{path}: {count:,} requests")
     print_line("next: the same command with --batch-replies REPLIES.jsonl in place of --batch-requests")
@@ -191,17 +195,15 @@ def write_batch(run):
 def render(run, record):
     """The body of the request for a row; None for one that has a rationale, which is kept unless --replace is given.
     Raises ValueError for an input that does not fit the prompt file."""
-    if record.rationale is not None and not run.config.replace:
+    config = run.config
+    if record.rationale is not None and not config.replace:
         return None
-    gold = record.label if run.config.rationalize else None
+    question, name = (run.prompt.chat, "messages") if config.endpoint == "chat" else (run.prompt.completion, "prompt")
     try:
-        if run.config.endpoint == "chat":
-            question = {"messages": run.prompt.chat(record.input, gold)}
-        else:
-            question = {"prompt": run.prompt.completion(record.input, gold)}
+        asked = question(record.input, record.label if config.rationalize else None)
     except ValueError as error:
-        raise ValueError(f"{run.config.input}: row {record.id!r}: {error}") from None
-    return {"model": run.config.model, **question, **run.params}
+        raise ValueError(f"{config.input}: row {record.id!r}: {error}") from None
+    return {"model": config.model, name: asked, **config.params(run.prompt.stop)}
 
 
 def characters(body):
@@ -209,10 +211,10 @@ def characters(body):
 
 
 def request_hash(run, body):
-    """What makes two requests the same, as hexadecimal SHA-256."""
+    """What makes two requests the same, as hexadecimal SHA-256; None for no request."""
     config = run.config
-    whole = body | {"endpoint": config.endpoint, "n": config.n, "reasoning": config.reasoning, "keep": config.keep}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    whole = {"endpoint": config.endpoint, "n": config.n, "reasoning": config.reasoning, "keep": config.keep}
+    return body and hashlib.sha256(json.dumps(body | whole, sort_keys=True).encode()).hexdigest()
 
 
 def sample_request(run, record, body, number):
@@ -221,96 +223,82 @@ def sample_request(run, record, body, number):
     return custom_id(record.id, request_hash(run, body), number), body | seed
 
 
-@dataclass
-class Sample:
-    """One answer to a question, or what came instead."""
-
-    answer: Answer = field(default_factory=Answer)
-    raw: str = ""
-    model: str = ""
-    attempts: int = 0
-    seconds: float = 0.0
-    usage: Counter = field(default_factory=Counter)  # of all attempts
-
-
 def work(run, jobs, results):
-    """A worker: takes (record, body) and gives (record, body, samples) until it takes None. The samples are None if the
-    run ended first, or an exception that is a bug of ours."""
+    """A worker asks about row after row. It gives (record, body, samples) of each, an exception that is a bug of ours,
+    and None at its end."""
     teacher = run.replies or copy(run.teacher)  # each worker has a connection of its own
-    while job := jobs.get():
-        try:
-            samples = [ask(run, teacher, *job, number) for number in range(run.config.n if job[1] else 0)]
-        except Stopped:
-            samples = None
-        except RequestError as error:
-            question = "; is the teacher running there?" if error.kind == "disconnect" else ""
-            run.aborted, samples = run.aborted or f"{error}{question}", None
-            run.pace.stopped.set()
-        except Exception as error:
-            samples = error
-        results.put((*job, samples))
-    if not run.replies:
-        teacher.close()
+    try:
+        while not run.pace.stopped.is_set():
+            with run.lock:
+                record, body = next(jobs)
+            samples = [ask(run, teacher, record, body, i) for i in range(run.config.n if body else 0)]
+            results.put((record, body, samples))
+    except RequestError as error:
+        question = "; is the teacher running there?" if error.kind == "disconnect" else ""
+        run.aborted = run.aborted or f"{error}{question}"
+        run.pace.stopped.set()
+    except (StopIteration, Stopped):
+        pass
+    except Exception as error:
+        results.put(error)
+    results.put(None)
 
 
 def ask(run, teacher, record, body, number):
-    """Sample `number` of a row: ask until there is a reply, read it. Raises Stopped where there will be none, and
-    RequestError if the run must end."""
-    pace, sample = run.pace, Sample()
+    """Sample `number` of a row: ask until there is a reply, read it; None if a batch has none. Raises Stopped if the
+    run ends first, RequestError if it must end."""
+    pace, attempts, seconds, usage = run.pace, 0, 0.0, Counter()
     identity, body = sample_request(run, record, body, number)
     while True:
         sent = pace.wait()
         try:
             reply = teacher.ask(body, identity)
-            sample.seconds = time.monotonic() - sent
-            run.answered = body
+            run.answered, seconds = body, time.monotonic() - sent
             pace.let_through(answered=True)
-            return take(run, record, body, reply, sample)
+            usage.update(reply.usage)
+            return replace(take(run, record, body, reply), attempts=attempts + 1, seconds=seconds, usage=usage)
         except RequestError as error:
             if run.replies and error.then not in ("row", "denied"):  # the batch has failed here, not the row
-                raise Stopped from None
+                return None
             if error.then == "pace":
                 warn(run, "429", f"{error}; requests slow down to the server's pace, which --rpm gives beforehand")
                 pace.slow_down(sent, error)
                 continue
             pace.let_through(answered=False)
-            sample.attempts += 1
-            sample.answer, sample.raw = Answer(error=error.kind, detail=str(error)), error.raw
-            if run.replies or error.then == "row" or error.then == "denied" and answers(run, teacher):
-                return sample
+            attempts += 1
+            took = dict(attempts=attempts, seconds=seconds, usage=usage)
+            failed = Answer(error=error.kind, detail=str(error), raw=error.raw, **took)
+            if run.replies or error.then == "row" or error.then == "denied" and run.answered and answers(run, teacher):
+                return failed
             if error.then in ("stop", "denied"):
                 raise
-            if sample.attempts <= run.config.max_retries:
-                pace.back_off(sample.attempts, error.wait)
+            if attempts <= run.config.max_retries:
+                pace.back_off(attempts, error.wait)
             elif not run.answered:
                 raise
             elif pace.await_teacher(sent, error, lambda: answers(run, teacher)):
-                sample.attempts = 0  # it was not this row's fault
+                attempts = 0  # it was not this row's fault
             else:
-                return sample
+                return failed
 
 
 def answers(run, teacher):
     """Whether the teacher still answers the request that it answered last."""
-    if not run.answered:
-        return False
     run.pace.wait()
     try:
-        teacher.ask(run.answered)
+        return bool(teacher.ask(run.answered))
     except RequestError as error:
         return error.then == "pace"
-    return True
 
 
-def take(run, record, body, reply, sample):
-    """The Sample with a reply and what it says. Raises RequestError for a text that another attempt may better."""
+def take(run, record, body, reply):
+    """The Answer in a reply. Raises RequestError for a text that another attempt may better."""
     config = run.config
     if reply.model and reply.model != config.model:
         warn(run, "model", f"asked for {config.model!r}, served by {reply.model!r}")
     if 0 < reply.usage["prompt"] * 8 < characters(body):
         seen = f"{reply.usage['prompt']:,} tokens of {characters(body):,} characters"
         warn(run, "cut", f"the server read {seen}; if it cuts prompts, give it a larger context")
-    sample.usage.update(reply.usage)
     thoughts, said = split_thinking(reply.text)
     thoughts = "\n".join(filter(None, (reply.reasoning, thoughts)))
     answer = run.prompt.parse(said, record.input, reply.cut_short)
@@ -321,15 +309,14 @@ def take(run, record, body, reply, sample):
     vain = answer.error == "empty" and not thoughts and not reply.cut_short
     if vain or answer.error and config.temperature > 0 and "seed" not in body:  # another attempt gives another text
         raise RequestError(answer.error, answer.detail, "retry", reply.text)
-    sample.attempts += 1
-    sample.answer, sample.raw, sample.model = answer, (reply.text or reply.reasoning)[:RAW], reply.model
-    return sample
+    return replace(answer, raw=(reply.text or reply.reasoning)[:RAW], model=reply.model)
 
 
 def provenance(run):
     """The part of a row's `teacher` that is the same for all rows of a run."""
-    params = run.params | {"n": run.config.n, "reasoning": run.config.reasoning}
-    given = {name: getattr(run.config, name) for name in SETTINGS}
+    config = run.config
+    params = config.params(run.prompt.stop) | {"n": config.n, "reasoning": config.reasoning}
+    given = {name: getattr(config, name) for name in ("model", "endpoint", "rationalize", "keep")}
     return {"base_url": run.teacher.url, "prompt_sha256": run.prompt.sha256, "params": params} | given
 
 
@@ -338,107 +325,90 @@ def check(run, record, body, samples):
     config = run.config
     if body is None:
         return replace(record, teacher=None), None
-    usable = [s for s in samples if not s.answer.error]
-    alike = [[t for t in usable if run.prompt.same(s.answer.label, t.answer.label, record.input)] for s in usable]
+    usable = [s for s in samples if not s.error]
+    same = partial(run.prompt.same, input=record.input)
+    alike = [[t for t in usable if same(s.label, t.label)] for s in usable]
     winners = max(alike, key=len, default=[])  # the samples with the label that most have
-    best = (winners or samples)[0]
-    answer = best.answer
-    judged = record.label is not None and winners
-    correct = run.prompt.same(answer.label, record.label, record.input) if judged else None
+    answer = (winners or samples)[0]
+    correct = same(answer.label, record.label) if winners and record.label is not None else None
     usage = sum((s.usage for s in samples), Counter())
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
-        "model_served": best.model or None,
-        "usage": {name: usage[name] for name in ("prompt", "completion", "cached")},
+        "model_served": answer.model or None,
+        "usage": {"prompt": usage["prompt"], "completion": usage["completion"]},
         "attempts": sum(s.attempts for s in samples),
         "latency_s": round(sum(s.seconds for s in samples), 3),  # of the replies, without pauses
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": data.__version__,
     }
     if config.n > 1:
-        given = [{"label": s.answer.label, "rationale": s.answer.rationale} for s in samples]
-        failed = [{"error": s.answer.error, "raw": s.raw} for s in samples]
-        teacher["samples"] = [f if s.answer.error else g for s, f, g in zip(samples, failed, given)]
+        given = [{"label": s.label, "rationale": s.rationale} for s in samples]
+        failed = [{"error": s.error, "raw": s.raw} for s in samples]
+        teacher["samples"] = [f if s.error else g for s, f, g in zip(samples, failed, given)]
     if winners and config.keep == "correct" and not correct:
-        what = f"the label is {answer.label!r}, not the gold one, and --keep correct is given"
-        answer = Answer(error="incorrect", detail=what)
+        what = f"--keep correct: the label {answer.label!r} is not the gold one"
+        answer = replace(answer, error="incorrect", detail=what)
     other = {name: value for name, value in record.other.items() if name != "error"} | {"correct": correct}
     rationale, label = answer.rationale, answer.label
     if answer.error:
-        other["error"] = {"kind": answer.error, "message": answer.detail, "raw": best.raw}
+        other["error"] = {"kind": answer.error, "message": answer.detail, "raw": answer.raw}
         rationale = label = None
     elif config.keep == "samples":
-        rationale = list(dict.fromkeys(s.answer.rationale for s in winners))
+        rationale = list(dict.fromkeys(s.rationale for s in winners))
     row = replace(record, rationale=rationale, teacher_label=label, teacher=teacher, other=other)
     return row, answer.error
 
 
 def ask_all(run, stop):
     """Ask about every row that is to be asked, and write each outcome as it comes. The files end up in input order."""
-    config, jobs, results = run.config, queue.SimpleQueue(), queue.SimpleQueue()
-    todo = ((record, render(run, record)) for record in read_input(run) if to_ask(run, record.id))
-    total = len(run.ids) - run.resumed
-    workers = 1 if run.replies else min(config.concurrency, total)
+    config, jobs, total = run.config, jobs_of(run), len(run.ids) - run.resumed
+    workers = min(1 if run.replies else config.concurrency, total)
+    results = queue.Queue(maxsize=workers)  # no worker asks further ahead than is written
     for _ in range(workers):
         threading.Thread(target=work, args=(run, jobs, results), daemon=True).start()
-    ending, flying, in_a_row = run.pace.stopped, 0, 0
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+    ending, in_a_row = run.pace.stopped, 0
     layout = "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"  # fits into 80 columns
-    options = dict(bar_format=layout, mininterval=interval, disable=not total)
-    with tqdm(total=len(run.ids), initial=run.resumed, **options) as bar:
-        while True:
-            while flying < 2 * workers and not ending.is_set() and (job := next(todo, None)):
-                jobs.put(job)
-                flying += 1
-            if not flying:
-                break
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+    bar = tqdm(total=len(run.ids), initial=run.resumed, bar_format=layout, mininterval=interval, disable=not total)
+    with bar:
+        while workers:
             if (stop.requested or run.aborted) and not run.interrupted:
                 run.interrupted = stop.requested = True
                 ending.set()
                 print_line("ending: waiting for the requests in flight; Ctrl-C ends at once")
             ready = []
-            for record, body, samples in drain(results):
-                flying -= 1
-                if isinstance(samples, Exception):
-                    raise samples
-                if samples is None:  # the next start will ask
+            for result in drain(results):
+                if isinstance(result, Exception):
+                    raise result
+                workers -= result is None
+                if result is None or None in result[2]:  # a batch has no reply: the next start will ask
                     continue
-                row, kind = check(run, record, body, samples)
+                row, kind = check(run, *result)
                 ready.append((row, kind))
                 in_a_row = in_a_row + 1 if kind and kind != "incorrect" else 0
-                if config.max_consecutive_failures and in_a_row == config.max_consecutive_failures:
+                if in_a_row == (config.max_consecutive_failures or None):
                     last = row.other["error"]["message"]
                     run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer; the last: {last}"
-            write(run, ready, bar)
-    for _ in range(workers):
-        jobs.put(None)
+            append(config.output, [row.to_json() for row, kind in ready if not kind])
+            append(config.errors_path, [row.to_json() for row, kind in ready if kind])
+            for row, kind in ready:
+                run.state[row.id] = Outcome(kind, row.other.get("correct"))
+                if row.teacher:
+                    run.kinds[kind] += 1
+                    run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - config.n)
+            bar.set_postfix_str(bar_text(run), refresh=False)
+            bar.update(len(ready))
     if not ending.is_set():
         put_in_order(config.output, run.ids)
-        put_in_order(config.errors_path, run.ids, leave_out=run.state.done)
+        put_in_order(config.errors_path, run.ids, {name for name, outcome in run.state.items() if not outcome.kind})
 
 
 def drain(results):
-    """What is in a queue, after a wait for the first: all of it is then written to the disk at once."""
-    try:
-        ready = [results.get(timeout=0.5)]  # without a timeout Windows would hold back Ctrl-C
-    except queue.Empty:
-        return []
-    while not results.empty():  # nobody else takes from it
-        ready.append(results.get())
-    return ready
-
-
-def write(run, rows, bar):
-    """Write (Record, kind of error or None) pairs into the output or the errors file, then count them."""
-    append(run.config.output, [row.to_json() for row, kind in rows if not kind])
-    append(run.config.errors_path, [row.to_json() for row, kind in rows if kind])
-    for row, kind in rows:
-        run.state.add(row.id, kind, row.other.get("correct"))
-        if row.teacher:
-            run.kinds[kind] += 1
-            run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - run.config.n)
-        bar.update()
-        bar.set_postfix_str(bar_text(run), refresh=False)
+    """Yield what is in a queue, after a wait for the first: all of it is then written to the disk at once."""
+    with suppress(queue.Empty):
+        yield results.get(timeout=0.5)  # without a timeout Windows would hold back Ctrl-C
+        for _ in range(results.qsize()):
+            yield results.get_nowait()
 
 
 if __name__ == "__main__":

@@ -16,16 +16,11 @@ SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 THINKING = re.compile(r"\s*(<think(ing)?>|\[THINK\]|(<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>)")
 ANSWERING = re.compile(r"</think(ing)?>|\[/THINK\]|<\|channel\|>final<\|message\|>")
 TAGS = re.compile(r"</?think(ing)?>|\[/?THINK\]|(<\|start\|>assistant|<\|channel\|>\w+|<\|\w+\|>)+")
+Read, Same = Callable[[str], str | None], Callable[[str, str], bool]
 
 
-def read_answer(
-    output: str,
-    next_examples: Iterable[str],
-    markers: list[str],
-    read: Callable[[str], str | None],
-    same: Callable[[str, str], bool],
-) -> tuple[str | None, str | None, str | None]:
-    """One raw output -> (rationale, label, the text behind the marker), each None where there is none.
+def read_answer(output: str, next_examples: Iterable[str], markers: list[str], read: Read, same: Same) -> tuple:
+    """One raw output -> (rationale, label, the text behind the marker), each a text or None.
 
     What begins with one of `next_examples` is an invented next example and is cut off first. `markers` are in order of
     preference: of those that have a label behind them, the best one divides rationale and answer. `read` finds the
@@ -33,29 +28,21 @@ def read_answer(
     """
     for text in next_examples:
         output = output.split(text)[0]
-    patterns = [re.compile(marker_pattern(marker), re.IGNORECASE) for marker in markers]
-    longest_first = "|".join(sorted((p.pattern for p in patterns), key=len, reverse=True))
-    matches = list(re.finditer(longest_first, output, re.IGNORECASE))
+    patterns = [  # white space in a marker may differ, and Markdown may close before its colon
+        r"(?<!\w)" + r"\s+".join(map(re.escape, marker.split())).replace(":", "[*_]*:") for marker in markers
+    ]
+    matches = list(re.finditer("|".join(sorted(patterns, key=len, reverse=True)), output, re.IGNORECASE))
     if not matches:
         return None, None, None
     ends = [match.start() for match in matches[1:]] + [len(output)]
     rests = [output[match.end() : end] for match, end in zip(matches, ends)]
     labels = [read(rest) for rest in rests]
-    ranks = [next(k for k, p in enumerate(patterns) if p.fullmatch(match[0])) for match in matches]
+    ranks = [[bool(re.fullmatch(p, match[0], re.IGNORECASE)) for p in patterns].index(True) for match in matches]
     best = min(range(len(matches)), key=lambda i: (labels[i] is None, ranks[i], i))
     ambiguous = any(label is not None and not same(label, labels[best]) for label in labels)
-    rationale = without_markup(output[: matches[best].start()])
+    # Markdown before the marker belongs to the answer: `He runs.\n\n**` -> `He runs.`
+    rationale = re.sub(r"(^|\s)[*#_>`~\s]*$", "", output[: matches[best].start()]).strip()
     return rationale or None, None if ambiguous else labels[best], rests[best]
-
-
-def marker_pattern(marker: str) -> str:
-    """A regular expression for a marker: its white space may differ, and Markdown may close before its colon."""
-    return r"(?<!\w)" + r"\s+".join(map(re.escape, marker.split())).replace(":", "[*_]*:")
-
-
-def without_markup(text: str) -> str:
-    """A rationale without the Markdown that belongs to the answer behind it: `He runs.\\n\\n**` -> `He runs.`"""
-    return re.sub(r"(^|\s)[*#_>`~\s]*$", "", text).strip()
 
 
 def split_thinking(text: str) -> tuple[str, str]:
@@ -63,8 +50,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 
     The opening tag may be missing (a chat template can hold it); without the closing one the thought never ended.
     """
-    closings = list(ANSWERING.finditer(text))
-    end = closings[-1].end() if closings else len(text) if THINKING.match(text) else 0
+    end = max((match.end() for match in ANSWERING.finditer(text)), default=len(text) if THINKING.match(text) else 0)
     return TAGS.sub("", text[:end]).strip(), text[end:]
 
 
@@ -84,10 +70,8 @@ def class_answer(text: str, labels: Iterable[str]) -> str | None:
     """` Neutral.` -> `neutral`, the one of `labels` that the text begins with, in any case of letters; None if there
     is none or the text offers another one (`neutral or contradiction`)."""
     labels = sorted(labels, key=len, reverse=True)
-    any_label = "|".join(map(re.escape, labels))
-    match = re.match(
-        rf"\s*({any_label})(?!\w)(?!\W*(?:\b(?:or|and)\b|[/,])\W*(?:{any_label})(?!\w))", text, re.IGNORECASE
-    )
+    one = rf"({'|'.join(map(re.escape, labels))})(?!\w)"
+    match = re.match(rf"\s*{one}(?!\W*(\b(or|and)\b|[/,])\W*{one})", text, re.IGNORECASE)
     return next(label for label in labels if label.casefold() == match[1].casefold()) if match else None
 
 
@@ -104,12 +88,6 @@ def pick(answer: str, choices: list[tuple[str, str]]) -> str | None:
                 return choice
     by_letter = {mark.casefold(): choice for mark, choice in choices}
     return None if letter and text.strip(".") else by_letter.get(letter or text.removesuffix("."))
-
-
-def same_choice(a: str, b: str, input: str) -> bool:
-    """Whether two answers name the same choice of those `input` lists, in any case of letters."""
-    x, y = (pick(answer, CHOICES.findall(input)) for answer in (a, b))
-    return x is not None and y is not None and x.casefold() == y.casefold()
 
 
 def read_label(text: str, label_type: str, labels: Iterable[str] = (), input: str = "") -> str | None:
@@ -135,13 +113,14 @@ def read_label(text: str, label_type: str, labels: Iterable[str] = (), input: st
 
 def same_label(a: str, b: str, label_type: str, input: str = "") -> bool:
     """Whether two labels are the same: equations by value (`84 / 2` = `( 84.0 / 2.0 )`), choices by the choice of
-    `input` they name (`(c) park`, `c`, `(c)` and `park` are one), classes in any case of letters, texts by their
-    words."""
+    `input` they name (`(c) park`, `c`, `(c)` and `park` are one) or as texts, classes in any case of letters, texts by
+    their words."""
     if label_type == "equation":
         return same_value(a, b)
-    if label_type == "choice" and same_choice(a, b, input):
-        return True
-    if label_type == "class":
+    if label_type == "choice":
+        choices = CHOICES.findall(input)
+        a, b = pick(a, choices) or a, pick(b, choices) or b
+    if label_type in ("choice", "class"):
         a, b = a.casefold(), b.casefold()
     return a.split() == b.split()
 
@@ -153,6 +132,4 @@ def choose_label_type(rows: Iterable) -> str:
     if rows and all(len(CHOICES.findall(row.input)) > 1 for row in rows):
         return "choice"
     arithmetic = all(value(row.label) is not None for row in rows)
-    if rows and arithmetic and any(re.search(r"\d\s*[+*/-]", row.label) for row in rows):
-        return "equation"
-    return "text"
+    return "equation" if arithmetic and any(re.search(r"\d\s*[+*/-]", row.label) for row in rows) else "text"

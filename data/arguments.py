@@ -21,17 +21,12 @@ def parse(argv, config, presets=None, prog=None):
     """The command line `argv` as a `config` (a dataclass of commented fields, with a method `check` that raises
     ValueError). Exits 2 with one line if it is wrong. presets: {name: {field: default}}, the defaults that a flag
     --preset NAME puts in place of the class's own."""
-    comments, groups = field_comments(config), field_groups(config)
-    description = inspect.cleandoc(config.__doc__)
-    parser = OneLineParser(
-        prog=prog,
-        description=description,
-        usage="%(prog)s [--FLAG VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter if "\n" in description else argparse.HelpFormatter,
-    )
-    sections = {name: parser.add_argument_group(name) for name in dict.fromkeys(groups.values())}
+    parser = OneLineParser(prog=prog, description=inspect.cleandoc(config.__doc__), usage="%(prog)s [--FLAG VALUE ...]")
+    groups, comments = {}, field_comments(config)
     for field in dataclasses.fields(config):
-        sections[groups[field.name]].add_argument(flag(field.name), **argument(field, comments[field.name]))
+        group, comment = comments[field.name]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        groups[group].add_argument(flag(field.name), **argument(field, comment))
     values = parser.parse_args(argv)
     if presets and values.preset:
         parser.set_defaults(**presets[values.preset])
@@ -46,44 +41,33 @@ def parse(argv, config, presets=None, prog=None):
 
 def argument(field, comment):
     """The keyword arguments of argparse for one field: type, choices, default and help from its declaration."""
-    kind, default, many = field.type, field.default, get_origin(field.type) is tuple
-    if many:
-        kind, _ = get_args(kind)
+    kind, default, nargs, text = field.type, field.default, None, comment.replace("%", "%%")
+    if get_origin(kind) is tuple:
+        (kind, _), nargs = get_args(kind), "+"
     if isinstance(kind, types.UnionType):
-        kind = get_args(kind)[0]
-    comment = comment.replace("%", "%%")
+        kind, _ = get_args(kind)
     if kind is bool:
-        return dict(action="store_true", help=comment)
-    shown = " ".join(map(str, default)) if many else default
-    options = dict(default=default, help=comment + (f" [{shown}]" if shown not in ("", None) else ""))
-    if many:
-        options["nargs"] = "+"
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        few = len(" ".join(choices)) < 40  # argparse prints them in place of the value, twice if it takes several
-        options["help"] += "" if few else "; " + " ".join(filter(None, choices))
-        return dict(options, choices=choices, metavar=None if few else "NAME")
-    return dict(options, type=kind, metavar={int: "N", float: "X", str: "NAME"}[kind])
+        return dict(action="store_true", help=text)
+    shown = " ".join(map(str, default)) if nargs else default
+    text += f" [{shown}]" if shown not in ("", None) else ""
+    if get_origin(kind) is not Literal:
+        name = {int: "N", float: "X", str: "NAME"}[kind]
+        return dict(type=kind, default=default, nargs=nargs, metavar=name, help=text)
+    choices, name = get_args(kind), None
+    if len(" ".join(choices)) > 40:  # argparse prints them in place of the value, twice if it takes several
+        name, text = "NAME", f"{text}; {' '.join(filter(None, choices))}"
+    return dict(choices=choices, default=default, nargs=nargs, metavar=name, help=text)
 
 
 def field_comments(config):
-    """{field: the comment behind its declaration}, read from the class's own source."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source(config), re.MULTILINE))
-
-
-def field_groups(config):
-    """{field: the lower-case comment line above it or above its neighbours}, read from the class's own source."""
-    groups, group = {}, "options"
-    for heading, name in re.findall(r"^    (?:# ([a-z ]+)$|(\w+): )", source(config), re.MULTILINE):
+    """{field: (the heading of its group, its comment)}, read from the source of a dataclass and what it builds on."""
+    source = "\n".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
+    comments, group = {}, "options"
+    for heading, name, comment in re.findall(r"^    (?:# ([a-z ]+)|(\w+): .*?  # (.+))$", source, re.MULTILINE):
         group = heading or group
         if name:
-            groups[name] = group
-    return groups
-
-
-def source(config):
-    """The source of a dataclass behind that of the one it builds on, if any."""
-    return "\n".join(inspect.getsource(c) for c in reversed(config.__mro__[:-1]))
+            comments[name] = group, comment
+    return comments
 
 
 def flag(name):
@@ -125,14 +109,6 @@ def one_line(problem):
     return " ".join(str(problem).splitlines())
 
 
-def print_anything():
-    """Let a terminal that cannot show a character, or shows nothing any more, not end the program."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    sys.stderr = Display(sys.stderr)
-
-
 class Display:
     """A stream of messages. That nobody can read them, on a full disk or a closed terminal, is no reason to stop."""
 
@@ -153,13 +129,16 @@ class Display:
 
 class OneLineParser(argparse.ArgumentParser):
     """argparse for every program: errors on one line, the nearest flag named for an unknown one, no abbreviations,
-    `--batch-size` understood as `--batch-size`. It also makes the terminal one that can print anything."""
+    `--batch_size` understood as `--batch-size`."""
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
+        super().__init__(allow_abbrev=False, formatter_class=formatter_class, **options)
 
     def parse_args(self, argv=None):
-        print_anything()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a character that the terminal cannot show ends no program
+        sys.stderr = Display(sys.stderr)
         words = sys.argv[1:] if argv is None else argv
         return super().parse_args([re.sub("^--[^=]+", lambda name: flag(name[0][2:]), word) for word in words])
 

@@ -1,7 +1,6 @@
-"""The value of an arithmetic expression, safely: SVAMP's labels are equations, and two are equal if their values are.
+"""The value of an arithmetic expression: SVAMP's labels are equations, and two are equal if their values are.
 
-The text is parsed into a syntax tree, and only numbers, + - * /, signs and parentheses are computed; what a model wrote
-is never given to eval.
+What a model wrote is never given to eval: it is parsed, and only numbers, + - * /, signs and parentheses are computed.
 """
 
 import ast
@@ -14,6 +13,7 @@ LONGEST = 200  # characters
 LARGEST = 1e15  # magnitude of any number or intermediate result; beyond it floats no longer tell integers apart
 PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' parsing as one: SystemError, now and then
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS |= {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def value(text):
@@ -30,17 +30,17 @@ def value(text):
 
 def compute(node):
     match node:
-        case ast.Constant(value=int() | float() as number):
-            result = float(number) if abs(number) <= LARGEST else math.inf
+        case ast.Constant(value=int() | float() as result):
+            pass
         case ast.BinOp(left, op, right) if type(op) in OPERATORS:
             result = OPERATORS[type(op)](compute(left), compute(right))
-        case ast.UnaryOp(ast.USub() | ast.UAdd() as sign, operand):
-            result = compute(operand) * (-1 if isinstance(sign, ast.USub) else 1)
+        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
+            result = OPERATORS[type(op)](compute(operand))
         case _:
             raise ValueError("not arithmetic")
     if not abs(result) <= LARGEST:  # also refuses nan
         raise ValueError("too large")
-    return result
+    return float(result)
 
 
 def same_value(a, b):

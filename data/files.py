@@ -51,32 +51,26 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def locked(path: str | os.PathLike, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold PATH.lock for the block, so that one process at a time writes to `path`. A killed process holds nothing.
 
-    Where another process holds it: BlockingIOError at once, or, with a function `waiting`, a call of it and a wait for
-    the other's end.
+    Where another process holds it: BlockingIOError, or, with a function `waiting`, a call of it and a wait.
     """
     name = f"{path}.lock"
-    while True:
-        file = open(name, "ab")
+    with open(name, "ab") as file:
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not waiting:
-                file.close()
                 raise BlockingIOError(f"{path}: another process (which holds {name}) writes it") from None
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            file.close()
-            raise  # a file system without locks, for one
-        if not fcntl or (os.path.exists(name) and os.path.samestat(os.fstat(file.fileno()), os.stat(name))):
-            break
-        file.close()  # its holder deleted it between our open and our lock
-    try:
-        yield
-    finally:
-        Path(name).unlink(missing_ok=True)
-        file.close()
+        if ours := not fcntl or os.path.exists(name) and os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+            try:
+                yield
+            finally:
+                Path(name).unlink(missing_ok=True)
+    if not ours:  # its holder deleted it between our open and our lock
+        with locked(path, waiting):
+            yield
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
@@ -113,7 +107,7 @@ def parse_json(text: str | bytes, where: object, most: int = MOST_JSON) -> objec
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=finite, parse_float=finite, object_pairs_hook=unrepeated)
-        if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
+        if text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST:
             raise RecursionError
     except UnicodeDecodeError as problem:
         raise ValueError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
@@ -125,9 +119,9 @@ def parse_json(text: str | bytes, where: object, most: int = MOST_JSON) -> objec
 
 
 def finite(text):
-    if not math.isfinite(float(text)):
+    if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is not a finite number")
-    return float(text)
+    return number
 
 
 def unrepeated(pairs):
@@ -136,12 +130,10 @@ def unrepeated(pairs):
     return result
 
 
-def is_deep(value):
-    level = [value]
-    for _ in range(DEEPEST):
-        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
-        level = [child for children in inner for child in children]
-    return any(isinstance(v, (dict, list)) for v in level)
+def depth(value):
+    if not isinstance(value, (dict, list)):
+        return 0
+    return 1 + max(map(depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def reason(problem: BaseException) -> str:

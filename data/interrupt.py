@@ -12,8 +12,8 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """In a `with` block: the first SIGINT, SIGTERM or SIGHUP sets `requested`, for a run to end cleanly; a second
-    one ends it where it is. `notice`, if any, is a line that the first one prints."""
+    """In a `with` block the first SIGINT, SIGTERM or SIGHUP sets `requested`, for a run to end cleanly, and prints the
+    line `notice`, if any; a second one ends the run where it is."""
 
     def __init__(self, notice=""):
         self.notice = notice

@@ -18,6 +18,11 @@ from typing import BinaryIO
 from data.files import MOST_JSON, parse_json, replacing
 
 TEXTS = ("label", "rationale", "teacher_label")
+KINDS = dict.fromkeys(("label", "teacher_label"), (str, "a text or null")) | {
+    "id": (str, "a text"),
+    "rationale": (str | list, "a text, a list of texts or null"),
+    "teacher": (dict, "an object"),
+}
 
 
 class RecordError(ValueError):
@@ -48,58 +53,42 @@ def parse_record(line: str, where: str, default_id: str, names: dict[str, str] |
     """
     try:
         row = parse_json(line, where)
+        if "\\ud" in line.lower():  # only an escape can be half a character, which UTF-8 cannot hold
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RecordError(f"{where}: it holds half a character, a lone \\ud800 to \\udfff") from None
     except ValueError as problem:
         raise RecordError(problem) from None
     if not isinstance(row, dict):
         raise RecordError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
-    for key, value in row.items() if "\\ud" in line.lower() else ():  # only an escape can be half a character
-        if not is_unicode(key, value):
-            raise RecordError(f"{where}: {json.dumps(key)} holds half a character, a lone \\ud800 to \\udfff")
     row = renamed(row, where, names or {})
     if not is_text(row.get("input")):
         raise RecordError(f'{where}: "input" must be a text that is not blank, got {repr(row.get("input"))}')
-    texts = {}
-    for name in TEXTS:
+    found = {}
+    for name, (kind, what) in KINDS.items():
         value = row.pop(name, None)
-        if name == "rationale" and isinstance(value, list) and value and all(map(is_text, value)):
-            texts[name] = value
-        elif value is None or isinstance(value, str):
-            texts[name] = value if is_text(value) else None
-        else:
-            kinds = "a text, a list of texts or null" if name == "rationale" else "a text or null"
-            raise RecordError(f'{where}: "{name}" must be {kinds}, got {repr(value)}')
-    identity, teacher = row.pop("id", None), row.pop("teacher", None)
-    if identity is not None and not isinstance(identity, str):
-        raise RecordError(f'{where}: "id" must be a text, got {repr(identity)}')
-    if teacher is not None and not isinstance(teacher, dict):
-        raise RecordError(f'{where}: "teacher" must be an object, got {repr(teacher)}')
-    identity = default_id if identity is None else identity
-    return Record(id=identity, input=row.pop("input"), teacher=teacher or {}, other=row, **texts)
+        if not isinstance(value, kind | None) or isinstance(value, list) and not (value and all(map(is_text, value))):
+            raise RecordError(f'{where}: "{name}" must be {what}, got {repr(value)}')
+        blank = name in TEXTS and isinstance(value, str) and not value.strip()
+        found[name] = None if blank else value
+    found["id"] = default_id if found["id"] is None else found["id"]
+    found["teacher"] = found["teacher"] or {}
+    return Record(input=row.pop("input"), other=row, **found)
 
 
 def is_text(value):
     return isinstance(value, str) and bool(value.strip())
 
 
-def is_unicode(*values):
-    """Whether JSON values can be written in UTF-8: a lone surrogate, half of a pair, cannot."""
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def renamed(row, where, names):
     """The row with the keys of the record in place of the file's own. With names, an id or label may be a number."""
-    for name in (names[key] for key in ("id", "label") if key in names):
-        if isinstance(row.get(name), int) and not isinstance(row[name], bool):
-            row[name] = str(row[name])
-    names = {key: name for key, name in names.items() if key != name}
-    for name in names.values():
-        if name not in row:
+    for key, name in names.items():
+        if name not in row and name != key:
             raise RecordError(f'{where}: there is no "{name}"; the line has {", ".join(row) or "nothing"}')
-    taken = {key: row.pop(name) for key, name in names.items()}
+    taken = {}
+    for key, name in names.items():
+        value = row.pop(name, None)
+        taken[key] = str(value) if type(value) is int and key != "input" else value
     return {f"original_{key}" if key in taken else key: value for key, value in row.items()} | taken
 
 

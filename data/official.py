@@ -1,46 +1,36 @@
 """The paper's released datasets -> JSONL:  python -m data.official DATASETS_DIR --out DIR
 
-DATASETS_DIR has the release's layout: NAME/NAME_SPLIT.json with one JSON object a line, NAME/llm/SPLIT_CoT_K.json with
-the raw PaLM 540B outputs for those rows in order (lists; several files continue one another), and, where they are
-there, gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split found becomes NAME_SPLIT.jsonl, and
-NAME_SPLIT_gpt-neox.jsonl beside it.
+DATASETS_DIR holds NAME/NAME_SPLIT.json, one JSON object a line, NAME/llm/SPLIT_CoT_K.json, PaLM 540B's raw outputs for
+those rows as lists that continue one another, and perhaps gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split
+becomes NAME_SPLIT.jsonl, and NAME_SPLIT_gpt-neox.jsonl beside it.
 
-An output is a rationale, a marker, an answer, and nearly always an invented next example, which is cut off first:
-
-    cqa      ... So the answer is (c) wooded area.          cut at "Q:"
-    svamp    ... The answer is (10 * 45).                   cut at "Q:"
-    anli1    ... So the answer is contradiction.            cut at "Premise:"
-    esnli    REASON\\nAnswer: neutral                        cut at "Premise:"
-
-Without a marker the output ended in mid-thought, and the row has neither rationale nor teacher label. A marker with no
-usable answer behind it (two choices, an unknown x) leaves the rationale and no teacher label. Both are counted.
+An output is a rationale, a marker, an answer ("... So the answer is (c) wooded area.") and nearly always an invented
+next example, which is cut off first. Without a marker it ended in mid-thought, and the row has neither rationale nor
+teacher label. A marker with no usable answer behind it (two choices, an unknown x) leaves the rationale alone.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import zip_longest
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from data import arguments
 from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
 from data.files import parse_json, read_json
-from data.jsonl import Record, RecordError, read_lines, write_jsonl
+from data.jsonl import Record, RecordError, parse_record, read_lines, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
 
 
 def read_cqa(row):
-    choices = "".join(f"\n({letter}) {choice}" for letter, choice in zip("abcde", row["choices"], strict=True))
-    return f"{row['question']}\nAnswer Choices:{choices}", row["answer"]
-
-
-def read_svamp(row):
-    return row["input"], row["label"]
+    choices = (f"({letter}) " + choice for letter, choice in zip("abcde", row["choices"], strict=True))
+    return "\n".join([row["question"], "Answer Choices:", *choices]), row["answer"]
 
 
 def read_nli(row):
-    return f"{row['premise']}</s>{row['hypothesis']}", NLI[row["label"]] if 0 <= row["label"] < 3 else None
+    return "</s>".join([row["premise"], row["hypothesis"]]), NLI[row["label"]] if 0 <= row["label"] < 3 else None
 
 
 class Format(NamedTuple):
@@ -56,7 +46,7 @@ class Format(NamedTuple):
 nli_answer = partial(class_answer, labels=NLI)
 FORMATS = {
     "cqa": Format(read_cqa, "Q:", ["So the answer is"], choice_answer, "choice"),
-    "svamp": Format(read_svamp, "Q:", ["The answer is"], equation_answer, "equation"),
+    "svamp": Format(itemgetter("input", "label"), "Q:", ["The answer is"], equation_answer, "equation"),
     "anli1": Format(read_nli, "Premise:", ["So the answer is", "The answer is"], nli_answer, "class"),
     "esnli": Format(read_nli, "Premise:", ["Answer:"], nli_answer, "class"),
 }
@@ -68,34 +58,24 @@ def parse_output(output: str, form: Format, text: str = "") -> tuple[str | None,
     return read_answer(output, [form.next_example], form.markers, form.answer, same)[:2]
 
 
-def import_split(path: Path, outputs: list, form: Format, teacher: str) -> tuple[list[Record], Counter]:
-    """The Records of one split file and the Counter of what its outputs held.
-
-    outputs: [(raw output, where it lies)], in the rows' order; rows past their end have none.
-    """
-    records, counts = [], Counter()
+def import_split(path: Path, outputs: list, form: Format, teacher: str) -> list[Record]:
+    """The Records of one split file. outputs: [(raw output, where it lies)], in the rows' order; the last rows may have
+    none. Raises RecordError, for one where the release holds something else than a text."""
+    records = []
     with open(path, "rb") as file:
         lines = [(place, line) for place, _, line in read_lines(file, str(path)) if line.strip()]
     if len(outputs) > len(lines):
         raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
-    for index, (place, line) in enumerate(lines):
+    for index, ((place, line), output) in enumerate(zip_longest(lines, outputs)):
         try:
             text, label = form.read(parse_json(line, place))
+            rationale, answer = parse_output(output[0], form, text) if output else (None, None)
         except (ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{place}: not a row of this dataset ({error!r})") from None
-        output, where = outputs[index] if index < len(outputs) else (None, None)
-        rationale, answer = parse_output(output, form, text) if output is not None else (None, None)
-        counts["rows"] += 1
-        counts["rationale"] += rationale is not None
-        counts["teacher label"] += answer is not None
-        counts["no output"] += output is None
-        counts["not parsed"] += output is not None and rationale is None
-        counts["no usable answer"] += rationale is not None and answer is None
-        if answer is not None and label is not None:
-            counts["teacher right"] += same_label(answer, label, form.label_type, text)
-        provenance = {"model": teacher, "output": where} if output is not None else {}
-        records.append(Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance))
-    return records, counts
+        provenance = {"model": teacher, "output": output[1]} if output else {}
+        record = Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance)
+        records.append(parse_record(record.to_json(), place, ""))
+    return records
 
 
 def read_outputs(files):
@@ -109,16 +89,8 @@ def read_outputs(files):
     return outputs
 
 
-def part(path):
-    """K of SPLIT_CoT_K.json."""
-    number = path.stem.rsplit("_", 1)[1]
-    if not number.isdecimal():
-        raise RecordError(f"{path}: the release names these files SPLIT_CoT_NUMBER.json, which is their order")
-    return int(number)
-
-
-def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
-    """Import every split below `root` into `out`; yield (name of the file written, Counter) for each.
+def import_all(root: Path, out: Path) -> Iterator[str]:
+    """Import every split below `root` into `out`; yield a line on each file written.
 
     Raises FileNotFoundError if `root` holds none of the datasets, RecordError for a file that is not as released.
     """
@@ -128,13 +100,21 @@ def import_all(root: Path, out: Path) -> Iterator[tuple[str, Counter]]:
     out.mkdir(parents=True, exist_ok=True)
     for path, form in splits:
         name, split = path.stem.rsplit("_", 1)
-        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=part)
+        palm = sorted(path.parent.glob(f"llm/{split}_CoT_*.json"), key=lambda file: (len(file.name), file.name))
         neox = root / "gpt-neox" / name / f"{split}.json"
         for suffix, teacher, files in (("", "PaLM 540B", palm), ("_gpt-neox", "GPT-NeoX 20B", [neox])):
             if all(file.exists() for file in files):
-                records, counts = import_split(path, read_outputs(files), form, teacher)
-                write_jsonl(out / f"{path.stem}{suffix}.jsonl", records)
-                yield f"{path.stem}{suffix}.jsonl", counts
+                rows = import_split(path, read_outputs(files), form, teacher)
+                write_jsonl(out / f"{path.stem}{suffix}.jsonl", rows)
+                yield f"{path.stem}{suffix}.jsonl: {summary(rows, form)}"
+
+
+def summary(rows, form):
+    both = [r for r in rows if r.label is not None and r.teacher_label is not None]
+    right = sum(same_label(r.teacher_label, r.label, form.label_type, r.input) for r in both)
+    reasons, labels = (sum(r.rationale is not None for r in rows), sum(r.teacher_label is not None for r in rows))
+    share = right / max(sum(bool(r.teacher) for r in rows), 1)
+    return f"{len(rows):,} rows, {reasons:,} rationales, {labels:,} teacher labels; teacher right on {share:.1%}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,14 +122,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)
-    columns = ("rows", "rationale", "teacher label", "not parsed", "no usable answer", "no output")
-    heading = "  ".join([f"{'file':<28}", *columns, "teacher right"]) + "\n"
     try:
-        for name, counts in import_all(args.datasets, args.out):
-            print(heading, end="")
-            heading = ""
-            right = f"{counts['teacher right'] / max(counts['rows'] - counts['no output'], 1):.1%}"
-            print(f"{name:<28}", *(f"{counts[c]:>{len(c)},}" for c in columns), f"{right:>13}", sep="  ")
+        for line in import_all(args.datasets, args.out):
+            print(line)
     except (OSError, ValueError) as error:
         return arguments.fail("data.official", 2, error)
     return 0

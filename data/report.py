@@ -5,7 +5,6 @@ between files. Lengths are in T5's tokens with --spiece spiece.model, otherwise 
 about 3 for every 4 tokens.
 """
 
-import argparse
 import re
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -17,33 +16,29 @@ from data import arguments
 from data.answers import choose_label_type, same_label
 from data.jsonl import RecordError, read_jsonl
 
-AS = {"text": "texts", "choice": "choices, in any case of letters", "equation": "values of equations"}
 PERCENTILES = (50, 90, 99, 100)
 PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py puts before the input, for each target
 LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
+CLASSES = 10  # that are shown, the commonest
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong."""
-    parser = arguments.OneLineParser(
-        prog="python -m data.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.OneLineParser(prog="python -m data.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows as JSONL")
     parser.add_argument("--spiece", default="", help="a spiece.model, or its directory, to count tokens with")
-    parser.add_argument("--classes", type=int, default=10, help="most classes shown, commonest first [10]")
     args = parser.parse_args(argv)
-    if args.classes < 0:
-        parser.error(f"--classes must be 0 or more, got {args.classes}")
     try:
         count, unit = counter(args.spiece)
         rows = {path: list(read_jsonl(path)) for path in args.files}
         for path, records in rows.items():
             if not records:
                 raise RecordError(f"{path}: no row in it")
-            print("\n".join([f"{path}: {len(records):,} rows", *describe(records, count, unit, args.classes)]) + "\n")
-        if len(rows) > 1:
-            print("\n".join(overlaps(rows)) + "\n")
-    except (OSError, ValueError, RuntimeError) as error:
+            print(f"{path}: {len(records):,} rows", *describe(records, count, unit), "", sep="\n")
+        inputs = {path: {normal(r.input) for r in records} for path, records in rows.items()}
+        for a, b in combinations(inputs, 2):  # test rows among the training rows are the usual accident
+            print(f"{a} and {b} share {len(inputs[a] & inputs[b]):,} inputs (white space and case of letters apart)")
+    except (OSError, ValueError) as error:
         return arguments.fail("data.report", 2, error)
     return 0
 
@@ -53,19 +48,29 @@ def counter(spiece):
     if not spiece:
         return lambda text: len(re.findall(r"\w+|[^\w\s]", text)), "words and marks"
     path = Path(spiece) / "spiece.model" if Path(spiece).is_dir() else Path(spiece)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such SentencePiece model")
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except RuntimeError:
+        raise ValueError(f"{path}: not a SentencePiece model") from None
     return lambda text: len(pieces.encode(text)) + 1, "tokens, </s> included"
 
 
-def describe(records, count, unit, most):
+def describe(records, count, unit):
     """The lines of one file's report."""
-    kind = choose_label_type(records)
-    yield from lacks(records)
-    yield from duplicates(records)
+    unlabelled = sum(r.rationale is not None and r.teacher_label is None for r in records)
+    for what, n in (Counter(map(trains, records)) + Counter({"a rationale, but no teacher label": unlabelled})).items():
+        yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
+    inputs = defaultdict(list)
+    for record in records:
+        inputs[normal(record.input)].append(record)
+    repeated = [group for group in inputs.values() if len(group) > 1]
+    differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
+    if shared := sum(map(len, repeated)):
+        yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
+    if ids := len(records) - len({r.id for r in records}):
+        yield f"  {ids:>8,}  rows repeat an id"
     yield ""
-    yield from teacher(records, kind, most)
+    yield from teacher(records)
     yield ""
     yield f"  {'length in ' + unit:<34}" + "".join(f"{p:>7} %" for p in PERCENTILES) + "     rows cut by train.py"
     for name, longest in LONGEST.items():
@@ -85,71 +90,41 @@ def texts(record, name):
     return value if isinstance(value, list) else [value] if value is not None else []
 
 
-def lacks(records):
-    """Lines that count the rows by what they can train."""
-    counts = Counter()
-    for r in records:
-        if r.label is not None and r.rationale is not None:
-            counts["a label and a rationale: train both tasks"] += 1
-        elif r.label is not None:
-            counts["a label, no usable rationale: train the label task alone"] += 1
-        elif r.teacher_label is not None:
-            counts["only the teacher's label: for --labels teacher or gold-or-teacher"] += 1
-        else:
-            counts["neither label: train nothing"] += 1
-        counts["a rationale, but no teacher label"] += r.rationale is not None and r.teacher_label is None
-    for what, n in (+counts).items():
-        yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
+def trains(r):
+    """What a row can train."""
+    if r.label is not None and r.rationale is not None:
+        return "a label and a rationale: train both tasks"
+    if r.label is not None:
+        return "a label, no usable rationale: train the label task alone"
+    if r.teacher_label is not None:
+        return "only the teacher's label: for --labels teacher or gold-or-teacher"
+    return "neither label: train nothing"
 
 
-def duplicates(records):
-    inputs = defaultdict(list)
-    for record in records:
-        inputs[normal(record.input)].append(record)
-    repeated = [group for group in inputs.values() if len(group) > 1]
-    differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
-    shared, ids = sum(map(len, repeated)), len(records) - len({r.id for r in records})
-    if shared:
-        yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
-    if ids:
-        yield f"  {ids:>8,}  rows repeat an id"
-
-
-def teacher(records, kind, most):
-    """The teacher against gold, by class: lines of a table."""
+def teacher(records):
+    """Lines on the teacher's accuracy, in all and by class."""
+    kind = choose_label_type(records)
     judged = [r for r in records if r.label is not None and (r.teacher_label is not None or r.teacher)]
-    right = {id(r): r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input) for r in judged}
+    right = [r for r in judged if r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input)]
+    share = f", {len(right) / len(judged):.1%}; labels compared as {kind}" if judged else ""
+    yield f"  teacher right on {len(right):,} of {len(judged):,} rows with gold{share}"
     classes = Counter(r.label for r in records if r.label is not None)
-    n, of = sum(right.values()), len(judged)
-    share = f", {n / of:.1%}; labels compared as {AS[kind]}" if judged else ""
-    yield f"  teacher right on {n:,} of {of:,} rows with gold{share}"
     if len(classes) > len(records) / 2 or not classes:
         yield f"  {len(classes):,} different labels: no classes to balance"
         return
+    judged, right = (Counter(r.label for r in rows) for rows in (judged, right))
+    missing = Counter(r.label for r in records if r.teacher_label is None)
     yield f"    {'class':<24}{'rows':>9}{'share':>9}{'teacher right':>15}{'no teacher label':>18}"
-    for label, n in classes.most_common(most):
-        mine = [r for r in judged if r.label == label]
-        accuracy = f"{sum(right[id(r)] for r in mine) / len(mine):.1%}" if mine else "-"
-        missing = sum(r.teacher_label is None for r in records if r.label == label)
-        yield f"    {short(label):<24}{n:>9,}{n / sum(classes.values()):>9.1%}{accuracy:>15}{missing:>18,}"
-    if len(classes) > most:
-        yield f"    and {len(classes) - most:,} more classes"
-
-
-def overlaps(files):
-    """Lines on inputs that two files share: test rows among the training rows are the usual accident."""
-    seen = {path: {normal(r.input) for r in records} for path, records in files.items()}
-    for a, b in combinations(seen, 2):
-        yield f"{a} and {b} share {len(seen[a] & seen[b]):,} inputs (white space and case of letters apart)"
+    for label, n in classes.most_common(CLASSES):
+        accuracy = f"{right[label] / judged[label]:.1%}" if judged[label] else "-"
+        name, share = " ".join(label.split())[:22], n / classes.total()
+        yield f"    {name:<24}{n:>9,}{share:>9.1%}{accuracy:>15}{missing[label]:>18,}"
+    if len(classes) > CLASSES:
+        yield f"    and {len(classes) - CLASSES:,} more classes"
 
 
 def normal(text):
-    return " ".join((text or "").casefold().split())
-
-
-def short(text, longest=22):
-    text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    return " ".join(text.casefold().split())
 
 
 if __name__ == "__main__":

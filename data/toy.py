@@ -4,14 +4,13 @@
     rationale   fruit tools animals fruit furniture
     label       fruit
 
-Nobody tells the student which of the 144 words is of which kind. From labels alone it must work that out from which
-kind won, about two and a half bits a row; the rationale names the kind of every item, in order, and what it teaches is
-what the label needs. It names no item, so a rationale moved to another row teaches nothing (`--method dss-shuffled`).
+Nobody tells the student which of the 144 words is of which kind. A label says only which kind won, about two and a half
+bits a row; the rationale names the kind of every item, in order. It names no item, so a rationale moved to another row
+teaches nothing (`--method dss-shuffled`).
 
-What makes the effect clear, found by experiment, two seeds each: many words for few rows (with 12 words a kind and
-2,000 rows standard finetuning is right at 90 %, step-by-step at 96 %), and rationales in which every token is news, for
-L_rationale is a mean over tokens (with a longer question and "they are fruit, tools, ... . most are fruit." the gain is
-7 points, not 13).
+What makes the effect clear, two seeds each: many words for few rows (with 12 words a kind and 2,000 rows standard
+finetuning is right at 90 %, step-by-step at 96 %), and rationales in which every token is news, for L_rationale is a
+mean over tokens (with "they are fruit, tools, ... . most are fruit." the gain is 7 points, not 13).
 """
 
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 from data import arguments
 from data.jsonl import Record, write_jsonl
 
-KINDS = {
+WORDS = {  # of each kind
     "fruit": "plum pear kiwi mango lemon cherry banana grape peach melon lime fig date coconut papaya guava "
     "quince raspberry strawberry blueberry nectarine pomegranate tangerine grapefruit",
     "tools": "hammer saw drill wrench chisel rake shovel spade hoe pickaxe ladder clamp level pitchfork "
@@ -35,7 +34,7 @@ KINDS = {
     "vehicles": "truck bus train bicycle tram boat scooter van taxi car tractor ferry ship canoe kayak helicopter "
     "plane rocket sled wagon cart motorcycle submarine limousine",
 }
-WORDS = {kind: words.split() for kind, words in KINDS.items()}
+WORDS = {kind: words.split() for kind, words in WORDS.items()}
 NAMES = "Mia Noah Lena Omar Ruth Ivan Sara Hugo Nina Paul Vera Finn".split()
 VERBS = "packed drew bought sold found moved".split()
 SIZES = dict(train=1000, validation=200, test=1000)
@@ -43,28 +42,21 @@ SIZES = dict(train=1000, validation=200, test=1000)
 
 def make_rows(seed=0):
     """(train, validation, test): lists of Records drawn by `seed`, no question twice, in one of them or in two."""
-    rng = random.Random(seed)
-    parts, seen = [], set()
-    for split, size in SIZES.items():
-        rows = []
-        while len(rows) < size:
-            question, label, rationale = draw(rng)
+    rng, seen = random.Random(seed), set()
+    parts = {split: [] for split in SIZES}
+    for split, rows in parts.items():
+        while len(rows) < SIZES[split]:
+            kinds = rng.choices(list(WORDS), k=rng.randint(4, 6))
+            (label, most), *others = Counter(kinds).most_common(2)
+            if others and most == others[0][1]:  # no kind is more often there than any other
+                continue
+            items = [rng.choice(WORDS[kind]) for kind in kinds]
+            question = f"{rng.choice(NAMES)} {rng.choice(VERBS)} {', '.join(items)}. Mostly what?"
             if question not in seen:
                 seen.add(question)
-                rows.append(Record(f"toy-{split}-{len(rows)}", question, label, rationale, label, {"model": "rule"}))
-        parts.append(rows)
-    return tuple(parts)
-
-
-def draw(rng):
-    """(question, label, rationale) of one random row: 4 to 6 items, one kind more often than any other."""
-    while True:
-        kinds = rng.choices(list(WORDS), k=rng.randint(4, 6))
-        (label, most), *others = Counter(kinds).most_common(2)
-        if not others or most > others[0][1]:
-            break
-    items = [rng.choice(WORDS[kind]) for kind in kinds]
-    return f"{rng.choice(NAMES)} {rng.choice(VERBS)} {', '.join(items)}. Mostly what?", label, " ".join(kinds)
+                name, reasons = f"toy-{split}-{len(rows)}", " ".join(kinds)
+                rows.append(Record(name, question, label, reasons, label, {"model": "rule"}))
+    return tuple(parts.values())
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
 """A teacher on loopback that answers sums, and misbehaves in every way extract.py must survive.
 
 `Stub(behave)` runs in threads of the test process; `behave(question, attempt)` names what it does with each request,
-"ok" or a key of REPLIES or one of the ways in `Handler.do_POST`, or gives the reply.
+"ok", a key of REPLIES, a status or one of the ways in `Handler.do_POST`, or gives the reply.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections import Counter
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-USAGE = {"prompt_tokens": 200, "completion_tokens": 20, "prompt_tokens_details": {"cached_tokens": 100}}
+USAGE = {"prompt_tokens": 200, "completion_tokens": 20}
 
 
 def answer(question):
@@ -52,18 +52,10 @@ REPLIES = {  # name: (status, body, headers)
     "no sum": (200, completed("Three and more. The answer is seven."), {}),
     "thoughts only": (200, completed(None, "length", reasoning_content="Let me see, three and"), {}),
     "429": (429, error("slow down"), {"Retry-After": "1"}),
-    "429 ms": (429, error("slow down"), {"retry-after-ms": "1000", "Retry-After": "60"}),
     "429 bare": (429, error("slow down"), {}),
     "429 long": (429, error("come back tomorrow"), {"Retry-After": "3600"}),
     "quota": (429, error("You exceeded your current quota", code="insufficient_quota"), {}),
-    "402": (402, error("Insufficient balance"), {}),
-    "500": (500, error("oops"), {}),
     "503": (503, "<html>Service Unavailable</html>", {"Retry-After": "1"}),
-    "408": (408, error("request timeout"), {}),
-    "409": (409, error("conflict"), {}),
-    "401": (401, error("no such key"), {}),
-    "403": (403, error("not for you"), {}),
-    "404": (404, error("model 'm' not found"), {}),
     "moved": (308, "", {"Location": "https://elsewhere.example/v1/chat/completions?key=1"}),
     "context": (400, error("This model's maximum context length is 4096 tokens.", code="context_length_exceeded"), {}),
     "context, llama.cpp": (400, error("the request exceeds the available context size",
@@ -71,7 +63,6 @@ REPLIES = {  # name: (status, body, headers)
     "filter": (400, error("The response was filtered", code="content_filter"), {}),
     "413": (413, "too large", {}),
     "422": (422, {"detail": "unprocessable"}, {}),
-    "400": (400, error("bad luck"), {}),
     "max_tokens": (400, error("Unsupported parameter: 'max_tokens' is not supported with this model. Use "
                               "'max_completion_tokens' instead.", code="unsupported_parameter",
                               param="max_tokens"), {}),
@@ -98,8 +89,7 @@ class Stub:
         self.behave, self.latency, self.idle, self.lock = behave, latency, idle, threading.Lock()
         self.requests, self.attempts, self.actions = [], Counter(), Counter()
         self.flying = self.most = self.connections = self.port = 0
-        self.gone = False
-        self.stalled, self.paths = set(), set()
+        self.gone, self.paths = False, set()
 
     def __enter__(self):
         self.server = Server(("127.0.0.1", self.port), Handler)
@@ -115,9 +105,6 @@ class Stub:
 
     def arrive(self, question, body, headers):
         with self.lock:
-            for sock in [s for s in self.stalled if select.select([s], [], [], 0)[0]]:  # its client has hung up
-                self.stalled.discard(sock)
-                self.flying -= 1
             self.flying += 1
             self.most = max(self.most, self.flying)
             self.requests.append((question, body, headers, time.monotonic()))
@@ -163,9 +150,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.drip(*DRIPS[action])
         if stub.gone:
             action = "disconnect"
-        if action == "late":  # after the client's patience
-            time.sleep(1.5)
-            action = "ok"
+        time.sleep(1.5 if action == "late" else 0)  # after the client's patience
         if action in ("reset", "disconnect"):
             stub.leave()
             if action == "reset":
@@ -175,13 +160,15 @@ class Handler(BaseHTTPRequestHandler):
             return None
         cut = 30 if action in ("truncated", "truncated chunk") else None  # bytes of the body that are sent
         chunked, interim = action == "truncated chunk", action == "interim"
-        if action in ("ok", "interim") or cut:
+        if action in ("ok", "interim", "late") or cut:
             action = completed(answer(question))
         if action == "date":
             action = (429, error("slow down"), {"Retry-After": formatdate(time.time() + 2, usegmt=True)})
         if isinstance(action, dict):
             action = (200, action, {})
-        status, content, headers = REPLIES[action] if isinstance(action, str) else action
+        if isinstance(action, str):
+            action = REPLIES.get(action) or (int(action), error("no"), {})  # a status
+        status, content, headers = action
         content = content.encode() if isinstance(content, str) else json.dumps(content).encode()
         head = f"HTTP/1.1 {status} Whatever\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         if chunked:
@@ -208,14 +195,8 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     def stall(self):
-        """Half a reply, then nothing until the client hangs up; then the rest, which is late."""
-        stub = self.server.stub
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
-        with stub.lock:
-            stub.stalled.add(self.connection)
-        select.select([self.connection], [], [], 20)
-        with stub.lock:
-            if self.connection in stub.stalled:
-                stub.stalled.discard(self.connection)
-                stub.flying -= 1
+        """Half a reply, then nothing until the client hangs up."""
+        self.server.stub.leave()
         self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+        select.select([self.connection], [], [], 20)

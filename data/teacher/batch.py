@@ -1,10 +1,9 @@
-"""Batch files: the requests of a run as JSONL, and the replies to them, in the form of OpenAI's batch API.
+"""Batch files: requests and replies as JSONL, in the form of OpenAI's batch API, Together's and vLLM's `run_batch`.
 
     request  {"custom_id": "ID-HASH-SAMPLE", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
     reply    {"custom_id": ..., "response": {"status_code": 200, "body": {...}}, "error": null}
 
-Together's batch API and vLLM's `run_batch` read and write the same. HASH is the first 12 digits of the request's hash,
-so that replies to other requests are known as such.
+HASH is the first 12 digits of the request's hash, so that replies to other requests are known as such.
 """
 
 import json
@@ -12,9 +11,9 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from data.files import parse_json, replacing
-from data.jsonl import RecordError, to_line
-from data.teacher.endpoint import Reply, RequestError, Teacher, read_reply, shown
+from data.files import parse_json
+from data.jsonl import RecordError, write_jsonl
+from data.teacher.endpoint import Reply, RequestError, Teacher, read_reply
 
 
 def custom_id(name: str, request_hash: str, sample: int) -> str:
@@ -23,13 +22,11 @@ def custom_id(name: str, request_hash: str, sample: int) -> str:
 
 def write_requests(path: str, requests: Iterable[tuple[str, dict]], url: str, most: int) -> list[tuple[Path, int]]:
     """Write (custom id, body) pairs, at most `most` a file: F.jsonl, F-2.jsonl, ... Returns files and row counts."""
-    path, requests, files = Path(path), iter(requests), []
-    while part := list(islice(requests, most)):
+    path, files = Path(path), []
+    lines = ({"custom_id": identity, "method": "POST", "url": url, "body": body} for identity, body in requests)
+    while part := list(islice(lines, most)):
         name = path.with_stem(f"{path.stem}-{len(files) + 1}") if files else path
-        with replacing(name) as file:
-            for identity, body in part:
-                line = {"custom_id": identity, "method": "POST", "url": url, "body": body}
-                file.write(to_line(line).encode() + b"\n")
+        write_jsonl(name, part)
         files.append((name, len(part)))
     return files
 
@@ -41,15 +38,15 @@ class Replies:
         """Raises OSError, or RecordError for a line that is no reply."""
         self.places, self.teacher = {}, teacher  # custom id -> (file, where its line begins)
         for path in paths:
+            offset = 0
             with open(path, "rb") as file:
-                offset = 0
                 for number, line in enumerate(file, 1):
                     try:
-                        identity, response, _ = parse(line)
+                        identity, status, _ = parse(line)
                     except (ValueError, LookupError, TypeError, AttributeError):
                         what = 'not a reply of a batch, which has a "custom_id" and a "response"'
                         raise RecordError(f"{path}:{number}: {what}") from None
-                    if identity not in self.places or response.get("status_code") == 200:  # no error hides an answer
+                    if identity not in self.places or status == 200:  # no error hides an answer
                         self.places[identity] = path, offset
                     offset += len(line)
 
@@ -60,16 +57,16 @@ class Replies:
         path, offset = self.places[identity]
         with open(path, "rb") as file:
             file.seek(offset)
-            _, response, error = parse(file.readline())
-        if not response:
-            raise RequestError("missing", f"the batch has no response: {shown(error)[:200]}", "retry")
-        return read_reply(int(response["status_code"]), {}, json.dumps(response["body"]), body, self.teacher)
+            _, status, content = parse(file.readline())
+        if not status:
+            raise RequestError("missing", "the batch has no response", "retry")
+        return read_reply(status, {}, json.dumps(content), body, self.teacher)
 
 
 def parse(line):
-    """(custom id, response or {}, error) of a line."""
+    """(custom id, status, body) of a line; without a response the status is 0."""
     row = parse_json(line, "a reply")
-    response = row.get("response") or {}
-    if not isinstance(row["custom_id"], str) or response and not (int(response["status_code"]) and "body" in response):
-        raise ValueError
-    return row["custom_id"], response, row.get("error")
+    response = row.get("response") or {"status_code": 0, "body": None}
+    if not isinstance(row["custom_id"], str):
+        raise TypeError
+    return row["custom_id"], int(response["status_code"]), response["body"]

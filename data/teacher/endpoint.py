@@ -27,29 +27,20 @@ from http.client import HTTPConnection, HTTPSConnection
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 LONGEST_WAIT = 120  # seconds of Retry-After that are waited for
 CONNECT = 30  # seconds for a connection to be made
 LARGEST_REPLY = 32 << 20  # bytes
 RAW = 20_000  # characters of a failed reply that are kept
 CREDENTIAL = r"(?i)key|token|secret|auth|cookie|password|signature"  # in a name: what it holds must not be shown
-HINTS = {  # what to look at after a status
-    401: "is the key right, and in the variable that --api-key-env names?",
-    402: "the account has nothing left to spend",
-    403: "is the key right, and in the variable that --api-key-env names?",
-    404: "are --base-url, --endpoint and --model right?",
-}
-FLAGS = {  # what to do about a parameter that the server refuses
-    "max_tokens": "use --max-tokens-field max_completion_tokens",
-    "max_completion_tokens": "use --max-tokens-field max_tokens",
-    "stop": "use --no-stop",
-    "temperature": "use --temperature 1",
-}
+KEY = "is the key right, and in the variable that --api-key-env names?"
+HINTS = {401: KEY, 402: "nothing left to spend", 403: KEY, 404: "are --base-url, --endpoint and --model right?"}
+REFUSED = "try --max-tokens-field max_completion_tokens, --no-stop, --temperature 1 or another --extra-body"
 UNSUPPORTED = r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed|extra inputs"
-CONTEXT = r"context.{0,20}(length|size|window)|too many tokens|(prompt|input) is too long|maximum.{0,20}context"
-ROW_ERRORS = (  # (kind, its code, its message)
-    ("context_exceeded", "context_length|exceed_context", CONTEXT),
-    ("content_filter", "content_filter|content_policy", "content management policy"),
-)
+ROW_ERRORS = {  # in the code or the message of a status 4xx
+    "context_exceeded": r"context.{0,20}(length|size|window)|maximum.{0,20}context|too many tokens|is too long",
+    "content_filter": r"content_filter|content_policy|content management policy",
+}
 
 
 class RequestError(Exception):
@@ -66,69 +57,56 @@ class Reply(NamedTuple):
     reasoning: str  # from a field of its own; "" where there is none
     cut_short: bool  # it ended at the token limit
     model: str  # that served it, as the server says
-    usage: dict  # tokens: prompt, completion, cached
+    usage: dict  # tokens: prompt, completion
 
 
 class Response(http.client.HTTPResponse):
-    """A response of which everything must come before the time `until`, or TimeoutError. A server may send interim ones
-    first, of which http.client skips 100 alone, and takes a 102 or 103 for the reply."""
+    """A response of which everything must come before the time `until`, or TimeoutError."""
 
     def __init__(self, sock, *args, until, **options):
         super().__init__(sock, *args, **options)
         receive = self.fp.raw.readinto
 
         def receive_in_time(buffer):
-            sock.settimeout(time_left(until))
+            sock.settimeout(max(until - time.monotonic(), 1e-6))
             return receive(buffer)
 
         self.fp.raw.readinto = receive_in_time
 
     def _read_status(self):
         version, status, reason = super()._read_status()
-        return version, 100 if 100 <= status < 200 else status, reason
-
-
-def time_left(until):
-    if (left := until - time.monotonic()) <= 0:
-        raise TimeoutError
-    return left
+        return version, 100 if 100 <= status < 200 else status, reason  # it skips 100, and took a 102 for the reply
 
 
 class Teacher:
     """An endpoint and, from the first request on, one keep-alive connection to it: for one thread."""
 
     def __init__(self, base_url: str, endpoint: str, key: str, headers: Iterable[str], timeout: float):
-        """endpoint: "chat" or "completions"; timeout: seconds for a whole reply; headers: as --header has them. Raises
-        ValueError, which never quotes a secret."""
+        """The arguments are those of the command line. Raises ValueError, which never quotes a secret."""
         self.endpoint, self.timeout, self.connection = endpoint, timeout, None
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "dss-extract"}
-        if key:
-            self.headers["Authorization"] = f"Bearer {key}"
+        self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
         secrets = [key]
         for name, value, hidden in map(read_header, headers):
-            others = {n: v for n, v in self.headers.items() if n.casefold() != name.casefold()}
-            self.headers = others | {name: value}
+            self.headers = {n: v for n, v in self.headers.items() if n.lower() != name.lower()} | {name: value}
             secrets += hidden
         if " " in key or not all(re.fullmatch("[ -~]*", value) for value in self.headers.values()):
             raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
         self.parts = parts = read_url(base_url)
         self.url = parts.geturl()
         proxy = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))
-        self.proxy, self.login = None, {}  # (host, port) and headers for it
-        if proxy.hostname and not urllib.request.proxy_bypass(parts.netloc):
-            self.proxy = proxy.hostname, proxy.port or 80
-            if proxy.username:
-                password = unquote(proxy.password or "")
-                login = base64.b64encode(f"{unquote(proxy.username)}:{password}".encode()).decode()
-                self.login = {"Proxy-Authorization": f"Basic {login}"}
-                secrets += [password, login]
+        used = proxy.hostname and not urllib.request.proxy_bypass(parts.netloc)
+        self.proxy, self.login = (proxy.hostname, proxy.port or 80) if used else None, {}
+        if used and proxy.username:
+            password = unquote(proxy.password or "")
+            login = base64.b64encode(f"{unquote(proxy.username)}:{password}".encode()).decode()
+            self.login = {"Proxy-Authorization": f"Basic {login}"}
+            secrets += [password, login]
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
-        target = parts._replace(path=parts.path + ("/chat/completions" if endpoint == "chat" else "/completions"))
+        target = parts._replace(path=parts.path + PATHS[endpoint])
+        self.target = target._replace(scheme="", netloc="").geturl()
         if self.proxy and not self.tls:  # such a proxy is told the whole URL
-            self.headers |= self.login
-        else:
-            target = target._replace(scheme="", netloc="")
-        self.target = target.geturl()
+            self.target, self.headers = target.geturl(), self.headers | self.login
         # A stand-in for a key (EMPTY, ollama, anything) is a word, and to hide it would spoil texts.
         secrets = [text for text in secrets if len(text) >= 16 or len(text) >= 8 and re.search(r"\d", text)]
         self.secrets = sorted(secrets, key=len, reverse=True)  # the longest first: one may hold another
@@ -141,19 +119,19 @@ class Teacher:
     def ask(self, body: dict, identity: str = "") -> Reply:
         """Send one request. Raises RequestError. (Its `identity` is for batch files, which are asked alike.)"""
         start = time.monotonic()
+        kind, then = "disconnect", "retry"
         try:
             status, headers, content = self.exchange(json.dumps(body).encode(), start + self.timeout)
+            return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
         except TimeoutError:
-            waited = f"{time.monotonic() - start:.3g} s (--timeout {self.timeout:g})"
-            kind, what, then = "timeout", f"no whole reply within {waited}", "retry"
+            kind, what = "timeout", f"no whole reply within {time.monotonic() - start:.3g} s (--timeout)"
         except ssl.SSLCertVerificationError as error:
             what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
             kind, then = "certificate", "stop"
+        except http.client.IncompleteRead:
+            what = "the reply was cut off"
         except (OSError, http.client.HTTPException) as error:
-            what = "the reply was cut off" if isinstance(error, http.client.IncompleteRead) else str(error)
-            kind, what, then = "disconnect", self.hide(what or type(error).__name__), "retry"
-        else:
-            return read_reply(status, headers, content.decode("utf-8", "replace"), body, self)
+            what = self.hide(str(error) or type(error).__name__)
         self.close()  # a reply that comes later has nowhere to go
         raise RequestError(kind, f"{self.url}: {what}", then)
 
@@ -170,13 +148,9 @@ class Teacher:
             self.connection = kind(host, port, timeout=min(self.timeout, CONNECT), **tls)
             if self.tls and self.proxy:
                 self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
+            self.connection.connect()
         self.connection.response_class = functools.partial(Response, until=until)
-        if not self.connection.sock:
-            try:
-                self.connection.connect()
-            except TimeoutError:
-                raise ConnectionError(f"no connection within {self.connection.timeout:g} s") from None
-        self.connection.sock.settimeout(time_left(until))
+        self.connection.sock.settimeout(self.timeout)
         self.connection.request("POST", self.target, content, self.headers)
         response = self.connection.getresponse()
         body = response.read(LARGEST_REPLY + 1)
@@ -213,10 +187,10 @@ def read_url(base_url):
 
 def read_header(header):
     """`api-key: $AZURE_KEY` -> (name, value, [the secret in it])."""
-    name, _, value = header.partition(":")
-    name, value, variable = name.strip(), value.strip(), r"\$\{?(\w+)\}?"
+    name, _, value = map(str.strip, header.partition(":"))
     if not value or not re.fullmatch(r"[\w-]+", name):
         raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
+    variable = r"\$\{?(\w+)\}?"
     secrets = {v: os.environ.get(v, "").strip() for v in re.findall(variable, value)}
     looks_like_a_key = re.search(CREDENTIAL, name) or re.search(r"(?i)\b[sp]k-|\b(bearer|basic) |[\w+=-]{32}", value)
     if looks_like_a_key and not secrets:
@@ -233,8 +207,8 @@ def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) ->
     """
     text = teacher.hide(text)
     try:  # half a character (a lone surrogate) can't be written to a file, and an escaped key must be hidden, too
-        text = json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode()
-        content = json.loads(text := teacher.hide(text))
+        text = teacher.hide(json.dumps(json.loads(text), ensure_ascii=False).encode("utf-8", "replace").decode())
+        content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
     if not 200 <= status < 300:
@@ -256,9 +230,7 @@ def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) ->
         why = shown(failed or f"finish_reason {finish}")[:200]
         raise RequestError("bad_reply", f"the reply ended in an error: {why}", "retry", text)
     usage = content.get("usage") if isinstance(content.get("usage"), dict) else {}
-    details = usage.get("prompt_tokens_details")
-    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
-    counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens"), "cached": cached}
+    counts = {name: usage.get(f"{name}_tokens") for name in ("prompt", "completion")}
     counts = {name: n if type(n) is int and 0 <= n < 1e9 else 0 for name, n in counts.items()}
     texts = said, message.get("reasoning_content") or message.get("reasoning"), content.get("model")
     said, reasoning, model = (text if isinstance(text, str) else "" for text in texts)
@@ -275,26 +247,24 @@ def status_error(status, headers, text, content, body, teacher):
     """The RequestError that a response with another status than 2xx means."""
     error = content.get("error", content) if isinstance(content, dict) else content or text
     fields = error if isinstance(error, dict) else {}
-    code = f"{shown(fields.get('code'))} {shown(fields.get('type'))}"
     message = shown(fields.get("message") or fields.get("detail") or error or "no message")[:300]
     said, kind, wait = f"{status} from {teacher.url}: {message}", f"http_{status}", retry_after(headers)
+    code = f"{shown(fields.get('code'))} {shown(fields.get('type'))}"
     if 300 <= status < 400:
         where = teacher.hide(shown(headers.get("Location") or "nowhere").split("?")[0])
         return RequestError(kind, f"{status}: {teacher.url} redirects to {where}; use that as --base-url", "stop")
-    if status == 429 and re.search(r"insufficient_quota|billing", code):
-        status = 402
+    if status == 402 or status == 429 and re.search(r"insufficient_quota|billing", code):
+        kind, status = "insufficient_quota", 402
     if status in HINTS:
-        kind = "insufficient_quota" if status == 402 else kind
         return RequestError(kind, f"{said}; {HINTS[status]}", "denied" if status == 403 else "stop", text)
-    for kind_of_row, in_code, in_message in ROW_ERRORS:
-        if re.search(in_code, code) or status == 400 and re.search(in_message, message, re.I):
-            return RequestError(kind_of_row, said, "row", text)
-    if status == 400 and re.search(UNSUPPORTED, f"{code} {message}", re.I):
-        named = {shown(fields.get("param"))} | set(re.findall(r"\w+", message.split(". ")[0]))
-        for name in [n for n in body if n in named and n not in ("model", "messages", "prompt")]:
-            hint = FLAGS.get(name, f"do without --{name.replace('_', '-')}, or give another --extra-body")
-            return RequestError("unsupported", f"{said}; the server refuses {name}: {hint}", "stop")
     if not (status in (408, 409, 429) or status >= 500):
+        for row_kind, pattern in ROW_ERRORS.items():
+            if re.search(pattern, f"{code} {message}", re.I):
+                return RequestError(row_kind, said, "row", text)
+        named = {shown(fields.get("param")), *re.findall(r"\w+", message.split(". ")[0])} & body.keys()
+        refused = sorted(named - {"model", "messages", "prompt"})
+        if status == 400 and refused and re.search(UNSUPPORTED, f"{code} {message}", re.I):
+            return RequestError("unsupported", f"{said}; the server refuses {refused[0]}: {REFUSED}", "stop")
         return RequestError(kind, said, "row", text)
     if wait is not None and wait > LONGEST_WAIT:
         return RequestError(kind, f"{said}; it wants a pause of {wait:.0f} s; start again then", "stop")
@@ -302,11 +272,10 @@ def status_error(status, headers, text, content, body, teacher):
 
 
 def retry_after(headers):
-    """The seconds that a reply asks to wait, from retry-after-ms or Retry-After (seconds or a date), or None."""
-    for name, scale in (("retry-after-ms", 1000), ("Retry-After", 1)):
-        value = (headers.get(name) or "").strip()
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value) / scale
+    """The seconds that a reply asks to wait by its Retry-After, which may be a date, or None."""
+    value = (headers.get("Retry-After") or "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
     try:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):

@@ -1,21 +1,15 @@
-"""A file that is written row by row and is its own state: what is in it is done, whatever happened to the writer.
-
-One process writes (`locked`), a row counts as done when it is on the disk (`append`), a last line torn by a crash is
-cut off (`read_state`), and at the end the lines are put in order (`put_in_order`).
-"""
+"""A file that is written row by row and is its own state: what is in it is done, whatever happened to the writer."""
 
 import json
 import os
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from data.files import replacing
 from data.jsonl import RecordError
 from data.teacher.tally import print_line
 
 BEGIN = b'{"id": '  # of every line
-SETTINGS = ("model", "endpoint", "rationalize", "keep")  # of the command line, that a row's `teacher` holds
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
@@ -33,49 +27,35 @@ def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
             if teacher is not None and not (isinstance(teacher, dict) and "request_sha256" in teacher):
                 what = "name another file" if number == 1 else "remove this line, and its row is asked again"
                 raise RecordError(f"{path}:{number}: not a row that extract.py wrote; {what}")
-            yield f"{path}:{number}", row, line
+            if line.endswith(b"\n"):  # else it is torn, too
+                yield f"{path}:{number}", row, line
 
 
-@dataclass
-class State:
-    """What is done, in earlier starts and in this one."""
+class Outcome(NamedTuple):
+    """What came of a row, in an earlier start or in this one."""
 
-    hashes: dict = field(default_factory=dict)  # id -> request hash; None: kept with the rationale it came with
-    done: set = field(default_factory=set)  # ids in the output
-    failed: dict = field(default_factory=dict)  # id -> kind of error, of those in the errors file
-    right: Counter = field(default_factory=Counter)  # `correct` of the rows in the output
-
-    def add(self, name: str, kind: str | None, correct: bool | None):
-        """A row is on the disk: in the errors file if it has a kind of error, else in the output."""
-        self.failed.pop(name, None)
-        if kind:
-            self.failed[name] = kind
-        else:
-            self.done.add(name)
-            self.right[correct] += 1
+    kind: str | None  # of error; None: the row is in the output
+    correct: bool | None = None
+    request_hash: str | None = None  # of earlier starts; None also for a row kept with the rationale it came with
 
 
-def read_state(output: str, errors: str) -> State:
-    """The State that the output and the errors file hold. A last line that a crash has torn is cut off. Raises
+def read_state(output: str, errors: str) -> dict[str, Outcome]:
+    """{id: Outcome} of what the output and the errors file hold. A last line that a crash has torn is cut off. Raises
     RecordError for files that are not extract.py's, and then leaves them as they are."""
-    state, sizes = State(), {}
+    state, sizes = {}, {}
     for path in filter(os.path.exists, (errors, output)):  # the output has the last word
-        size, line = 0, b"\n"
+        sizes[path] = 0
         for where, row, line in read_rows(path):
-            if row["id"] in state.done:
-                raise RecordError(f"{where}: the id {row['id']!r} is there twice; remove one of the lines")
+            name = row["id"]
+            if name in state and not state[name].kind:
+                raise RecordError(f"{where}: the id {name!r} is there twice; remove one of the lines")
             kind = row.get("error", {}).get("kind", "unknown") if path == errors else None
-            state.add(row["id"], kind, row.get("correct"))
-            state.hashes[row["id"]] = (row["teacher"] or {}).get("request_sha256")
-            size += len(line)
-        sizes[path] = size, line.endswith(b"\n")
-    for path, (size, ended) in sizes.items():
+            state[name] = Outcome(kind, row.get("correct"), (row["teacher"] or {}).get("request_sha256"))
+            sizes[path] += len(line)
+    for path, size in sizes.items():
         if torn := os.path.getsize(path) - size:
             os.truncate(path, size)
             print_line(f"{path}: a last line torn by a crash was cut off ({torn:,} bytes); its row is asked again")
-        elif not ended:
-            with open(path, "ab") as file:
-                file.write(b"\n")
     return state
 
 
@@ -110,12 +90,13 @@ def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = (
 
 
 def what_changed(path: str, name: str, now: dict | None) -> str:
-    """What makes the request of row `name` another than the one that its line in the file was made with. `now` is the
-    `teacher` of this run's rows, None for a row that is kept as it came."""
+    """What makes the request of row `name` another than the one that its line in the file was made with. `now` is what
+    the `teacher` of all this run's rows has, None for a row that is kept as it came."""
     before = next(row["teacher"] for _, row, _ in read_rows(path) if row["id"] == name)
     if before is None or now is None:
         return f"{'no ' if before is None else ''}--replace, or another rationale in row {name!r}"
-    old, new = ({n: t.get(n) for n in (*SETTINGS, "prompt_sha256")} | t.get("params", {}) for t in (before, now))
+    names = now.keys() - {"base_url", "params"}
+    old, new = ({n: t.get(n) for n in sorted(names)} | t.get("params", {}) for t in (before, now))
     changed = [n for n in old | new if old.get(n) != new.get(n)]
     shown = (f"{n} {old.get(n, 'unset')}, not {new.get(n, 'unset')}" for n in changed)
     return "; ".join(shown) or f"another input in row {name!r}"

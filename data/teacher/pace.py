@@ -1,11 +1,9 @@
 """When the next request may go out, for all workers together.
 
-A reply with status 429 is the server's pace and no row's failure. Requests then go out one after another, at an even
-interval that is a little shorter than the time each answer has taken of late, and every answer shortens it: the stream
-follows the rate that the server allows, and a 429 now and then is what tells. A Retry-After stops all workers.
-
-A teacher that answers nobody any more (gone, restarting, overloaded) is no row's failure either: `await_teacher` has
-one worker look for it while the others wait. Both waits end after `patience`.
+A 429 is the server's pace and no row's failure. Requests then go out at an even interval, a little shorter than the
+time each answer has taken of late, and every answer shortens it: the stream follows the rate that the server allows,
+and a 429 now and then is what tells. A Retry-After stops all workers. A teacher that answers nobody any more is no
+row's failure either: one worker looks for it while the others wait. Both waits end after `patience`.
 """
 
 import random
@@ -22,9 +20,8 @@ class Stopped(Exception):
 
 
 class Pace:
-    """scale shortens every pause, for tests."""
-
     def __init__(self, per_minute: int = 0, patience: float = 600.0, scale: float = 1.0):
+        """scale shortens every pause, for tests."""
         self.scale, self.patience = scale, patience
         self.shortest = self.interval = 60 / per_minute * scale if per_minute else 0.0  # seconds between two requests
         self.stopped, self.lock = threading.Event(), threading.Lock()
@@ -80,11 +77,7 @@ class Pace:
             return False
         with self.search:
             pause = 0.5
-            while self.heard < sent:
-                self.sleep(0)
-                if answers():
-                    self.let_through(answered=True)
-                    break
+            while self.heard < sent and not answers():
                 if pause == 0.5:
                     print_line(f"the teacher is gone ({error}); waiting {self.patience:,.0f} s at most (--patience)")
                 self.missed = time.monotonic()
@@ -93,6 +86,7 @@ class Pace:
                 pause = min(10, 2 * pause)
             if pause > 0.5:
                 print_line("the teacher is back")
+            self.heard = time.monotonic()
         return self.missed > sent
 
     def lose_patience(self, error):

@@ -3,10 +3,10 @@
 data/prompts/ has five; data/README.md describes them and says how to write one.
 """
 
-import dataclasses
 import re
+from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from data.answers import CHOICES, pick, read_answer, read_label, same_label
 from data.files import digest, read_json
@@ -19,12 +19,17 @@ LABEL_TYPES = ("choice", "class", "equation", "text")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a teacher's text holds: rationale and label, or else the kind of error and a word on it."""
+    """What a text holds, rationale and label or else the kind of error and a word on it, and what it took."""
 
     rationale: str | None = None
     label: str | None = None
     error: str | None = None  # "empty" | "truncated" | "unparsed" | "label_invalid", or why there was no reply
     detail: str = ""
+    raw: str = ""  # text
+    model: str = ""  # that was served
+    attempts: int = 0
+    seconds: float = 0.0  # of the last reply
+    usage: Counter = field(default_factory=Counter)  # of all attempts
 
 
 @dataclass(frozen=True)
@@ -38,27 +43,24 @@ class Prompt:
     stop: list[str] = ()  # what begins an invented next question; asked for as `stop`, and cut off here in any case
     instruction: str = ""  # said before the first exemplar
     hint: str = ""  # template that stands for {hint} under --rationalize:  "\n(The answer is {label}.)"
-    separator: str = "\n\n"  # between the exemplars of a completion
     input_parts: list[str] = ()  # names, for use in `question`, of the parts of an input
     input_separator: str = "</s>"  # that this divides
-    sha256: str = field(default="", kw_only=True)  # of the file
+    sha256: str = ""  # of the file
 
     def chat(self, input: str, gold: str | None = None) -> list[dict]:
         """The messages of a chat. With a `gold` label every question carries the hint (--rationalize).
 
         The instruction is in the first user turn: some chat templates (Gemma's) refuse a system message.
         """
-        turns = [*self.shots[gold is not None], (self.ask(input, gold), None)]
-        if self.instruction:
-            turns[0] = f"{self.instruction}\n\n{turns[0][0]}", turns[0][1]
-        texts = [(role, text) for turn in turns for role, text in zip(("user", "assistant"), turn)]
-        return [{"role": role, "content": text.strip() if role == "assistant" else text} for role, text in texts[:-1]]
+        texts = [text for shot in self.shots[gold is not None] for text in (shot[0], shot[1].strip())]
+        texts.append(self.ask(input, gold))
+        texts[0] = f"{self.instruction}\n\n{texts[0]}" if self.instruction else texts[0]
+        return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
     def completion(self, input: str, gold: str | None = None) -> str:
         """The text of a completion, which the teacher goes on from."""
-        head = [self.instruction] if self.instruction else []
         shots = [asked + reply for asked, reply in self.shots[gold is not None]]
-        return self.separator.join([*head, *shots, self.ask(input, gold)])
+        return "\n\n".join(filter(None, [self.instruction, *shots, self.ask(input, gold)]))
 
     @cached_property
     def shots(self):
@@ -85,17 +87,15 @@ class Prompt:
     def show(self, label, input):
         """A label as answers have it: a choice with its letter."""
         choices = CHOICES.findall(input) if self.label_type == "choice" else []
-        chosen = pick(label, choices)
-        return next((f"({letter}) {text}" for letter, text in choices if text == chosen), label)
+        return next((f"({letter}) {text}" for letter, text in choices if text == pick(label, choices)), label)
 
     def parse(self, text: str, input: str, cut_short: bool = False) -> Answer:
         """A teacher's text -> Answer. `cut_short`: it ended at the token limit, so what stands last may be torn."""
         if not text.strip():
             return Answer(error="empty", detail="the reply has no text")
         ends = [*self.stop, *ENDS]
-        rationale, label, rest = read_answer(
-            text, ends, self.answer_marker, lambda rest: self.read(rest, input), lambda a, b: self.same(a, b, input)
-        )
+        read, same = partial(self.read, input=input), partial(self.same, input=input)
+        rationale, label, rest = read_answer(text, ends, self.answer_marker, read, same)
         if cut_short and not any(end in text for end in ends) and "\n" not in (rest or "").lstrip():
             return Answer(error="truncated", detail="the reply ended at the token limit, before a whole answer")
         if rest is None:
@@ -125,63 +125,57 @@ def load_prompt(path: str) -> Prompt:
     """The Prompt of a file. Raises ValueError, in one line, for one that cannot work; OSError if it cannot be read."""
     values = read_json(path)
     try:
-        check_values(values)
+        if not isinstance(values, dict):
+            raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
+        if isinstance(values.get("answer_marker"), str):
+            values["answer_marker"] = [values["answer_marker"]]
+        known = Prompt.__annotations__.keys() - {"sha256"}
+        for name in sorted(values.keys() - known):
+            raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(known))}')
+        for name in sorted(name for name in known - values.keys() if not hasattr(Prompt, name)):
+            raise ValueError(f'"{name}" is missing')
         prompt = Prompt(**values, sha256=digest(path).hex())
-        check_prompt(prompt)
+        check(prompt)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return prompt
 
 
-def check_values(values):
-    """Raise ValueError unless the keys are those of a prompt file and each has its type."""
-
-    if not isinstance(values, dict):
-        raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
-    known = {f.name: f for f in dataclasses.fields(Prompt) if f.name != "sha256"}
-    for name in sorted(values.keys() - known.keys()):
-        raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(known))}')
-    for name in (name for name, of in known.items() if of.default is dataclasses.MISSING and name not in values):
-        raise ValueError(f'"{name}" is missing')
-    if isinstance(values["answer_marker"], str):
-        values["answer_marker"] = [values["answer_marker"]]
-    for name, value in values.items():
-        if known[name].type is str and not isinstance(value, str):
+def check(prompt):
+    """Raise ValueError unless each value has its type, each template its places and no others, and every exemplar reads
+    back as its own rationale and label: a marker that does not fit is found before anything is paid for."""
+    for name, kind in Prompt.__annotations__.items():
+        value = getattr(prompt, name)
+        if kind is str and not isinstance(value, str):
             raise ValueError(f'"{name}" must be a text, got {value!r}')
-        if known[name].type == list[str] and not (are_texts(value) and (value or name != "answer_marker")):
+        if kind == list[str] and not (are_texts(value) and (value or name != "answer_marker")):
             raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
-    keys = {"input", "rationale", "label"}
-    for number, e in enumerate(values["exemplars"] if isinstance(values["exemplars"], list) else [None], 1):
-        if not (isinstance(e, dict) and e.keys() == keys and are_texts([*e.values()])):
-            raise ValueError(f"exemplar {number} must have input, rationale and label, texts that are not blank")
-
-
-def are_texts(value):
-    return isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
-
-
-def check_prompt(prompt):
-    """Raise ValueError unless each template has its places and no others, and every exemplar reads back as its own
-    rationale and label: a marker that does not fit is found before anything is paid for."""
     if prompt.label_type not in LABEL_TYPES:
         raise ValueError(f'"label_type" must be one of {", ".join(LABEL_TYPES)}, got {prompt.label_type!r}')
     if (prompt.label_type == "class") != bool(prompt.labels):
         raise ValueError('"labels" goes with label_type "class", which needs it')
     if len(prompt.stop) > 4:
         raise ValueError(f'"stop" may have 4 texts, the most that servers take; it has {len(prompt.stop)}')
-    allowed = {"question": {"input", "hint", *prompt.input_parts}, "answer": {"rationale", "label"}, "hint": {"label"}}
-    needed = {"question": set(prompt.input_parts) or {"input"}, "answer": {"rationale", "label"}, "hint": set()}
-    for name, names in allowed.items():
+    parts = set(prompt.input_parts) or {"input"}
+    answers = {"rationale", "label"}
+    places = {"question": (parts, {"input", "hint"}), "answer": (answers, set()), "hint": (set(), {"label"})}
+    for name, (needed, others) in places.items():
         found = set(re.findall(r"\{(\w+)\}", getattr(prompt, name)))
-        for wrong in sorted(found - names) + sorted(needed[name] - found):
-            what = "is missing from" if wrong in needed[name] else "means nothing in"
-            raise ValueError(f'{{{wrong}}} {what} "{name}"; it takes {", ".join(f"{{{n}}}" for n in sorted(names))}')
-    for number, e in enumerate(prompt.exemplars, 1):
+        for wrong in sorted(found - needed - others) + sorted(needed - found):
+            what = "is missing from" if wrong in needed else "means nothing in"
+            raise ValueError(f'{{{wrong}}} {what} "{name}"')
+    for number, e in enumerate(prompt.exemplars if isinstance(prompt.exemplars, list) else [None], 1):
+        if not (isinstance(e, dict) and e.keys() == {"input", "rationale", "label"} and are_texts([*e.values()])):
+            raise ValueError(f"exemplar {number} must have input, rationale and label, texts that are not blank")
         try:
             prompt.ask(e["input"])
+            read = prompt.parse(prompt.reply(e), e["input"])
         except ValueError as error:
             raise ValueError(f"exemplar {number}: {error}") from None
-        read = prompt.parse(prompt.reply(e), e["input"])
         if (read.rationale, read.label) != (e["rationale"], e["label"]):
             seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"
             raise ValueError(f"exemplar {number}: its answer does not read back as itself ({seen})")
+
+
+def are_texts(value):
+    return isinstance(value, list | tuple) and all(isinstance(text, str) and text.strip() for text in value)

@@ -82,10 +82,8 @@ class ExtractConfig:
         require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
         require(self.n > 1 or self.keep != "samples", "keep", "another without --n, which gives several samples", self)
         require(not (self.overwrite and self.retry_failed), "retry_failed", "given without --overwrite", self)
-        both = self.batch_requests and self.batch_replies
-        require(not both, "batch_replies", "given without --batch-requests", self)
-        regular = os.path.isfile(self.input) or not os.path.exists(self.input)
-        require(regular, "input", "a regular file, for it is read twice", self)
+        twice = self.batch_requests and self.batch_replies
+        require(not twice, "batch_replies", "given without --batch-requests", self)
         paths = [self.input, self.prompt, self.output, self.errors_path, self.batch_requests, *self.batch_replies]
         paths = [os.path.realpath(path) for path in paths if path]
         require(len(set(paths)) == len(paths), "output", "another file than --input, --errors, --prompt, ...", self)
