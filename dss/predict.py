@@ -189,9 +189,7 @@ def as_they_come(rows: Iterator, most: int) -> Iterator[list]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.OneLineParser(
-        prog="dss.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.OneLineParser(prog="dss.predict", description=__doc__)
     add = parser.add_argument
     add("student", help="directory of a student (OUT/METHOD/student), or any T5 that was trained with these prefixes")
     add("file", nargs="?", default="-", metavar="FILE", help="rows as JSONL, or an input a line; -: standard input [-]")

@@ -68,7 +68,9 @@ class Response(http.client.HTTPResponse):
         receive = self.fp.raw.readinto
 
         def receive_in_time(buffer):
-            sock.settimeout(max(until - time.monotonic(), 1e-6))
+            if (left := until - time.monotonic()) <= 0:  # a server without pause, of interim replies say
+                raise TimeoutError
+            sock.settimeout(left)
             return receive(buffer)
 
         self.fp.raw.readinto = receive_in_time
