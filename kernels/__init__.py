@@ -34,27 +34,20 @@ def choice(device: torch.device) -> str:
     Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this once before it begins,
     so that no run ends in the middle; on a GPU that our kernels do not fit it is told so, once.
     """
-    value = os.environ.get("DSS_KERNELS", "")
+    value, gpu = os.environ.get("DSS_KERNELS", ""), device.type == "cuda"
     if value not in ("", "reference", "triton"):
         raise ValueError(f"DSS_KERNELS must be 'triton' or 'reference', got {value!r}")
-    if value == "":
-        if not launch.INSTALLED or device.type != "cuda":
-            return "reference"
-        if launch.architecture(device) is not None:
-            return "triton"
-        warnings.warn(
-            f"{device}: the Triton kernels need an NVIDIA GPU of compute capability 8.0 or more; "
-            "the PyTorch references compute instead",
-            stacklevel=2,
-        )
-        return "reference"
     if value == "triton" and not launch.INSTALLED:
         raise ValueError("DSS_KERNELS=triton: Triton is not installed here; unset it to use the references")
-    if value == "triton" and device.type != "cuda" and not launch.INTERPRETED:
-        raise ValueError(
-            f"DSS_KERNELS=triton: Triton needs a GPU, not {device.type}; unset it, or set TRITON_INTERPRET=1 as well"
-        )
-    return value
+    if value == "triton" and not gpu and not launch.INTERPRETED:
+        raise ValueError(f"DSS_KERNELS=triton: Triton needs a GPU, not {device.type}, or TRITON_INTERPRET=1 as well")
+    if value:
+        return value
+    if gpu and launch.INSTALLED and launch.architecture(device) is None:
+        text = "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or more; the references compute instead"
+        warnings.warn(f"{device}: {text}", stacklevel=2)
+        return "reference"
+    return "triton" if gpu and launch.INSTALLED else "reference"
 
 
 def use_triton(x: Tensor) -> bool:
@@ -73,8 +66,8 @@ def cross_entropy(logits: Tensor, *args: Any, **options: Any) -> Tensor | tuple[
 
 def linear_cross_entropy(hidden: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Output matrix and cross-entropy in one: see `linear_cross_entropy_reference`."""
-    implementation = linear_cross_entropy_triton if use_triton(hidden) else linear_cross_entropy_reference
-    return implementation(hidden, *args, **options)
+    function = linear_cross_entropy_triton if use_triton(hidden) else linear_cross_entropy_reference
+    return function(hidden, *args, **options)
 
 
 def rms_norm(x: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:

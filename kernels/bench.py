@@ -1,15 +1,13 @@
-"""Check the kernels, then time them, beside the peers that are installed.
+"""Time the kernels on a GPU, beside the peers that are installed.
 
     python -m kernels.bench                                    every kernel and size, most wanted first
     python -m kernels.bench --only "attention encoder" --minutes 9
     python -m kernels.bench --all --json results.jsonl         all of a GPU's checks and figures, a line of JSON a row
 
-On a GPU each case first runs forward and backward on the very inputs that will be timed. The error of the output and of
-every gradient against fp32 may be at most twice that of eager PyTorch in the case's own dtype; what fails is reported
-and not timed, and the next one runs. Times are medians of CUDA events with a cold L2 cache, behind a kernel that spins
-while the host enqueues what is timed; "spread" is the distance between the quartiles. Ours is timed first and last.
-Forward is timed as training runs it: that of the cross-entropies makes their gradient too. TF/s and GB/s count what the
-mathematics needs; the percentage is of a matrix product or a copy timed in the same run.
+Times are medians of CUDA events with a cold L2 cache, behind a kernel that spins while the host enqueues what is timed;
+"spread" is the distance between the quartiles. Ours is timed first and last. What fails is reported, and the next one
+runs. Forward is timed as training runs it: that of the cross-entropies makes their gradient too. TF/s and GB/s count
+what the mathematics needs; the percentage is of a matrix product or a copy timed in the same run.
 
 --all runs, in this order: the tests that need a GPU, at full size in the tiles that ship; the attention kernels in
 other tiles; the cases above; `python -m dss.bench`, whole steps; and hardware counters of one step, where ncu is there.
@@ -39,8 +37,6 @@ from .aot import OneLineParser
 from .attention_kernels import CONFIGURATIONS
 from .buckets import relative_position_bucket
 
-RATIO = 2.0  # our error may be this many times eager's, plus 1e-5
-
 
 @dataclass
 class Case:
@@ -50,15 +46,15 @@ class Case:
     unit: str  # "TF/s" or "GB/s"
     forward: float  # FLOP or bytes
     backward: float
-    peers: dict = field(default_factory=dict)  # other implementations of the same function of `inputs`
-    variants: dict = field(default_factory=dict)  # {name: (function, inputs)} of another function: not checked
-    parts: tuple = (lambda x: x,)  # slices of inputs and results alike in which eager and fp32 fit into memory
+    peers: dict = field(default_factory=dict)  # {name: (function, inputs)}
 
-    def __post_init__(self):
-        self.ours, self.eager = (
-            partial(getattr(kernels, f"{self.kernel}_{x}"), **self.rest) for x in ("triton", "reference")
-        )
-        self.peers["torch.compile"] = torch.compile(lambda **inputs: self.eager(**inputs), dynamic=False)
+    def todo(self):
+        """{name: (function, inputs)} of ours, the peers, and ours again."""
+        ours, eager = (partial(getattr(kernels, f"{self.kernel}_{x}"), **self.rest) for x in ("triton", "reference"))
+        compiled = torch.compile(lambda **inputs: eager(**inputs), dynamic=False)
+        own = {"ours": ours, "eager": eager, "torch.compile": compiled, "ours, again": ours}
+        own = {name: (function, self.inputs) for name, function in own.items()}
+        return {"ours": own.pop("ours"), **self.peers, **own}
 
 
 # ---- The cases, on PyTorch's default device -------------------------------------------------------------------------
@@ -105,22 +101,20 @@ def attention(use, B, N, H, D, dtype):
         return dense(function, q, k, v, score_mod=score_mod, block_mask=mask)
 
     sdpa, qkv = partial(dense, F.scaled_dot_product_attention), dict(q=q, k=k, v=v)
-    variants = {"SDPA without bias": (partial(sdpa, is_causal=causal), qkv)}  # the ceiling
+    peers = {"SDPA without bias": (partial(sdpa, is_causal=causal), qkv)}  # the ceiling
+    peers["FlexAttention, learned table"] = flex, qkv | dict(table=table)
     if table is not None:  # T5 gathers the bias once for all layers, so that SDPA gets it as a leaf
         distance = torch.arange(N)[None, :] - torch.arange(N)[:, None]
         bias = table.detach()[buckets[distance + N]].permute(2, 0, 1)[None]  # (1, H, N, N)
         bias = (bias.masked_fill(distance > 0, float("-inf")) if causal else bias).to(dtype).requires_grad_()
         dropped = partial(kernels.attention_triton, **rest, dropout_p=0.1, seed=torch.ones(1, dtype=torch.int64))
-        variants |= {
+        peers |= {
             "SDPA, materialised bias": (sdpa, qkv | dict(attn_mask=bias)),
             "ours with dropout 0.1": (dropped, qkv | dict(table=table)),
             "ours without bias": (partial(kernels.attention_triton, table=None, **rest), qkv),
         }
     flops = 4 * B * H * N * N * D / (2 if causal else 1)
-    group = max(1, 2**27 // (B * N * N))  # heads whose fp32 scores take half a gigabyte
-    parts = tuple(lambda x, h=h: x[:, h : h + group] for h in range(0, H, group))
-    peers = {"FlexAttention, learned table": flex}
-    return Case("attention", qkv | dict(table=table), rest, "TF/s", flops, 2.5 * flops, peers, variants, parts)
+    return Case("attention", qkv | dict(table=table), rest, "TF/s", flops, 2.5 * flops, peers)
 
 
 @functools.cache
@@ -142,7 +136,7 @@ def cross_entropy(T, V, dtype):
 
 def linear_cross_entropy(T, C, V, dtype):
     inputs = dict(hidden=leaf(T, C, dtype=dtype), weight=leaf(V, C, dtype=dtype, scale=C**-0.5))
-    labels, flops, variants = torch.randint(0, V, (T,)), 2 * T * C * V, {}
+    labels, flops, peers = torch.randint(0, V, (T,)), 2 * T * C * V, {}
     for peer, module, name in (  # they have no weights: another function than ours
         ("torch", "torch.nn.functional", "linear_cross_entropy"),  # >= 2.13
         ("Liger", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
@@ -150,9 +144,9 @@ def linear_cross_entropy(T, C, V, dtype):
     ):
         if find_spec(module.partition(".")[0]) and (function := getattr(import_module(module), name, None)):
             summed = lambda hidden, weight, function=function: function(hidden, weight, labels, reduction="sum")
-            variants[f"{peer}, no weights"] = (summed, inputs)
+            peers[f"{peer}, no weights"] = (summed, inputs)
     rest = dict(labels=labels, weights=torch.rand(T))
-    return Case("linear_cross_entropy", inputs, rest, "TF/s", flops, 2 * flops, variants=variants)
+    return Case("linear_cross_entropy", inputs, rest, "TF/s", flops, 2 * flops, peers)
 
 
 def rms_norm(T, C, dtype):
@@ -164,37 +158,7 @@ def rms_norm(T, C, dtype):
 def geglu(T, width, dtype):
     inputs, each = dict(gate=leaf(T, width, dtype=dtype), up=leaf(T, width, dtype=dtype)), T * width * dtype.itemsize
     dropped = partial(kernels.geglu_triton, dropout_p=0.1, seed=torch.ones(1, dtype=torch.int64))
-    return Case("geglu", inputs, {}, "GB/s", 3 * each, 5 * each, variants={"ours with dropout 0.1": (dropped, inputs)})
-
-
-# ---- Checking -------------------------------------------------------------------------------------------------------
-
-
-def results(function, inputs, upstream=None):
-    """[outputs, a gradient for each input that is a tensor], and the upstream gradients they belong to."""
-    leaves = {name: x if x is None else x.detach().requires_grad_() for name, x in inputs.items()}
-    outputs = function(**leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    upstream = [g.to(x.dtype) for g, x in zip(upstream or map(torch.randn_like, outputs), outputs)]
-    gradients = torch.autograd.grad(outputs, [x for x in leaves.values() if x is not None], upstream)
-    return [*(x.detach() for x in outputs), *gradients], upstream
-
-
-def worst_ratio(case, function):
-    """The largest of (error - 1e-5) / (eager's error), over output and gradients, both against fp32."""
-    got, upstream = results(function, case.inputs)
-    squares = torch.zeros(len(got), 3, dtype=torch.float64)  # of our error, of eager's, of the result
-    for part in case.parts:
-        cut = {name: x if x is None else part(x.detach()) for name, x in case.inputs.items()}
-        fp32 = {name: x if x is None else x.float() for name, x in cut.items()}
-        exact, eager = (results(case.eager, inputs, list(map(part, upstream)))[0] for inputs in (fp32, cut))
-        for i, (a, b, c) in enumerate(zip(map(part, got), eager, exact)):
-            a, b, c = a.double(), b.double(), c.double()
-            squares[i] += torch.stack([x.square().sum() for x in (a - c, b - c, c)])
-    ours, theirs, size = squares.sqrt().T
-    size = size.clamp(min=1e-30)
-    ratio = (ours / size - 1e-5).clamp(min=0) / (theirs / size).clamp(min=1e-12)
-    return ratio.nan_to_num(float("inf")).max().item()
+    return Case("geglu", inputs, {}, "GB/s", 3 * each, 5 * each, {"ours with dropout 0.1": (dropped, inputs)})
 
 
 # ---- Timing ---------------------------------------------------------------------------------------------------------
@@ -232,7 +196,7 @@ def timings(case, function, inputs, best):
     """A dict of the times of one implementation, its memory, what it reaches of the roofline, and the GPU's state."""
     leaves = [x for x in inputs.values() if x is not None]
     forward = lambda _=None: function(**inputs)
-    upstream = results(function, inputs)[1]
+    upstream = torch.utils._pytree.tree_map(torch.randn_like, forward())
     backward = lambda output: torch.autograd.grad(output, leaves, upstream)
 
     torch.cuda.synchronize()
@@ -252,30 +216,23 @@ def timings(case, function, inputs, best):
     return row | dict(gpu=state.stdout.strip())
 
 
-COLUMNS = "case, implementation, error (x eager), forward ms, backward ms, both ms, spread, rate, peak MiB".split(", ")
+COLUMNS = "case, implementation, forward ms, backward ms, both ms, spread, rate, peak MiB".split(", ")
 
 
 def show(row):
-    error = f"{row['error']:.2f}" if "error" in row else "-"
-    cells = [row["case"], row["implementation"], row.get("failed", error)]
+    cells = [row["case"], row["implementation"], row.get("failed", "")]
     if "failed" not in row:
-        cells += [f"{row[name]:.3f}" for name in COLUMNS[3:7]]
+        cells = [*cells[:2], *(f"{row[name]:.3f}" for name in COLUMNS[2:6])]
         cells += [f"{row['both rate']:.0f} {row['unit']}, {row['both roofline']:.0%}", f"{row['peak MiB']:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
 def measure(name, case, best):
-    """Yields a row for each implementation; one that fails its check, or fails, is reported and not timed."""
+    """Yields a row for each implementation; one that fails is reported and not timed."""
     torch.compiler.reset()  # peers are compiled for each case; past a number of shapes they would not be any more
-    checked = {"ours": case.ours, **case.peers}
-    todo = {of: (function, case.inputs) for of, function in checked.items()} | {"eager": (case.eager, case.inputs)}
-    for implementation, (function, inputs) in (todo | case.variants | {"ours, again": todo["ours"]}).items():
+    for implementation, (function, inputs) in case.todo().items():
         row = dict(case=name, implementation=implementation)
         try:
-            if implementation in checked:
-                row["error"] = worst_ratio(case, function)
-                if row["error"] > RATIO:
-                    raise ArithmeticError(f"{row['error']:.1f} times eager's error; not timed")
             row |= timings(case, function, inputs, best)
         except Exception as problem:  # out of memory, unsupported, no compiler: none of it may end the run
             row["failed"] = failure(problem)
@@ -289,7 +246,6 @@ def failure(problem):
 
 def bench_cases(args, keep):
     """Measure the cases that --only names until --minutes are over; keep(row) each row."""
-    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is what errors are measured against
     best = roofline()
     keep(dict(roofline=best))
     print(f"roofline of this run: {best['TF/s']:.0f} TF/s (bf16 product), {best['GB/s']:.0f} GB/s (copy)\n")
@@ -310,7 +266,7 @@ TILES = [  # (BM, BN, num_warps, num_stages), to time beside those that ship
 
 def bench_tiles(keep):
     """Forward and backward of the encoder at N = 1024, D = 64, dropout 0.1, with one kernel in other tiles."""
-    function, inputs = attention("encoder", 64, 1024, 12, 64, torch.bfloat16).variants["ours with dropout 0.1"]
+    function, inputs = attention("encoder", 64, 1024, 12, 64, torch.bfloat16).peers["ours with dropout 0.1"]
     upstream, leaves = torch.randn_like(inputs["q"]), list(inputs.values())
     table = CONFIGURATIONS[launch.architecture(torch.device("cuda"))]
     for kernel, tile in itertools.product(("forward", "dq", "dkdv"), TILES):
@@ -353,7 +309,7 @@ def run_beside(module, *under):
 
 
 def main(argv=None):
-    """Exit status: 0 done; 1 a kernel of ours failed its check; 2 the arguments are wrong, or there is no GPU."""
+    """Exit status: 0 done; 1 a kernel of ours failed; 2 the arguments are wrong, or there is no GPU."""
     parser = OneLineParser(
         prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

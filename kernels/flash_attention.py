@@ -55,7 +55,7 @@ from .attention_kernels import (
 )
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
-from .launch import INTERPRETED, architecture, check_tensors, launch, next_power_of_2
+from .launch import architecture, check_tensors, launch, next_power_of_2, rows_together
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
@@ -177,8 +177,8 @@ def launch_tiles(kernel, name, side, inputs, setting, *tensors, **flags):
     tiles = -(-longest[side] // (BN if side else BM))
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]  # of tokens and heads
     numbers = (tiles, Tq, H, *strides, reach, threshold)
-    flags |= dict(CAUSAL=causal, BIAS=bias, DROPOUT=threshold > 0, D=D, BM=BM, BN=BN, WIDEN=INTERPRETED)
-    flags |= dict(PRECISION="ieee", num_warps=warps, num_stages=stages)
+    flags |= dict(CAUSAL=causal, BIAS=bias, DROPOUT=threshold > 0, D=D, BM=BM, BN=BN)
+    flags |= dict(num_warps=warps, num_stages=stages)
     few = D <= 64 and not (causal or threshold)  # values to hold at once
     if name == "forward" and few and (BM, warps) == (64, 4) and architecture(q.device) == "sm_90":
         flags["maxnreg"] = 168  # three blocks on a multiprocessor; the others would spill
@@ -237,7 +237,7 @@ def attention_triton(
     if q.shape[2] not in (16, 32, 64, 128):
         raise ValueError(f"attention: the Triton kernel takes D of 16, 32, 64 or 128, got {q.shape[2]}")
     check_tensors("attention", q=q, k=k, v=v, table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = rows_together(q, k, v)
     threshold = threshold_of(dropout_p)
     seed = seed_on(q.device, seed) if threshold else None
     rest = (seed, causal, threshold, max_distance, longest)

@@ -88,12 +88,18 @@ def architecture_of(device):
 
 def check_tensors(operation, **tensors):
     """Raise ValueError for a tensor on another device than the first, or of a float dtype that no kernel takes."""
-    device = next(iter(tensors.values())).device
-    for name, x in tensors.items():
-        if x is not None and x.device != device:
+    given = {name: x for name, x in tensors.items() if x is not None}
+    device = next(iter(given.values())).device
+    for name, x in given.items():
+        if x.device != device:
             raise ValueError(f"{operation}: {name} must be on {device} as the others, got {x.device}")
-        if x is not None and x.dtype == torch.float64:
+        if x.is_floating_point() and x.element_size() not in (2, 4):
             raise ValueError(f"{operation}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
+
+
+def rows_together(*tensors):
+    """The tensors, copied where the numbers of a row do not lie side by side."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def next_power_of_2(n):

@@ -65,7 +65,8 @@ def test_every_configuration_compiles(table):
 
 def test_recorded_launches_are_those_a_gpu_would_make():
     """Forward and backward of the public functions, and nothing is left recording afterwards."""
-    names = [kernel.__name__ for kernel, _, _ in aot.launches_of("attention D=64 encoder", "sm_90")]
+    launches = aot.launches_of(aot.CASES["attention D=64 encoder"], "sm_90")
+    names = [kernel.__name__ for kernel, _, _ in launches]
     assert names == ["attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel"]
     assert aot.launch.recording is None
 

@@ -100,6 +100,7 @@ SHAPES = [  # (queries, keys) of each sequence
     (DECODER, [(64, 64)]),
     (DECODER, [(1, 70), (40, 41)]),  # a decoding step beside a longer one: queries are the last positions
     (CROSS, [(70, 1), (1, 70)]),
+    (ENCODER, [(70, 20), (20, 150)]),  # not in T5, but in the contract: bidirectional bias with M != N
     (DECODER, [(40, 75), (1, 2), (7, 7), (13, 30)]),
 ]
 
@@ -108,7 +109,7 @@ SHAPES = [  # (queries, keys) of each sequence
 @pytest.mark.parametrize("use, pairs", SHAPES)
 def test_output_and_each_gradient(implementation, use, pairs, tiles):
     tiles(32, 32)
-    counts = [m for m, _ in pairs], [n for _, n in pairs]
+    counts = [list(side) for side in zip(*pairs)]
     check(implementation, inputs(*counts, use), *counts, use)
 
 
@@ -119,7 +120,7 @@ def test_output_and_each_gradient(implementation, use, pairs, tiles):
 def test_random_lengths(implementation, pairs, use):
     if use != CROSS:  # the encoder's sides are one; a decoder has as many keys as queries, or more
         pairs = [(m, m) if use == ENCODER else (min(m, n), max(m, n)) for m, n in pairs]
-    counts = [m for m, _ in pairs], [n for _, n in pairs]
+    counts = [list(side) for side in zip(*pairs)]
     with pytest.MonkeyPatch.context() as patch:
         set_tiles(patch, 32, 32)
         check(implementation, inputs(*counts, use, seed=sum(counts[0])), *counts, use)
@@ -148,14 +149,6 @@ def test_far_tiles_on_both_sides(use, tiles):
     tiles(64, 64)
     counts = ([331], [331]) if use != CROSS else ([40], [331])
     check("triton", inputs(*counts, use, H=1), *counts, use)
-
-
-@both
-def test_a_table_between_sides_of_different_lengths(implementation, tiles):
-    """Not in T5, but in the contract: bidirectional bias with M != N, more queries than keys and fewer."""
-    tiles(32, 64)
-    for counts in (([150], [20]), ([20], [150])):
-        check(implementation, inputs(*counts, ENCODER, H=1, num_buckets=8), *counts, ENCODER, max_distance=20)
 
 
 @both
@@ -200,20 +193,6 @@ def test_buckets_are_those_of_transformers(transformers, num_buckets, max_distan
     assert torch.equal(relative_position_bucket(distance, num_buckets, max_distance, bidirectional), theirs)
 
 
-@needs_triton
-def test_the_tiles_do_not_matter(tiles):
-    """Neither to the results nor, with dropout, to the mask."""
-    counts = [70, 17]
-    results = []
-    for BM, BN in ((16, 32), (32, 32), (64, 128)):
-        tiles(BM, BN)
-        function = call("triton", counts, counts, ENCODER, dropout_p=0.2, seed=5)
-        results.append(outputs_and_gradients(function, inputs(counts, counts, ENCODER, H=1)))
-    for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            assert relative_error(a, b) <= 2e-6
-
-
 def dropout_masks(counts_q, counts_k, H, seed, threshold):
     """What dropout multiplies each sequence's weights by, (H, M, N), from Philox in NumPy."""
     masks, start = [], 0
@@ -250,49 +229,19 @@ def test_dropout_keeps_its_rate_and_depends_on_its_seed(implementation):
     state = torch.get_rng_state()
     assert torch.equal(once(1), once(1)) and not torch.equal(once(1), once(2))
     assert torch.equal(state, torch.get_rng_state()), "with a seed the global generator is left alone"
-    drawn = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        drawn.append([once(None), once(None)])
-    assert torch.equal(drawn[0][0], drawn[1][0]), "without one, torch's seed governs the mask"
-    assert not torch.equal(*drawn[0]), "and each call draws its own"
+    first, second = (torch.manual_seed(3) and [once(None), once(None)] for _ in range(2))
+    assert torch.equal(first[0], second[0]), "without one, torch's seed governs the mask"
+    assert not torch.equal(*first), "and each call draws its own"
     assert once(0, 1e-3).mean() != 1, "a small rate is not rounded to none"
 
 
-@needs_triton
-@pytest.mark.parametrize("use", USES)
-def test_repeats_are_equal_bit_for_bit(use, tiles):
-    tiles(32, 64)
-    counts = [35, 3]
-    function = call("triton", counts, counts, use, dropout_p=0.1, seed=3)
-    first, second = (outputs_and_gradients(function, inputs(counts, counts, use)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
 @both
-def test_packed_is_one_sequence_at_a_time(implementation, tiles):
-    tiles(32, 32)
-    counts = [33, 1, 20]
-    q, k, v, table = inputs(counts, counts, DECODER)
-    together = call(implementation, counts, counts, DECODER)(q, k, v, table)
-    alone = [
-        call(implementation, [len(a)], [len(a)], DECODER)(a, b, c, table)
-        for a, b, c in zip(q.split(counts), k.split(counts), v.split(counts))
-    ]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0 if implementation == "triton" else 1e-6)
-
-
-@both
-def test_gradient_of_the_table_sums_to_zero_and_skips_the_unreachable_bucket(implementation, tiles):
-    """Adding a constant to all biases changes no softmax; bucket 16 of a bidirectional table means "after, by 0"."""
+def test_gradient_of_the_bucket_that_no_distance_has_is_exactly_0(implementation, tiles):
+    """Bucket 16 of a bidirectional table means "after, by 0"."""
     tiles(64, 64)
-    counts = [200]
-    for use in (ENCODER, DECODER):
-        function = call(implementation, counts, counts, use)
-        gradient = outputs_and_gradients(function, inputs(counts, counts, use, H=1))[4]
-        assert gradient.sum(0).abs().max() <= 1e-5 * gradient.abs().sum()
-        unreachable = gradient[16] if use == ENCODER else gradient[:0]
-        assert (unreachable == 0).all() and (gradient.abs().sum(-1) > 0).sum() == (31 if use == ENCODER else 32)
+    function = call(implementation, [200], [200], ENCODER)
+    gradient = outputs_and_gradients(function, inputs([200], [200], ENCODER, H=1))[4]
+    assert (gradient == 0).all(-1).nonzero().tolist() == [[16]]
 
 
 @both

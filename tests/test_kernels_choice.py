@@ -45,12 +45,6 @@ def test_a_gpu_that_the_kernels_do_not_fit_gets_the_references_and_the_run_says_
     kernels.launch.architecture_of.cache_clear()
 
 
-def test_a_misspelt_choice_stops_the_first_operation(monkeypatch):
-    monkeypatch.setenv("DSS_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="DSS_KERNELS"):
-        kernels.geglu(gate=torch.zeros(2), up=torch.zeros(2))
-
-
 OPERATIONS = dict(attention=flash_attention, cross_entropy=losses, linear_cross_entropy=losses, rms_norm=norms)
 OPERATIONS |= dict(geglu=activations, relu=activations)
 
