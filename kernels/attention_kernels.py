@@ -168,8 +168,7 @@ def attention_forward_kernel(
     v_ptr += k_start.to(tl.int64) * v_stride + h.to(tl.int64) * v_head
     diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
-    shift = N - M if CAUSAL else 0
-    p0 = i0 + shift
+    p0 = i0 + (N - M if CAUSAL else 0)
     left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
     q = rows_of(q_ptr, i0, M, q_stride, BM, D, True)
@@ -279,8 +278,7 @@ def attention_dq_kernel(
     here = (q_start.to(tl.int64) * H + h) * D
     diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
-    shift = N - M if CAUSAL else 0
-    p0 = i0 + shift
+    p0 = i0 + (N - M if CAUSAL else 0)
     left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
     q = rows_of(q_ptr, i0, M, q_stride, BM, D, True)

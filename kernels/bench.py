@@ -196,7 +196,9 @@ def timings(case, function, inputs, best):
     """A dict of the times of one implementation, its memory, what it reaches of the roofline, and the GPU's state."""
     leaves = [x for x in inputs.values() if x is not None]
     forward = lambda _=None: function(**inputs)
-    upstream = torch.utils._pytree.tree_map(torch.randn_like, forward())
+    output = forward()
+    upstream = [torch.randn_like(x) for x in (output if isinstance(output, tuple) else (output,))]
+    del output
     backward = lambda output: torch.autograd.grad(output, leaves, upstream)
 
     torch.cuda.synchronize()

@@ -109,6 +109,17 @@ def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
 
 
 @triton.jit
+def load_logits(ptr, columns, V):
+    return tl.load(ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def store_gradient(ptr, z, lse, weight, y, columns, V):
+    g = tl.exp(z - lse) * weight - tl.where(columns == y, weight, 0.0)
+    tl.store(ptr + columns, g.to(ptr.dtype.element_ty), mask=columns < V)
+
+
+@triton.jit
 def cross_entropy_row_kernel(
     logits_ptr,
     gradient_ptr,  # may be logits_ptr: a thread writes what it has read
@@ -141,15 +152,14 @@ def cross_entropy_row_kernel(
         #    before all have met there.
         z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
         if ONE_BLOCK:
-            z = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+            z = load_logits(logits_ptr, columns, V)
             top = tl.max(z, 0)
             total = tl.sum(tl.exp(z - top), 0)
         else:
             top = tl.full([], float("-inf"), tl.float32)
             total = tl.full([], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
-                inside = start + columns < V
-                z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+                z = load_logits(logits_ptr, start + columns, V)
                 higher = tl.maximum(top, tl.max(z, 0))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
                 top = higher
@@ -162,14 +172,11 @@ def cross_entropy_row_kernel(
         # 3. The gradient.
         if HAS_GRADIENT:
             if ONE_BLOCK:
-                g = tl.exp(z - lse) * weight - tl.where(columns == y, weight, 0.0)
-                tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), mask=columns < V)
+                store_gradient(gradient_ptr, z, lse, weight, y, columns, V)
             else:
                 for start in range(0, V, BLOCK):
-                    inside = start + columns < V
-                    z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-                    g = tl.exp(z - lse) * weight - tl.where(start + columns == y, weight, 0.0)
-                    tl.store(gradient_ptr + start + columns, g.to(gradient_ptr.dtype.element_ty), mask=inside)
+                    z = load_logits(logits_ptr, start + columns, V)
+                    store_gradient(gradient_ptr, z, lse, weight, y, start + columns, V)
 
 
 @triton.jit

@@ -42,9 +42,9 @@ def check_linear(implementation, T, V, C, seed, dtype, chunks):
     _, labels, weights = rows(T, V, seed)
     leaves, scale = matrices(T, V, C, seed, dtype), C**-0.5
     function = getattr(losses, f"linear_cross_entropy_{implementation}")
-    budget = {"logits_bytes": -(-T * V * dtype.itemsize // chunks)} if implementation == "triton" else {}
+    budget = -(-T * V * dtype.itemsize // chunks)
     compare(
-        lambda h, w: function(h, w, labels, weights, scale, **budget),
+        lambda h, w: function(h, w, labels, weights, scale, logits_bytes=budget),
         lambda h, w: formula(F.linear(h * scale, w), labels, weights),
         leaves,
     )
@@ -81,16 +81,17 @@ def test_random_sizes(implementation, T, V, C, seed, dtype):
     check_linear(implementation, T, V, C, seed, dtype, chunks=1 + seed % 9)
 
 
-@needs_triton
-def test_weight_gradient_is_summed_in_fp32_however_many_chunks():
+@both
+def test_weight_gradient_is_summed_in_fp32_however_many_chunks(implementation):
     """bf16 sums over 32 chunks lose what a single chunk keeps; fp32 master weights beside bf16 states."""
     T, V, C = 256, 50, 16
+    function = getattr(losses, f"linear_cross_entropy_{implementation}")
     _, labels, weights = rows(T, V, 0)
     hidden, matrix = matrices(T, V, C, 0)
     matrix.requires_grad_()
 
     def d_matrix(budget):
-        loss = linear_cross_entropy_triton(hidden.bfloat16(), matrix, labels, weights, logits_bytes=budget)
+        loss = function(hidden.bfloat16(), matrix, labels, weights, logits_bytes=budget)
         return torch.autograd.grad(loss, matrix)[0]
 
     whole, chunked = d_matrix(10**9), d_matrix(T * V * 2 // 32)
@@ -158,17 +159,15 @@ def test_a_confident_label_keeps_the_digits_of_p_minus_1(implementation):
 
 
 @both
-@pytest.mark.parametrize("T, V", [(2, 2), (20, 50)])
-def test_weight_zero_is_a_token_that_is_not_there(implementation, T, V):
-    _, labels, weights = rows(T, V, 0)
+def test_weight_zero_is_a_token_that_is_not_there(implementation):
+    _, labels, weights = rows(20, 50, 0)
     weights[::2] = 0
-    hidden, matrix = (x.requires_grad_() for x in matrices(T, V, 8, 0))
+    hidden, matrix = (x.requires_grad_() for x in matrices(20, 50, 8, 0))
     function = getattr(losses, f"linear_cross_entropy_{implementation}")
     results = []
     for kept in (slice(None), slice(1, None, 2)):
         loss = function(hidden[kept], matrix, labels[kept], weights[kept])
         results.append([loss, *torch.autograd.grad(loss, [hidden, matrix])])
-    assert (results[0][1][::2] == 0).all()
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
@@ -181,14 +180,13 @@ def test_inputs_are_left_as_they_were_and_no_gradient_is_made_that_nobody_wants(
     (2 * one(logits.requires_grad_(), labels, weights)).backward()
     assert torch.equal(logits.detach(), before)
     hidden, matrix = matrices(5, 30, 8, 0)
-    assert not linear(hidden, matrix, labels, weights).requires_grad
-    want = linear(hidden, matrix.clone().requires_grad_(), labels, weights)
-    for frozen in ("hidden", "matrix"):
-        h, w = (x.clone().requires_grad_(name != frozen) for name, x in (("hidden", hidden), ("matrix", matrix)))
-        loss = linear(h, w, labels, weights)
-        assert torch.equal(loss, want)
+    want = linear(hidden, matrix, labels, weights)
+    assert not want.requires_grad
+    for wanted in (0, 1):
+        leaves = [hidden.clone(), matrix.clone()]
+        loss = linear(*(x.requires_grad_(i == wanted) for i, x in enumerate(leaves)), labels, weights)
         loss.backward()
-        assert (h.grad is None) == (frozen == "hidden") and (w.grad is None) == (frozen == "matrix")
+        assert torch.equal(loss, want) and [x.grad is not None for x in leaves] == [wanted == 0, wanted == 1]
 
 
 def test_chunks_are_few_and_even():
