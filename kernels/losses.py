@@ -311,5 +311,5 @@ def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses,
 
 def fp32_weights(weights):
     if weights.requires_grad:
-        raise ValueError("cross_entropy: weights must not require a gradient; the Triton kernel has none for them")
+        raise ValueError("cross_entropy: weights must not require a gradient, for they get none")
     return weights.float().contiguous()

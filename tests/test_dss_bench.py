@@ -39,7 +39,7 @@ def test_ratios_are_of_one_turn_each(monkeypatch):
     clock = iter([0, 9, 0, 9, 0, 1, 0, 3, 0, 2, 0, 4, 0, 4, 0, 4])  # begin and end of ours and of the peer
     monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
     row = bench.take_turns(dict.fromkeys(("ours", "peer"), lambda _: None), lambda turn: turn, 3)["peer"]
-    assert (row["x ours"], row["from"], row["to"], row["seconds"]) == (2.0, 1.5, 2.5, 4)
+    assert (row["x ours, quartile 1"], row["x ours"], row["x ours, quartile 3"], row["seconds"]) == (1.5, 2.0, 2.5, 4)
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(setting):

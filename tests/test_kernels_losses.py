@@ -7,7 +7,6 @@ from comparing import DEVICE, DTYPES, both, compare, needs_gpu, needs_triton, re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
 from kernels import losses
 from kernels.losses import IGNORE, chunk_rows, cross_entropy_triton, launch_rows, linear_cross_entropy_triton
 
@@ -52,16 +51,10 @@ def check_linear(implementation, T, V, C, seed, dtype, chunks):
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, V", [(6, 2), (9, 33), (1, 7), (41, 300), (3, 32128)])
+@pytest.mark.parametrize("T, V", [(6, 2), (9, 33), (1, 7), (41, 300), (3, 32128), (2, 250112)])
 def test_loss_and_gradient_of_given_logits(implementation, T, V, dtype):
+    """The last is mT5's vocabulary, whose rows are too long for one block and are read twice."""
     check_logits(implementation, T, V, 0, dtype)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_too_long_for_one_block_are_read_twice(dtype):
-    """mT5's vocabulary."""
-    check_logits("triton", 2, 250112, 0, dtype)
 
 
 @both
@@ -102,18 +95,11 @@ def test_weight_gradient_is_summed_in_fp32_however_many_chunks(implementation):
 @both
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_gradient_of_fp32_weights_in_fp32(implementation):
     _, labels, weights = rows(30, 40, 3)
-    function = getattr(losses, f"linear_cross_entropy_{implementation}")
-
-    def in_autocast(h, w):
-        with torch.autocast(DEVICE, torch.bfloat16):
-            return function(h, w, labels, weights, 0.25)
-
-    def in_bfloat16(h, w):
-        return formula((F.linear(h.bfloat16() * 0.25, w.bfloat16())), labels, weights)
-
     h, w = (x.requires_grad_() for x in matrices(30, 40, 16, 3))
-    loss = in_autocast(h, w)
-    got, want = (torch.autograd.grad(f, [h, w]) for f in (loss, in_bfloat16(h, w)))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = getattr(losses, f"linear_cross_entropy_{implementation}")(h, w, labels, weights, 0.25)
+    in_bfloat16 = formula((F.linear(h.bfloat16() * 0.25, w.bfloat16())), labels, weights)
+    got, want = (torch.autograd.grad(f, [h, w]) for f in (loss, in_bfloat16))
     assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in got)
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(got, want)), "two roundings to bf16 apart"
 
@@ -224,19 +210,19 @@ def test_arguments_that_do_not_fit_are_named(implementation, change, word):
         linear(torch.zeros(3, 2), torch.zeros(4, 3), **good)
 
 
-@needs_triton
-def test_weights_that_want_a_gradient_are_refused():
-    logits, labels, weights = rows(3, 5, 0)
+@both
+def test_weights_that_want_a_gradient_are_refused(implementation):
+    hidden, matrix = matrices(3, 5, 4, 0)
+    _, labels, weights = rows(3, 5, 0)
     with pytest.raises(ValueError, match="weights must not require a gradient"):
-        cross_entropy_triton(logits, labels, weights.requires_grad_())
+        getattr(losses, f"linear_cross_entropy_{implementation}")(hidden, matrix, labels, weights.requires_grad_())
 
 
 @both
-def test_no_tokens_are_no_loss(implementation, monkeypatch):
-    monkeypatch.setenv("DSS_KERNELS", implementation)
+def test_no_tokens_are_no_loss(implementation):
     hidden, matrix = torch.zeros(0, 8, device=DEVICE), torch.ones(30, 8, device=DEVICE, requires_grad=True)
     empty = torch.zeros(0, device=DEVICE)
-    loss = kernels.linear_cross_entropy(hidden, matrix, empty.long(), empty)
+    loss = getattr(losses, f"linear_cross_entropy_{implementation}")(hidden, matrix, empty.long(), empty)
     assert loss == 0 and (torch.autograd.grad(loss, matrix)[0] == 0).all()
 
 
