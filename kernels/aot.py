@@ -19,7 +19,6 @@ import json
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 import warnings
 from functools import partial
@@ -165,9 +164,9 @@ def inspect(machine_code, warps, scores):
     )
 
 
-def rows(architecture, only):
+def rows(architecture, cases):
     """A dict for each compiled launch: case, kernel, tile, and the figures of the table."""
-    for case in [case for case in CASES if any(text in case for text in only)]:
+    for case in cases:
         for kernel, arguments, options in launches_of(CASES[case], architecture):
             tile = "x".join(str(options[key]) for key in ("BM", "BN", "ROWS", "BLOCK") if key in options)
             row = dict(architecture=architecture, case=case, kernel=kernel.__name__, tile=tile)
@@ -196,19 +195,18 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     args = parser.parse_args(argv)
-    if not any(text in case for case in CASES for text in args.only):
+    cases = [case for case in CASES if any(text in case for text in args.only)]
+    if not cases:
         parser.error(f"--only: no case is named {' or '.join(args.only)}")
     if not launch.INSTALLED or launch.INTERPRETED:
-        print("kernels.aot: needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
-        return 2
+        parser.error("needs Triton, and TRITON_INTERPRET unset")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # 3.9 says it once, whatever we do
     for architecture in args.arch:
         if not args.json:
             print(f"{architecture}\n{HEADER}")
-        for row in rows(architecture, args.only):
+        for row in rows(architecture, cases):
             print(json.dumps(row) if args.json else line(row), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,8 +13,6 @@ gradient is a sum over all tokens: each of at most PROGRAMS programs adds up its
 programs, in a fixed order. C is at most 16384.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,6 @@ from .launch import INTERPRETED, check_tensors, launch, next_power_of_2, rows_to
 
 # {columns: (rows at a time, num_warps)}: 16 to 32 fp32 values a thread, which backward needs three times.
 TILES = {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)}
-promoted = functools.cache(torch.promote_types)
 PROGRAMS = 256  # in backward: about two for each multiprocessor of an H100, each with a row of fp32 sums to write
 
 
@@ -166,7 +163,7 @@ class RMSNorm(torch.autograd.Function):
         flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(C)
         seed = seed_on(x.device, seed) if threshold else x  # without dropout nothing reads it
         beside = x if residual is None else residual
-        wider = promoted(x.dtype, beside.dtype)
+        wider = torch.promote_types(x.dtype, beside.dtype)
         s = x if residual is None else torch.empty(T, C, dtype=wider, device=x.device)
         y = torch.empty(T, C, dtype=dtype or wider, device=x.device)
         sizes = (T, C, x.stride(0), beside.stride(0), eps, threshold)
