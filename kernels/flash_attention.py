@@ -29,15 +29,12 @@ tile whose distances are all beyond adds one number to all its scores ("plain").
 of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need a mask. Plain tiles and
 edge tiles have a loop each: a branch inside one loop would put both bodies into it.
 
-**Determinism.** No atomics: every number is written by one program, which adds in a fixed order. Two runs are equal bit
-for bit, on one device with one configuration.
+**Determinism.** No atomics: every number is written by one program, which adds in a fixed order. Dropout's mask
+(kernels/dropout.py) depends on the query's place in the stream, the head, the key's place in its sequence and the seed.
 
-**Dropout** (kernels/dropout.py): an element's mask depends on the query's place in the stream, the head, the key's
-place in its sequence and the seed; forward and both backward kernels make the same mask in different tiles.
-
-**No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k, integers of the host; programs past the end of a
-sequence return at once. Where they are not given the device is asked for them. On a GPU nobody reads cu_seqlens: there
-a sequence without keys gives NaN, as does M > N with causal, which CPU tensors have refused.
+**No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k; programs past the end of a sequence return at once.
+On a GPU nobody reads cu_seqlens: there a sequence without keys gives NaN, as does M > N with causal, which CPU tensors
+have refused.
 """
 
 from itertools import pairwise

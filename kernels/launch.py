@@ -71,7 +71,7 @@ def architecture(device):
     """The row of a table of configurations that holds for a device: "sm_90", "sm_80", "interpreter", or None.
 
     Datacentre Blackwell takes Hopper's, other GPUs from Ampere on take Ampere's, whose tiles fit 99 KiB of shared
-    memory. Older ones have less, and AMD's are untested: there is no row for them.
+    memory. Older ones have less, and AMD's are untested.
     """
     return recording[0] if recording is not None else architecture_of(device)
 

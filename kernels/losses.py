@@ -6,9 +6,8 @@ The weights carry the method: 1 / N_label on the tokens of label targets and lam
 rationales make one weighted sum of  L_label + lambda * L_rationale,  so both tasks are one pass over one stream.
 A token whose label is -100, or whose weight is 0, adds nothing to the loss and nothing to any gradient.
 
-**Rows.** One program computes one row. Up to V = 32768 the row stays in registers between the sum and the gradient, so
-the full pass, loss and gradient, reads the logits once and writes the gradient once. Longer rows (mT5 has V = 250112)
-are read twice. Everything in between is fp32.
+**Rows.** One program computes one row, in fp32. Up to V = 32768 it stays in registers between the sum and the gradient:
+the logits are read once and the gradient is written once. Longer rows (mT5 has V = 250112) are read twice.
 
 **Linear.** T x V logits would be the largest tensor of the whole model. `linear_cross_entropy` takes the tokens in
 chunks: one matrix product makes a chunk's logits, LOGITS_BYTES of them, the row kernel turns them into their gradient
@@ -20,8 +19,8 @@ is fp32 whatever the dtype of the inputs: sums of bfloat16 over 32 chunks are of
 backward pass multiplies by the real one, on the device and in place, and a kernel that finds a 1 there returns at once;
 a second backward pass through the same graph is refused.
 
-Refused: labels outside [0, V) other than -100 (on a GPU, where reading them would make the host wait, they give NaN),
-and gradients for the weights. In fp16 a gradient below 6e-8 is 0, and w_t / V gets there; train in bfloat16.
+Labels outside [0, V) other than -100 are refused; on a GPU, where reading them would make the host wait, they give NaN.
+In fp16 a gradient below 6e-8 is 0, and w_t / V gets there; train in bfloat16.
 """
 
 import torch

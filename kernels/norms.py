@@ -9,8 +9,7 @@ one pass, which reads the two inputs and writes the two outputs that the layer g
     s = residual + dropout(x),     y = s / sqrt(mean(s^2) + eps) * weight
 
 The backward pass keeps s and the weight; 1 / rms and the dropout mask (kernels/dropout.py) are made again. The weight's
-gradient is a sum over all tokens: each of at most PROGRAMS programs adds up its own rows in fp32, PyTorch adds up the
-programs, in a fixed order. C is at most 16384.
+gradient is a sum over all tokens: each program adds up its own rows in fp32, PyTorch adds up the programs.
 """
 
 import torch
