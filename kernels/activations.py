@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import dropout_reference, kept, seed_on, threshold_of
-from .launch import INTERPRETED, launch, tl, triton
+from .launch import INTERPRETED, check_tensors, launch, rows_together, tl, triton
 
 # Of a tile: 16 values a thread, and rows long enough for whole cache lines. The interpreter likes few, large tiles.
 ROWS, BLOCK, NUM_WARPS = (64 if INTERPRETED else 4), 512, 4
@@ -30,16 +30,21 @@ CUBIC = tl.constexpr(0.044715)
 def geglu_reference(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """dropout(gelu_tanh(gate) * up). gate, up: (T, F), one float dtype. Returns (T, F) in that dtype.
 
-    seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes differ.
+    seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes or dtypes differ.
     """
-    if gate.shape != up.shape:
-        raise ValueError(f"geglu: gate and up must have one shape, got {list(gate.shape)} and {list(up.shape)}")
+    check_gate(gate, up)
     return dropout_reference(F.gelu(gate, approximate="tanh") * up, dropout_p, seed)
 
 
 def relu_reference(x: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """dropout(max(x, 0)). x: (T, F), any float dtype, which the result has; seed as in `geglu_reference`."""
     return dropout_reference(F.relu(x), dropout_p, seed)
+
+
+def check_gate(gate, up):
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        shapes = f"{list(gate.shape)} {gate.dtype} and {list(up.shape)} {up.dtype}"
+        raise ValueError(f"geglu: gate and up must have one shape and dtype, got {shapes}")
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------
@@ -104,18 +109,17 @@ class Activation(torch.autograd.Function):
         ctx.threshold = threshold_of(dropout_p)
         seed = seed_on(up.device, seed) if ctx.threshold else None
         ctx.save_for_backward(gate, up, seed)
-        y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        y = up.new_empty(up.shape)
         launch_activation(gate, up, y, y, y, seed, ctx.threshold, backward=False)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         gate, up, seed = ctx.saved_tensors
-        d_up = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-        d_gate = None if gate is None else torch.empty_like(d_up)
-        gradients = dy.contiguous(), d_up, d_up if gate is None else d_gate
-        launch_activation(gate, up, *gradients, seed, ctx.threshold, backward=True)
-        return d_gate, d_up, None, None
+        d_up = up.new_empty(up.shape)
+        d_gate = d_up if gate is None else torch.empty_like(d_up)
+        launch_activation(gate, up, dy.contiguous(), d_up, d_gate, seed, ctx.threshold, backward=True)
+        return None if gate is None else d_gate, d_up, None, None
 
 
 def launch_activation(gate, up, dy, y, d_gate, seed, threshold, backward):
@@ -128,21 +132,17 @@ def launch_activation(gate, up, dy, y, d_gate, seed, threshold, backward):
 
 def geglu_triton(gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """`geglu_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
-    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
-        raise ValueError(
-            "geglu: gate and up must have one shape, dtype and device, got "
-            f"{list(gate.shape)} {gate.dtype} {gate.device} and {list(up.shape)} {up.dtype} {up.device}"
-        )
-    return activation("geglu: gate", gate, up, dropout_p, seed)
+    check_gate(gate, up)
+    return activation("geglu", gate, up, dropout_p, seed)
 
 
 def relu_triton(x: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None) -> Tensor:
     """`relu_reference` in one pass, as `geglu_triton`."""
-    return activation("relu: x", None, x, dropout_p, seed)
+    return activation("relu", None, x, dropout_p, seed)
 
 
 def activation(name, gate, up, dropout_p, seed):
-    if up.dim() != 2 or up.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name} must be (T, F) in float32, float16 or bfloat16, got {list(up.shape)} {up.dtype}")
-    gate, up = (x if x is None or x.stride(1) == 1 else x.contiguous() for x in (gate, up))
-    return Activation.apply(gate, up, dropout_p, seed)
+    if up.dim() != 2:
+        raise ValueError(f"{name}: the Triton kernel takes inputs of (T, F), got {list(up.shape)}")
+    check_tensors(name, input=up, gate=gate)
+    return Activation.apply(*rows_together(gate, up), dropout_p, seed)

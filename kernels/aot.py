@@ -3,9 +3,8 @@
     python -m kernels.aot                                    a table for sm_90
     python -m kernels.aot --arch sm_80 --only attention geglu --json
 
-The launches are those of the real launchers: CASES call the public Triton functions, forward and backward, on tensors
-without storage (device "meta"), and a `Recording` keeps what would have been launched, so that what is compiled here is
-what a GPU of that architecture would run. The figures come from the machine code, by the cuobjdump in Triton's package:
+CASES call the public Triton functions, forward and backward, on tensors without storage (device "meta"), and what they
+would launch on a GPU of that architecture is compiled. The figures come from the machine code, by Triton's cuobjdump:
 
     blocks      of the kernel that fit on a multiprocessor at once, by registers and shared memory
     loops       instructions a warp executes for one tile, of each loop with matrix products (plain, then edge tiles)
@@ -20,9 +19,9 @@ import json
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 import warnings
+from functools import partial
 
 import torch
 
@@ -32,93 +31,72 @@ from .flash_attention import attention_triton
 from .losses import cross_entropy_triton
 from .norms import rms_norm_triton
 
-ARCHITECTURES = ("sm_80", "sm_90")
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-class Recording:
-    """What `launch` was asked to run, as (kernel, arguments, options), while this is `launch.recording`."""
-
-    def __init__(self, architecture):
-        self.architecture, self.launches = architecture, []
-
-    def add(self, *of_launch):
-        self.launches.append(of_launch)
+BF16, FP32 = torch.bfloat16, torch.float32
+TYPES = {FP32: "*fp32", torch.float16: "*fp16", BF16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 # ---- The cases ------------------------------------------------------------------------------------------------------
 
 
-def meta(*shape, dtype=torch.bfloat16, gradient=True):
-    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=gradient and dtype.is_floating_point)
+def meta(*shape, dtype=BF16):
+    return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
-def attention_case(D, causal=False, bias=True, dropout_p=0.1, dtype=torch.bfloat16, M=1024, N=1024, H=12):
-    B = 16
-    cu_q, cu_k = (meta(B + 1, dtype=torch.int32) for _ in range(2))
-    q, k, v = meta(B * M, H, D, dtype=dtype), meta(B * N, H, D, dtype=dtype), meta(B * N, H, D, dtype=dtype)
-    table = meta(32, H, dtype=torch.float32) if bias else None
-    o = attention_triton(q, k, v, table, cu_q, cu_k, causal, dropout_p, 7, 128, M, N)
-    if o.requires_grad:
+def attention_case(D, causal=False, bias=True, dropout_p=0.1, dtype=BF16, M=1024, N=1024, H=12):
+    cu = meta(17, dtype=torch.int32)
+    q, k, v = meta(16 * M, H, D, dtype=dtype), meta(16 * N, H, D, dtype=dtype), meta(16 * N, H, D, dtype=dtype)
+    table = meta(32, H, dtype=FP32) if bias else None
+    with torch.set_grad_enabled(M > 1):  # with one query it is decoding
+        o = attention_triton(q, k, v, table, cu, cu.clone(), causal, dropout_p, 7, 128, M, N)
+    if M > 1:
         o.sum().backward()
 
 
-def decoding_case(D, causal=False, bias=True, dtype=torch.bfloat16):
-    with torch.no_grad():
-        attention_case(D, causal, bias, 0.0, dtype, M=1, N=200)
-
-
-def cross_entropy_case(V, dtype=torch.bfloat16):
-    labels, weights = meta(64, dtype=torch.int64), meta(64, dtype=torch.float32, gradient=False)
+def cross_entropy_case(V, dtype=BF16):
+    labels, weights = meta(64, dtype=torch.int64), meta(64, dtype=FP32).detach()
     cross_entropy_triton(meta(64, V, dtype=dtype), labels, weights).backward()
 
 
-def residual_case(C):
-    """Under autocast: a bf16 branch beside an fp32 residual stream."""
-    x, weight, residual = meta(64, C), meta(C, dtype=torch.float32), meta(64, C, dtype=torch.float32)
-    s, y = rms_norm_triton(x, weight, 1e-6, residual, 0.1, 7)
-    (s + y).sum().backward()
+def norm_case(C, residual=True):
+    """With a residual as under autocast: a bf16 branch beside an fp32 stream."""
+    x, weight = meta(64, C), meta(C, dtype=FP32)
+    if residual:
+        sum(rms_norm_triton(x, weight, 1e-6, meta(64, C, dtype=FP32), 0.1, 7)).sum().backward()
+    else:
+        rms_norm_triton(x, weight).sum().backward()
 
 
-CASES = {}
-for D in (64, 128, 32):
-    CASES |= {
-        f"attention D={D} encoder": lambda D=D: attention_case(D),
-        f"attention D={D} decoder": lambda D=D: attention_case(D, causal=True),
-        f"attention D={D} cross": lambda D=D: attention_case(D, bias=False, M=256),
-        f"attention D={D} encoder, no dropout": lambda D=D: attention_case(D, dropout_p=0.0),
-        f"attention D={D} decoder, no dropout": lambda D=D: attention_case(D, causal=True, dropout_p=0.0),
-        f"attention D={D} cross, no dropout": lambda D=D: attention_case(D, bias=False, dropout_p=0.0, M=256),
-        f"attention D={D} encoder, fp32": lambda D=D: attention_case(D, dtype=torch.float32),
-        f"decoding D={D} self": lambda D=D: decoding_case(D, causal=True),
-        f"decoding D={D} cross": lambda D=D: decoding_case(D, bias=False),
-    }
-CASES |= {
-    "decoding D=64 self, fp32": lambda: decoding_case(64, causal=True, dtype=torch.float32),
-    "cross_entropy V=32128": lambda: cross_entropy_case(32128),
-    "cross_entropy V=32128, fp32": lambda: cross_entropy_case(32128, torch.float32),
-    "cross_entropy V=250112": lambda: cross_entropy_case(250112),
-    "rms_norm C=768": lambda: rms_norm_triton(meta(64, 768), meta(768, dtype=torch.float32)).sum().backward(),
-    "rms_norm + residual + dropout C=768": lambda: residual_case(768),
-    "rms_norm + residual + dropout C=2048": lambda: residual_case(2048),
-    "rms_norm + residual + dropout C=4096": lambda: residual_case(4096),
+USES = {
+    "attention D={} encoder": dict(),
+    "attention D={} decoder": dict(causal=True),
+    "attention D={} cross": dict(bias=False, M=256),
+    "attention D={} encoder, no dropout": dict(dropout_p=0.0),
+    "attention D={} decoder, no dropout": dict(dropout_p=0.0, causal=True),
+    "attention D={} cross, no dropout": dict(dropout_p=0.0, bias=False, M=256),
+    "attention D={} encoder, fp32": dict(dtype=FP32),
+    "decoding D={} self": dict(dropout_p=0.0, causal=True, M=1, N=200),
+    "decoding D={} cross": dict(dropout_p=0.0, bias=False, M=1, N=200),
+}
+CASES = {use.format(D): partial(attention_case, D, **USES[use]) for D in (64, 128, 32) for use in USES} | {
+    "decoding D=64 self, fp32": partial(attention_case, 64, dtype=FP32, **USES["decoding D={} self"]),
+    "cross_entropy V=32128": partial(cross_entropy_case, 32128),
+    "cross_entropy V=32128, fp32": partial(cross_entropy_case, 32128, FP32),
+    "cross_entropy V=250112": partial(cross_entropy_case, 250112),
+    "rms_norm C=768": partial(norm_case, 768, residual=False),
+    "rms_norm + residual + dropout C=768": partial(norm_case, 768),
+    "rms_norm + residual + dropout C=2048": partial(norm_case, 2048),
+    "rms_norm + residual + dropout C=4096": partial(norm_case, 4096),
     "geglu F=2048": lambda: geglu_triton(meta(64, 2048), meta(64, 2048), 0.1, 7).sum().backward(),
     "relu F=3072": lambda: relu_triton(meta(64, 3072), 0.1, 7).sum().backward(),
 }
 
 
-def launches_of(case, architecture):
-    """[(kernel, arguments, options)] that CASES[case] would launch on a GPU of this architecture."""
-    launch.recording = Recording(architecture)
+def launches_of(function, architecture):
+    """[(kernel, arguments, options)] that function() would launch on a GPU of this architecture."""
+    launch.recording = architecture, []
     try:
-        CASES[case]()
-        return launch.recording.launches
+        function()
+        return launch.recording[1]
     finally:
         launch.recording = None
 
@@ -135,25 +113,19 @@ def compile_launch(kernel, arguments, options, architecture):
     target = GPUTarget("cuda", int(architecture[3:]), 32)
     built_with = {key: options[key] for key in ("num_warps", "num_stages", "maxnreg") if key in options}
     constants = {key: value for key, value in options.items() if key not in built_with}
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):  # as Triton specialises a call: on 1 and on multiples of 16
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        value = arguments[i]
+    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments)):  # as Triton specialises a call: on 1 and 16
+        fixed = kernel.params[i].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif kernel.params[i].do_not_specialize:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        elif value == 1:
+        elif value == 1 and not fixed:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor) or not fixed and isinstance(value, int) and value % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
     built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=built_with)
     with tempfile.TemporaryDirectory() as directory:
         cubin = pathlib.Path(directory) / "kernel.cubin"
@@ -173,15 +145,15 @@ def inspect(machine_code, warps, scores):
     code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", machine_code, re.M)
     code = [(int(address, 16), text) for address, text in code]
     count = lambda pattern, part: sum(bool(re.match(pattern, text)) for _, text in part)
-    loops, seen = [], []
+    loops, seen = [], set()
     for i, (address, text) in enumerate(code):
         back = re.match(r"BRA.* 0x([0-9a-f]+)", text)
         if back and int(back[1], 16) < address:
             loop = [line for line in code[: i + 1] if line[0] >= int(back[1], 16)]
-            seen += loop
+            seen |= {*loop}
             if scores and count(r"HGMMA|HMMA|FFMA", loop) and len(loop) > 40:
                 loops.append(loop)
-    inside, spills = count("LDL|STL", set(seen)), count("LDL|STL", code)
+    inside, spills = count("LDL|STL", seen), count("LDL|STL", code)
     sizes = [len(loop) for loop in loops]
     return dict(
         loops=sizes,
@@ -192,15 +164,14 @@ def inspect(machine_code, warps, scores):
     )
 
 
-def rows(architecture, only=("",)):
+def rows(architecture, cases):
     """A dict for each compiled launch: case, kernel, tile, and the figures of the table."""
-    for case in CASES:
-        if any(text in case for text in only):
-            for kernel, arguments, options in launches_of(case, architecture):
-                tile = "x".join(str(options[key]) for key in ("BM", "BN", "ROWS", "BLOCK") if key in options)
-                row = dict(architecture=architecture, case=case, kernel=kernel.__name__, tile=tile)
-                row |= dict(warps=options["num_warps"], stages=options.get("num_stages", 3))
-                yield row | compile_launch(kernel, arguments, options, architecture)
+    for case in cases:
+        for kernel, arguments, options in launches_of(CASES[case], architecture):
+            tile = "x".join(str(options[key]) for key in ("BM", "BN", "ROWS", "BLOCK") if key in options)
+            row = dict(architecture=architecture, case=case, kernel=kernel.__name__, tile=tile)
+            row |= dict(warps=options["num_warps"], stages=options.get("num_stages", 3))
+            yield row | compile_launch(kernel, arguments, options, architecture)
 
 
 KEYS = "case kernel tile warps stages registers shared blocks loops slots exp2 barriers spills".split()
@@ -220,23 +191,22 @@ class OneLineParser(argparse.ArgumentParser):
 
 def main(argv=None):
     parser = OneLineParser(prog="python -m kernels.aot", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", choices=ARCHITECTURES, nargs="+", default=["sm_90"], help="[sm_90]")
+    parser.add_argument("--arch", choices=("sm_80", "sm_90"), nargs="+", default=["sm_90"], help="[sm_90]")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     args = parser.parse_args(argv)
-    if not any(text in case for case in CASES for text in args.only):
+    cases = [case for case in CASES if any(text in case for text in args.only)]
+    if not cases:
         parser.error(f"--only: no case is named {' or '.join(args.only)}")
     if not launch.INSTALLED or launch.INTERPRETED:
-        print("kernels.aot: needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
-        return 2
+        parser.error("needs Triton, and TRITON_INTERPRET unset")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # 3.9 says it once, whatever we do
     for architecture in args.arch:
         if not args.json:
             print(f"{architecture}\n{HEADER}")
-        for row in rows(architecture, args.only):
+        for row in rows(architecture, cases):
             print(json.dumps(row) if args.json else line(row), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,16 +1,11 @@
 """The Triton kernels of attention, and the tiles they work in. flash_attention.py says what they compute, and why."""
 
 from .dropout import kept
-from .launch import tl, triton
+from .launch import INTERPRETED, tl, triton
 
-CHANGING = [
-    "tiles",
-    "Tq",
-    "reach",
-    "seed",
-    "threshold",
-]  # they change from call to call: one compilation serves all their values
+CHANGING = ["tiles", "Tq", "reach", "threshold"]  # from call to call: one compilation serves all their values
 MARGIN = tl.constexpr(256)  # of diag past `reach` on each side; at least BM + BN
+WIDEN = tl.constexpr(INTERPRETED)  # operands of products to fp32
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware has a power of two only
 
 # {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`. In half
@@ -18,28 +13,29 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware 
 # the same scores twice. Among the others, large tiles that do not spill inside a loop; smaller ones for wider heads,
 # and for fp32, whose products do without tensor cores to keep its digits. Decoding has one query a sequence, and 16 is
 # the least that a product takes. "causal" rows are exceptions: masks need registers too.
+FP32 = {
+    ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
+    ("decode", 4): dict.fromkeys((32, 64, 128), (16, 32, 4, 2)),
+    ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
+    ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
+}
 CONFIGURATIONS = {
     "sm_90": {
-        ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)},
+        ("forward", 2): dict.fromkeys((32, 64, 128), (64, 64, 4, 2)),
         ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2)},
         ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
         ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
         ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
         ("dkdv causal", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (16, 128, 8, 2)},
-        ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-        ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
-        ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-        ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
+        **FP32,
     },
     "sm_80": {
         ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
         ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
         ("dq", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
         ("dkdv", 2): {32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (32, 64, 4, 2)},
+        **FP32,
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
-        ("decode", 4): {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
-        ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-        ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
     },
     "interpreter": {
         (kernel, size): dict.fromkeys((32, 64, 128), (16 if kernel == "decode" else 128, 128, 1, 1))
@@ -96,7 +92,7 @@ def query_tiles(j0, M, shift, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, B
 
 
 @triton.jit
-def rows_of(ptr, first, count, stride, ROWS: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, WIDEN: tl.constexpr):
+def rows_of(ptr, first, count, stride, ROWS: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr):
     """(ROWS, D): the rows from `first` on of a tensor whose rows are `stride` apart; MASK: 0 from row `count` on."""
     r = tl.arange(0, ROWS)[:, None]
     place = ptr + first.to(tl.int64) * stride + (r * stride + tl.arange(0, D)[None, :])
@@ -136,7 +132,7 @@ def edge_scores(s, diag_ptr, corner, keys_left, reach, CAUSAL: tl.constexpr, BIA
 
 
 @triton.jit
-def softmax_step(s, bias, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+def softmax_step(s, bias, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr):
     """acc, l and m after one more tile. s: q k^T; bias: of the whole tile, times log2 e."""
     higher = tl.maximum(m, tl.max(s, 1) * LOG2E + bias)
     p = tl.exp2(s * LOG2E - (higher - bias)[:, None])  # one multiplication and addition, fused
@@ -144,7 +140,7 @@ def softmax_step(s, bias, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: t
     l = l * shrink + tl.sum(p, 1)
     if DROPOUT:
         p = tl.where(kept(seed, rows, h, j0, threshold, s.shape[1]), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, l, higher
 
 
@@ -157,8 +153,8 @@ def attention_forward_kernel(
     seed_ptr,  # (1,) int64
     tiles,  # query tiles of the longest sequence
     Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -172,11 +168,10 @@ def attention_forward_kernel(
     v_ptr += k_start.to(tl.int64) * v_stride + h.to(tl.int64) * v_head
     diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
-    shift = N - M if CAUSAL else 0
-    p0 = i0 + shift
+    p0 = i0 + (N - M if CAUSAL else 0)
     left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
-    q = rows_of(q_ptr, i0, M, q_stride, BM, D, True, WIDEN)
+    q = rows_of(q_ptr, i0, M, q_stride, BM, D, True)
     acc = tl.zeros([BM, D], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
@@ -185,19 +180,19 @@ def attention_forward_kernel(
 
     for t in range(0, left + right):  # plain tiles
         j0 = tl.where(t < left, t, t - left + first_right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False, WIDEN)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False, WIDEN)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False)
         bias = tl.where(t < left, before, after)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        acc, l, m = softmax_step(s, bias, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        acc, l, m = softmax_step(s, bias, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT)
 
     for t in range(left, left + edge):
         j0 = tl.where(t < first_right, t, t + right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True, WIDEN)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True, WIDEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-        acc, l, m = softmax_step(s, 0.0, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
+        acc, l, m = softmax_step(s, 0.0, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT)
 
     if DROPOUT:
         acc *= 256.0 / (256 - threshold)
@@ -225,10 +220,10 @@ def attention_forward_kernel(
 
 
 @triton.jit
-def score_gradient(s, do, v, lse, delta, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr, PRECISION: tl.constexpr):
+def score_gradient(s, do, v, lse, delta, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr):
     """dS of a tile (BM, BN) from its scores s; 0 where s is -inf. lse: in base 2, less the bias of the whole tile."""
     p = tl.exp2(s * LOG2E - lse[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
     if DROPOUT:
         dp = tl.where(kept(seed, rows, h, j0, threshold, s.shape[1]), dp * (256.0 / (256 - threshold)), 0.0)
     return p * (dp - delta[:, None])
@@ -266,7 +261,6 @@ def attention_dq_kernel(
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, TABLE_GRADIENT: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
     BUCKETS: tl.constexpr,  # a power of two
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -284,13 +278,12 @@ def attention_dq_kernel(
     here = (q_start.to(tl.int64) * H + h) * D
     diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
-    shift = N - M if CAUSAL else 0
-    p0 = i0 + shift
+    p0 = i0 + (N - M if CAUSAL else 0)
     left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
-    q = rows_of(q_ptr, i0, M, q_stride, BM, D, True, WIDEN)
-    do = rows_of(do_ptr + here, i0, M, H * D, BM, D, True, WIDEN)
-    o = rows_of(o_ptr + here, i0, M, H * D, BM, D, True, WIDEN)
+    q = rows_of(q_ptr, i0, M, q_stride, BM, D, True)
+    do = rows_of(do_ptr + here, i0, M, H * D, BM, D, True)
+    o = rows_of(o_ptr + here, i0, M, H * D, BM, D, True)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     lse = tl.load(lse_ptr + h * Tq + q_start + rows, mask=rows < M, other=float("inf"))  # P = 0 past the end
     stats_ptr += 2 * (h * Tq + q_start + rows)
@@ -305,25 +298,25 @@ def attention_dq_kernel(
 
     for t in range(0, left + right):  # plain tiles
         j0 = tl.where(t < left, t, t - left + first_right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False, WIDEN)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False, WIDEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         unbiased = lse - tl.where(t < left, before, after)
-        ds = score_gradient(s, do, v, unbiased, delta, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
+        ds = score_gradient(s, do, v, unbiased, delta, seed, q_start + rows, h, j0, threshold, DROPOUT)
         if TABLE_GRADIENT:
             of_row = tl.sum(ds, 1)
             sum_before += tl.where(t < left, of_row, 0.0)
             sum_after += tl.where(t < left, 0.0, of_row)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     for t in range(left, left + edge):
         j0 = tl.where(t < first_right, t, t + right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True, WIDEN)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True, WIDEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True)
+        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-        ds = score_gradient(s, do, v, lse, delta, seed, q_start + rows, h, j0, threshold, DROPOUT, PRECISION)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        ds = score_gradient(s, do, v, lse, delta, seed, q_start + rows, h, j0, threshold, DROPOUT)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         if TABLE_GRADIENT:
             sums = add_diagonals(sums, ds, lut_ptr, j0 - p0, reach)
 
@@ -353,17 +346,17 @@ def stats_of(ptr, first, count, ROWS: tl.constexpr, MASK: tl.constexpr):
 def dkdv_step(
     i0, bias, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, do_stride, j0, M, shift, reach, seed,
     q_start, h, threshold, EDGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    BM: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr,
 ):  # fmt: skip
     """dk and dv with the queries from i0 on added. Scores are transposed here, (BN, BM), as both products want them.
 
     bias: of the whole tile, times log2 e; an EDGE tile looks it up.
     """
     BN: tl.constexpr = k.shape[0]
-    q = rows_of(q_ptr, i0, M, q_stride, BM, k.shape[1], EDGE, WIDEN)
-    do = rows_of(do_ptr, i0, M, do_stride, BM, k.shape[1], EDGE, WIDEN)
+    q = rows_of(q_ptr, i0, M, q_stride, BM, k.shape[1], EDGE)
+    do = rows_of(do_ptr, i0, M, do_stride, BM, k.shape[1], EDGE)
     lse, delta = stats_of(stats_ptr, i0, M, BM, EDGE)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
     if EDGE:
         r, c = tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None]
         if BIAS:
@@ -373,16 +366,16 @@ def dkdv_step(
     else:
         lse -= bias
     p = tl.exp2(s * LOG2E - lse[None, :])
-    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     dropped = p
     if DROPOUT:
         mask = tl.trans(kept(seed, q_start + i0 + tl.arange(0, BM), h, j0, threshold, BN))
         scale = 256.0 / (256 - threshold)
         dropped = tl.where(mask, p * scale, 0.0)
         dp = tl.where(mask, dp * scale, 0.0)
-    dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
+    dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -396,8 +389,8 @@ def attention_dkdv_kernel(
     seed_ptr,  # (1,) int64
     tiles,  # key tiles of the longest sequence
     Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // tiles, tl.program_id(1)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -416,8 +409,8 @@ def attention_dkdv_kernel(
     shift = N - M if CAUSAL else 0
     early, first, late, whole, end = query_tiles(j0, M, shift, reach, CAUSAL, BIAS, BM, BN)
 
-    k = rows_of(k_ptr, j0, N, k_stride, BN, D, True, WIDEN)
-    v = rows_of(v_ptr, j0, N, v_stride, BN, D, True, WIDEN)
+    k = rows_of(k_ptr, j0, N, k_stride, BN, D, True)
+    v = rows_of(v_ptr, j0, N, v_stride, BN, D, True)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
     before = tl.load(diag_ptr) * LOG2E if BIAS else 0.0
@@ -428,13 +421,13 @@ def attention_dkdv_kernel(
         bias = tl.where(t < early, after, before)
         dk, dv = dkdv_step(
             i0, bias, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, H * D, j0, M, shift, reach, seed,
-            q_start, h, threshold, False, CAUSAL, BIAS, DROPOUT, BM, WIDEN, PRECISION,
+            q_start, h, threshold, False, CAUSAL, BIAS, DROPOUT, BM,
         )  # fmt: skip
     for t in range(first, late + end - whole):
         i0 = tl.where(t < late, t, whole) * BM
         dk, dv = dkdv_step(
             i0, 0.0, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, H * D, j0, M, shift, reach, seed,
-            q_start, h, threshold, True, CAUSAL, BIAS, DROPOUT, BM, WIDEN, PRECISION,
+            q_start, h, threshold, True, CAUSAL, BIAS, DROPOUT, BM,
         )  # fmt: skip
 
     here = k_start.to(tl.int64) * H * D + h * D + keys[:, None] * (H * D) + tl.arange(0, D)[None, :]

@@ -14,23 +14,20 @@ from torch import Tensor
 def relative_position_bucket(
     distance: Tensor, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
 ) -> Tensor:
-    """T5's bucket of each distance `key position - query position` (any integer shape), as int64.
-
-    The logarithm is exact at powers of two, where a rounding error would move a bucket's edge, so buckets are looked
-    up in a table made once on the host rather than computed where they are needed.
-    """
+    """T5's bucket of each distance `key position - query position` (any integer shape), as int64."""
     lut = bucket_table(num_buckets, max_distance, bidirectional, distance.device)
     return lut[distance.clamp(-max_distance, max_distance) + max_distance]
 
 
 @functools.cache
 def bucket_table(num_buckets, max_distance, bidirectional, device):
-    """(2 * max_distance + 1,) int64: the bucket of every distance from -max_distance to max_distance, made on the host.
+    """(2 * max_distance + 1,) int64: the bucket of every distance from -max_distance to max_distance.
 
+    It is made on the host, where the logarithm is exact at powers of two: a rounding error would move a bucket's edge.
     Bucket num_buckets / 2 of a bidirectional table is never used, for it would be "after, by nothing". In a causal
     table later keys fall into bucket 0; they are masked anyway.
     """
-    distance = torch.arange(-max_distance, max_distance + 1)
+    distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
     per_side = num_buckets // 2 if bidirectional else num_buckets
     exact = per_side // 2
     back = distance.abs() if bidirectional else (-distance).clamp(min=0)
@@ -41,17 +38,13 @@ def bucket_table(num_buckets, max_distance, bidirectional, device):
 
 
 @functools.cache
-def near_buckets(
-    num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device, margin: int = 0
-) -> tuple[int, Tensor]:
+def near_buckets(num_buckets, max_distance, bidirectional, device, margin=0):
     """(reach, buckets): the least reach >= 1 such that all distances <= -reach share a bucket, and all >= reach
     another, and the buckets of the distances up to reach + margin each way, (2 * (reach + margin) + 1,) int32.
-
-    The last bucket of 32 begins at distance 91 of 128 (bidirectional) or 113 (causal).
     """
     bucket = bucket_table(num_buckets, max_distance, bidirectional, torch.device("cpu"))
     before, after = bucket[:max_distance].flip(0), bucket[max_distance + 1 :]  # at distance 1, 2, ...
     own = ((before != before[-1]) | (after != after[-1])).nonzero()
     reach = int(own.max()) + 2 if len(own) else 1  # own[i] is distance i + 1
-    near = torch.arange(-reach - margin, reach + margin + 1).clamp(-max_distance, max_distance)
-    return reach, bucket[near + max_distance].to(torch.int32).to(device)
+    near = torch.arange(-reach - margin, reach + margin + 1, device="cpu").clamp(-max_distance, max_distance)
+    return reach, bucket[near + max_distance].int().to(device)

@@ -9,8 +9,7 @@ attention the mask is where the scores are:
     counters (row, plane, 4 (column // 64) + q, 0)  ->  byte 2 k + e;   element kept  <=>  its byte >= 256 p
 
 So p is rounded to a multiple of 1/256 (0.1 becomes 26/256 = 0.1016), and the survivors are scaled by what the rounded p
-calls for; an expectation is exact. A word per element would cost four times the arithmetic, which in attention is more
-than the matrix products take. Seven rounds are the fewest with which Philox passes its authors' tests.
+calls for; an expectation is exact. Seven rounds are the fewest with which Philox passes its authors' tests.
 
 The reference rounds p alike and takes a byte each from torch's generator, seeded; autograd stores its mask.
 """
@@ -52,10 +51,10 @@ def kept(seed, rows, plane, first_column, threshold, COLUMNS: tl.constexpr):
     c1 = tl.zeros_like(c0) + plane
     c2 = tl.zeros_like(c0) + groups[None, :]
     a, b, c, d = tl.philox(seed, c0, c1, c2, tl.zeros_like(c0), ROUNDS)  # each (R, GROUPS)
-    if COLUMNS == 16:  # a quarter of the bytes, or half of them
+    if COLUMNS == 16:  # a quarter of the bytes
         part = first_column // 16 % 4
         words = tl.where(part < 2, tl.where(part == 0, a, b), tl.where(part == 2, c, d))
-    elif COLUMNS == 32:
+    elif COLUMNS == 32:  # half of them
         first = first_column // 32 % 2 == 0
         words = tl.join(tl.where(first, a, c), tl.where(first, b, d))
     else:
@@ -81,7 +80,7 @@ together = None  # an iterator over seeds, within `seeds_drawn_together`
 def seeds_drawn_together(device: torch.device) -> Iterator[None]:
     """Within this, Triton operations that are given no seed take the next of 64 drawn at once: one launch, not 64."""
     global together
-    together, before = drawn(device), together
+    before, together = together, drawn(device)
     try:
         yield
     finally:

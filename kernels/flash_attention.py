@@ -13,13 +13,11 @@ and sequence b owns the rows cu_seqlens_q[b] : cu_seqlens_q[b + 1]. Keys and val
 cross-attention (other lengths, no bias) and decoding (one query, many keys) are the same call.
 
 The **reference** is plain PyTorch, the oracle of every test and the path the CPU takes. It pads inside, so it needs
-memory for B x H x M x N scores.
-
-The **Triton kernels** (attention_kernels.py) keep nothing of size M x N in device memory: no scores, no bias, no mask.
-What they hold:
+memory for B x H x M x N scores. The **Triton kernels** (attention_kernels.py) keep nothing of that size in device
+memory:
 
     forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)
-    backward   reads those and do; writes dq, dk, dv, stats (lse and delta, below), and sums of the table's gradient
+    backward   reads those and do; writes dq, dk, dv, stats (lse and delta), and sums of the table's gradient
     recomputed in backward: S, P from S and lse, the dropout mask from its seed
 
 FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) runs over tiles of BM queries and BN keys. One
@@ -31,19 +29,12 @@ tile whose distances are all beyond adds one number to all its scores ("plain").
 of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need a mask. Plain tiles and
 edge tiles have a loop each: a branch inside one loop would put both bodies into it.
 
-**Determinism.** No atomics: every number is written by one program, which adds in a fixed order. Two runs are equal bit
-for bit, on one device with one configuration.
+**Determinism.** No atomics: every number is written by one program, which adds in a fixed order. Dropout's mask
+(kernels/dropout.py) depends on the query's place in the stream, the head, the key's place in its sequence and the seed.
 
-**Dropout** (kernels/dropout.py): an element's mask depends on the query's place in the stream, the head, the key's
-place in its sequence and the seed; forward and both backward kernels make the same mask in different tiles. The seed
-lies on the device and is read when a kernel runs, so that a CUDA graph need not repeat its masks.
-
-**No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k, integers of the host; programs past the end of a
-sequence return at once. Where they are not given the device is asked for them.
-
-Limits: D of 16, 32, 64 or 128; fp32, fp16, bf16. Everything else is refused, and so are empty sequences where the host
-can see them (on CPU tensors). On a GPU nobody reads cu_seqlens: a sequence without keys gives NaN, as does M > N with
-causal.
+**No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k; programs past the end of a sequence return at once.
+On a GPU nobody reads cu_seqlens: there a sequence without keys gives NaN, as does M > N with causal, which CPU tensors
+have refused.
 """
 
 from itertools import pairwise
@@ -61,25 +52,16 @@ from .attention_kernels import (
 )
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
-from .launch import INTERPRETED, architecture, launch, next_power_of_2
+from .launch import architecture, check_tensors, launch, next_power_of_2, rows_together
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
 
 def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    max_distance: int = 128,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    causal: bool = False, dropout_p: float = 0.0, seed: int | Tensor | None = None, max_distance: int = 128,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attention within each packed sequence, with T5's relative position bias, in plain PyTorch.
 
     q: (Tq, H, D); k, v: (Tk, H, D); any float dtype. The products have that dtype, bias and softmax are fp32.
@@ -94,11 +76,9 @@ def attention_reference(
 
     Returns (Tq, H, D) in q's dtype. Raises ValueError for shapes that do not fit together.
     """
-    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, max_seqlen_q, max_seqlen_k)
-    B = len(cu_seqlens_q) - 1
-    len_q, len_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()  # (B,)
-    M = int(len_q.max()) if max_seqlen_q is None else max_seqlen_q
-    N = int(len_k.max()) if max_seqlen_k is None else max_seqlen_k
+    longest = (max_seqlen_q, max_seqlen_k)
+    M, N = check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, longest)
+    B, len_q, len_k = len(cu_seqlens_q) - 1, cu_seqlens_q.diff(), cu_seqlens_k.diff()
     slot_q = padded_slots(cu_seqlens_q, len_q, M, q.shape[0])
     slot_k = slot_q if cu_seqlens_k is cu_seqlens_q else padded_slots(cu_seqlens_k, len_k, N, k.shape[0])
     q, k, v = pad(q, slot_q, B, M), pad(k, slot_k, B, N), pad(v, slot_k, B, N)  # (B, H, M, D), (B, H, N, D)
@@ -121,10 +101,8 @@ def attention_reference(
     return unpad((weights.to(v.dtype) @ v), slot_q)
 
 
-def check_arguments(
-    q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance=128, max_seqlen_q=None, max_seqlen_k=None
-):
-    """Raise ValueError, naming the argument, unless shapes, dtypes and devices fit together."""
+def check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, longest):
+    """The lengths of the longest sequences, where they are not given; ValueError, which names what does not fit."""
     if q.dim() != 3 or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
         raise ValueError(f"attention: q and k must be (Tq, H, D) and (Tk, H, D), got {list(q.shape)}, {list(k.shape)}")
     if v.shape != k.shape:
@@ -135,29 +113,24 @@ def check_arguments(
         raise ValueError(f"attention: table must be (num_buckets, {q.shape[1]}), got {list(table.shape)}")
     if max_distance < 1:
         raise ValueError(f"attention: max_distance must be at least 1, got {max_distance}")
-    for name, x in (("q", q), ("k", k)):
-        if len(x) == 0:
+    sides = [("q", cu_seqlens_q, len(q), longest[0]), ("k", cu_seqlens_k, len(k), longest[1])]
+    for name, cu, total, given in sides:
+        if total == 0:
             raise ValueError(f"attention: {name} has no tokens; give at least one")
-    for name, cu, total in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
         if cu.dim() != 1 or cu.dtype != torch.int32 or len(cu) != len(cu_seqlens_q) or len(cu) < 2:
-            raise ValueError(f"attention: {name} must be (B + 1,) int32, got {list(cu.shape)} {cu.dtype}")
+            raise ValueError(f"attention: cu_seqlens_{name} must be (B + 1,) int32, got {list(cu.shape)} {cu.dtype}")
         if cu.device.type == "cpu":  # on a GPU reading the values would stall the queue
             starts = cu.tolist()
-            if starts[0] != 0 or starts[-1] != total:
-                raise ValueError(f"attention: {name} must run from 0 to {total}, got {starts[0]} to {starts[-1]}")
             lengths = [end - start for start, end in pairwise(starts)]
+            if starts[0] != 0 or starts[-1] != total:
+                raise ValueError(f"attention: cu_seqlens_{name} must run from 0 to {total}, got {starts}")
             if min(lengths) < 1:
-                raise ValueError(f"attention: {name} holds an empty sequence; each needs at least one token")
-            given = max_seqlen_q if cu is cu_seqlens_q else max_seqlen_k
+                raise ValueError(f"attention: cu_seqlens_{name} holds an empty sequence; each needs at least one token")
             if given is not None and given < max(lengths):
-                raise ValueError(f"attention: max_seqlen_{name[-1]} must be at least {max(lengths)}, got {given}")
-    if causal and cu_seqlens_k is not cu_seqlens_q and cu_seqlens_q.device.type == "cpu":
-        more = (cu_seqlens_q.diff() > cu_seqlens_k.diff()).nonzero()
-        if len(more):
-            raise ValueError(
-                "attention: causal queries are the last of the positions, so no sequence may have more than keys, "
-                f"but sequence {int(more[0])} has"
-            )
+                raise ValueError(f"attention: max_seqlen_{name} must be at least {max(lengths)}, got {given}")
+    if causal and cu_seqlens_q.device.type == "cpu" and (cu_seqlens_q.diff() > cu_seqlens_k.diff()).any():
+        raise ValueError("attention: causal queries are the last of the positions, but a sequence has more than keys")
+    return tuple(int(cu.diff().max()) if given is None else given for _, cu, _, given in sides)
 
 
 def padded_slots(cu_seqlens, lengths, longest, total):
@@ -185,119 +158,84 @@ def unpad(x, slot):
 # ---- Launchers ------------------------------------------------------------------------------------------------------
 
 
-class Call:
-    """What the launches of one call have in common. seed: (1,) int64 on the device, or None without dropout."""
+def tile(q, name, causal):
+    """(BM, BN, num_warps, num_stages)"""
+    table, size = CONFIGURATIONS[architecture(q.device)], q.element_size()
+    row = (causal and table.get((f"{name} causal", size))) or table[name, size]
+    return row[max(q.shape[2], 32)]
 
-    def __init__(self, q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest):
-        self.q, self.tensors, self.longest = q, (q, k, v, q if diag is None else diag), longest
-        self.B, (self.Tq, self.H, D) = cu_seqlens_q.shape[0] - 1, q.shape
-        self.where = (cu_seqlens_q, cu_seqlens_k, q if seed is None else seed)
-        reach = 0 if diag is None else diag.shape[1] // 2 - MARGIN.value
-        strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]  # of tokens and heads
-        self.numbers = (self.Tq, self.H, *strides, reach, threshold)
-        self.flags = dict(CAUSAL=causal, BIAS=diag is not None, DROPOUT=threshold > 0, D=D)
-        self.flags |= dict(WIDEN=INTERPRETED, PRECISION="ieee")
-        self.tiles = CONFIGURATIONS[architecture(q.device)]
 
-    def tile(self, name):
-        """(BM, BN, num_warps, num_stages)"""
-        size, causal = self.q.element_size(), " causal" * self.flags["CAUSAL"]
-        row = self.tiles.get((name + causal, size)) or self.tiles[name, size]
-        return row[max(self.q.shape[2], 32)]
-
-    def launch(self, kernel, name, side, *tensors, **flags):
-        """Run a kernel with a program for each tile of side 0 (queries) or 1 (keys), and head."""
-        BM, BN, warps, stages = self.tile(name)
-        tiles = -(-self.longest[side] // (BN if side else BM))
-        options = dict(self.flags, **flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
-        few = self.flags["D"] <= 64 and not (self.flags["CAUSAL"] or self.flags["DROPOUT"])  # of values to hold at once
-        if name == "forward" and few and (BM, warps) == (64, 4) and self.tiles is CONFIGURATIONS["sm_90"]:
-            options["maxnreg"] = 168  # three blocks on a multiprocessor; the others would spill
-        launch(kernel, (self.B * tiles, self.H), *self.tensors, *tensors, *self.where, tiles, *self.numbers, **options)
-
-    def forward(self):
-        """o (Tq, H, D) and lse (H, Tq)."""
-        o = torch.empty(self.q.shape, dtype=self.q.dtype, device=self.q.device)
-        lse = torch.empty(self.H, self.Tq, device=self.q.device)
-        name = "forward" if self.Tq > 16 * self.B else "decode"  # sequences of up to 16 queries on average: small tiles
-        self.launch(attention_forward_kernel, name, 0, o, lse)
-        return o, lse
-
-    def dq(self, o, lse, do, lut, num_buckets):
-        """dq, stats (H, Tq, 2), and d table (num_buckets, H) or, for num_buckets = 0, None."""
-        dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=o.device)
-        buckets = next_power_of_2(num_buckets) if num_buckets else 1
-        programs = self.B * -(-self.longest[0] // self.tile("dq")[0]) if num_buckets else 1
-        partial = torch.empty(programs, self.H, buckets, device=o.device)
-        tensors = (self.where[0] if lut is None else lut, o, do, dq, lse, stats, partial)
-        self.launch(attention_dq_kernel, "dq", 0, *tensors, BUCKETS=buckets, TABLE_GRADIENT=num_buckets > 0)
-        return dq, stats, partial.sum(0).T[:num_buckets] if num_buckets else None
-
-    def dkdv(self, stats, do):
-        k = self.tensors[1]
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-        self.launch(attention_dkdv_kernel, "dkdv", 1, do, dk, dv, stats)
-        return dk, dv
+def launch_tiles(kernel, name, side, inputs, setting, *tensors, **flags):
+    """Run a kernel with a program for each tile of side 0 (queries) or 1 (keys), and head."""
+    q, k, v, _, *where = inputs
+    causal, bias, threshold, reach, longest = setting
+    (Tq, H, D), B = q.shape, len(where[0]) - 1
+    BM, BN, warps, stages = tile(q, name, causal)
+    tiles = -(-longest[side] // (BN if side else BM))
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]  # of tokens and heads
+    numbers = (tiles, Tq, H, *strides, reach, threshold)
+    flags |= dict(CAUSAL=causal, BIAS=bias, DROPOUT=threshold > 0, D=D, BM=BM, BN=BN)
+    flags |= dict(num_warps=warps, num_stages=stages)
+    few = D <= 64 and not (causal or threshold)  # values to hold at once
+    if name == "forward" and few and (BM, warps) == (64, 4) and architecture(q.device) == "sm_90":
+        flags["maxnreg"] = 168  # three blocks on a multiprocessor; the others would spill
+    launch(kernel, (B * tiles, H), *inputs[:4], *tensors, *where, *numbers, **flags)
 
 
 class Attention(torch.autograd.Function):
+    """seed: (1,) int64 on the device, or None without dropout."""
+
     @staticmethod
-    def forward(ctx, q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, *rest):
-        diag = lut = None
-        if table is not None:  # the bias of every distance up to reach + MARGIN, (H, 2 (reach + MARGIN) + 1)
-            causal, _, max_distance, _ = rest
-            _, lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
-            diag = table.float().T.index_select(1, lut)
-        o, lse = Call(q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, *rest).forward()
-        ctx.save_for_backward(q, k, v, diag, cu_seqlens_q, cu_seqlens_k, seed, o, lse, lut)
-        ctx.rest, ctx.num_buckets = rest, 0 if table is None else len(table)
+    def forward(ctx, q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest):
+        diag, lut, reach, ctx.num_buckets = q, cu_seqlens_q, 0, 0  # without a table nothing reads them
+        if table is not None:
+            ctx.num_buckets = len(table)
+            reach, lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
+            diag = table.float().T.index_select(1, lut)  # the bias of every distance, (H, 2 (reach + MARGIN) + 1)
+        inputs = (q, k, v, diag, cu_seqlens_q, cu_seqlens_k, q if seed is None else seed)
+        ctx.setting = causal, table is not None, threshold, reach, longest
+        o, lse = q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], device=q.device)
+        decoding = len(q) <= 16 * (len(cu_seqlens_q) - 1)  # sequences of up to 16 queries on average: small tiles
+        name = "decode" if decoding else "forward"
+        launch_tiles(attention_forward_kernel, name, 0, inputs, ctx.setting, o, lse)
+        ctx.save_for_backward(*inputs, lut, o, lse)
         return o
 
     @staticmethod
     def backward(ctx, do):
-        *arguments, o, lse, lut = ctx.saved_tensors
-        call, do, wanted = Call(*arguments, *ctx.rest), do.contiguous(), ctx.needs_input_grad
-        dq, stats, d_table = call.dq(o, lse, do, lut, ctx.num_buckets if wanted[3] else 0)
-        dk, dv = call.dkdv(stats, do) if wanted[1] or wanted[2] else (None, None)
+        *inputs, lut, o, lse = ctx.saved_tensors
+        q, k, do, wanted = *inputs[:2], do.contiguous(), ctx.needs_input_grad
+        causal, *_, longest = ctx.setting
+        buckets = ctx.num_buckets if wanted[3] else 0
+        programs = (len(inputs[4]) - 1) * -(-longest[0] // tile(q, "dq", causal)[0]) if buckets else 1
+        partial = torch.empty(programs, q.shape[1], next_power_of_2(buckets), device=q.device)
+        dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=q.device)
+        flags = dict(BUCKETS=partial.shape[2], TABLE_GRADIENT=buckets > 0)
+        launch_tiles(attention_dq_kernel, "dq", 0, inputs, ctx.setting, lut, o, do, dq, lse, stats, partial, **flags)
+        d_table = partial.sum(0).T[:buckets] if buckets else None
+        dk = dv = None
+        if wanted[1] or wanted[2]:
+            dk, dv = (k.new_empty(k.shape) for _ in range(2))
+            launch_tiles(attention_dkdv_kernel, "dkdv", 1, inputs, ctx.setting, do, dk, dv, stats)
         return dq, dk, dv, d_table, *[None] * 7
 
 
-# ---- The public function --------------------------------------------------------------------------------------------
-
-
 def attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    causal: bool = False,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    max_distance: int = 128,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    causal: bool = False, dropout_p: float = 0.0, seed: int | Tensor | None = None, max_distance: int = 128,
+    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+) -> Tensor:  # fmt: skip
     """`attention_reference` by the kernels above; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py).
 
     q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The gradients are contiguous.
     """
-    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, max_seqlen_q, max_seqlen_k)
+    longest = (max_seqlen_q, max_seqlen_k)
+    longest = check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, longest)
     if q.shape[2] not in (16, 32, 64, 128):
         raise ValueError(f"attention: the Triton kernel takes D of 16, 32, 64 or 128, got {q.shape[2]}")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"attention: the Triton kernel takes q of float32, float16 or bfloat16, got {q.dtype}")
-    others = dict(k=k, v=v, table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"attention: {name} must be on q's device, {q.device}, got {x.device}")
-    longest = tuple(
-        int(cu.diff().max()) if given is None else given
-        for cu, given in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k))
-    )
+    check_tensors("attention", q=q, k=k, v=v, table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    q, k, v = rows_together(q, k, v)
     threshold = threshold_of(dropout_p)
     seed = seed_on(q.device, seed) if threshold else None
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    rest = (causal, threshold, max_distance, longest)
-    return Attention.apply(q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, *rest)
+    rest = (seed, causal, threshold, max_distance, longest)
+    return Attention.apply(q, k, v, table, cu_seqlens_q, cu_seqlens_k, *rest)

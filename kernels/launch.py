@@ -28,7 +28,7 @@ if not INSTALLED:  # what defining the kernels, as opposed to launching them, ne
     triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda g: g))
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-recording = None  # a `kernels.aot.Recording` while launches are written down instead of made
+recording = None  # (architecture, launches) while launches are written down instead of made, by kernels.aot
 compiled = {}  # {what Triton compiles anew for: (launcher, function, metadata, constexpr arguments)}
 
 
@@ -40,7 +40,7 @@ def launch(kernel: Callable, grid: tuple[int, ...], *arguments: object, **option
     """
     device = arguments[0].device
     if recording is not None:
-        recording.add(kernel, arguments, options)
+        recording[1].append((kernel, arguments, options))
     elif 0 in grid:
         return
     elif INTERPRETED:
@@ -71,9 +71,9 @@ def architecture(device):
     """The row of a table of configurations that holds for a device: "sm_90", "sm_80", "interpreter", or None.
 
     Datacentre Blackwell takes Hopper's, other GPUs from Ampere on take Ampere's, whose tiles fit 99 KiB of shared
-    memory. Older ones have less, and AMD's are untested: there is no row for them.
+    memory. Older ones have less, and AMD's are untested.
     """
-    return recording.architecture if recording is not None else architecture_of(device)
+    return recording[0] if recording is not None else architecture_of(device)
 
 
 @functools.cache
@@ -84,6 +84,22 @@ def architecture_of(device):
     if torch.version.hip or capability < 8:
         return None
     return "sm_90" if capability in (9, 10) else "sm_80"
+
+
+def check_tensors(operation, **tensors):
+    """Raise ValueError for a tensor on another device than the first, or of a float dtype that no kernel takes."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    device = next(iter(given.values())).device
+    for name, x in given.items():
+        if x.device != device:
+            raise ValueError(f"{operation}: {name} must be on {device} as the others, got {x.device}")
+        if x.is_floating_point() and x.element_size() not in (2, 4):
+            raise ValueError(f"{operation}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
+
+
+def rows_together(*tensors):
+    """The tensors, copied where the numbers of a row do not lie side by side."""
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def next_power_of_2(n):

@@ -6,30 +6,28 @@ The weights carry the method: 1 / N_label on the tokens of label targets and lam
 rationales make one weighted sum of  L_label + lambda * L_rationale,  so both tasks are one pass over one stream.
 A token whose label is -100, or whose weight is 0, adds nothing to the loss and nothing to any gradient.
 
-**Rows.** One program computes one row. Up to V = 32768 the row stays in registers between the sum and the gradient, so
-the full pass, loss and gradient, reads the logits once and writes the gradient once. Longer rows (mT5 has V = 250112)
-are read twice. Everything in between is fp32.
+**Rows.** One program computes one row, in fp32. Up to V = 32768 it stays in registers between the sum and the gradient:
+the logits are read once and the gradient is written once. Longer rows (mT5 has V = 250112) are read twice.
 
 **Linear.** T x V logits would be the largest tensor of the whole model. `linear_cross_entropy` takes the tokens in
-chunks: one matrix product makes a chunk's logits, the row kernel turns them into their gradient in place, and two more
-products give d(hidden) and a summand of d(weight). Only one chunk of logits exists at a time, LOGITS_BYTES of them. On
-the CPU a few operations of PyTorch, `fill_rows`, do the row kernel's work. Small chunks are expensive, because each
-reads and writes all of d(weight), which is fp32 whatever the dtype of the inputs (sums of bfloat16 over 32 chunks are
-off by 7e-3, and people have seen training suffer).
+chunks: one matrix product makes a chunk's logits, LOGITS_BYTES of them, the row kernel turns them into their gradient
+in place, and two more products give d(hidden) and a summand of d(weight). On the CPU a few operations of PyTorch,
+`fill_rows`, do the row kernel's work. Small chunks are expensive, because each reads and writes all of d(weight), which
+is fp32 whatever the dtype of the inputs: sums of bfloat16 over 32 chunks are off by 7e-3.
 
 **The gradient is computed in the forward pass**, while the logits are at hand, for an upstream gradient of 1. The
-backward pass multiplies by the real one, on the device, and a kernel that finds a 1 there returns at once. It
-multiplies in place, so a second backward pass through the same graph is refused.
+backward pass multiplies by the real one, on the device and in place, and a kernel that finds a 1 there returns at once;
+a second backward pass through the same graph is refused.
 
-Refused: labels outside [0, V) other than -100 (on a GPU, where reading them would make the host wait, they give NaN),
-and gradients for the weights. In fp16 a gradient below 6e-8 is 0, and w_t / V gets there; train in bfloat16.
+Labels outside [0, V) other than -100 are refused; on a GPU, where reading them would make the host wait, they give NaN.
+In fp16 a gradient below 6e-8 is 0, and w_t / V gets there; train in bfloat16.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import launch, next_power_of_2, tl, triton
+from .launch import launch, next_power_of_2, rows_together, tl, triton
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk of logits: about 4k tokens of T5's vocabulary in bfloat16
@@ -59,14 +57,9 @@ def cross_entropy_reference(
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    scale: float = 1.0,
-    return_token_losses: bool = False,
-    logits_bytes: int = CPU_LOGITS_BYTES,
-) -> Tensor | tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, scale: float = 1.0,
+    return_token_losses: bool = False, logits_bytes: int = CPU_LOGITS_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`cross_entropy_reference` of the logits scale * hidden @ weight^T, chunk by chunk.
 
     hidden: (T, C); weight: (V, C); scale: d_model**-0.5 where T5 ties the output to the embedding, else 1;
@@ -97,31 +90,32 @@ def multiply_reference_(x, factor):
 def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
     """Raise ValueError, naming the argument, unless shapes, dtypes and values fit together."""
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or weights.shape != labels.shape:
-        raise ValueError(
-            "cross_entropy: logits, labels and weights must be (T, V), (T,) and (T,), got "
-            f"{list(logits.shape)}, {list(labels.shape)}, {list(weights.shape)}"
-        )
+        shapes = ", ".join(str(list(x.shape)) for x in (logits, labels, weights))
+        raise ValueError(f"cross_entropy: logits, labels and weights must be (T, V), (T,) and (T,), got {shapes}")
     if not logits.is_floating_point() or labels.dtype != torch.int64:
         raise ValueError(f"cross_entropy: logits must be float and labels int64, got {logits.dtype}, {labels.dtype}")
     V = logits.shape[1]
-    if labels.device.type == "cpu" and len(labels):  # reading values from a GPU would make the host wait
+    if labels.device.type == "cpu":  # reading values from a GPU would make the host wait
         wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= V))]
         if len(wrong):
             raise ValueError(f"cross_entropy: labels must be in [0, {V}) or {IGNORE}, got {int(wrong[0])}")
-
-
-def check_matrices(hidden: Tensor, weight: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "linear_cross_entropy: hidden and weight must be (T, C) and (V, C), got "
-            f"{list(hidden.shape)}, {list(weight.shape)}"
-        )
 
 
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 #
 # With p = softmax(z) and y the label,  d loss_t / d z_v = w_t (p_v - [v = y]).  At v = y a confident row has p near 1,
 # and what is left of p - 1 is formed here, in fp32, before it is rounded to the dtype of the logits.
+
+
+@triton.jit
+def load_logits(ptr, columns, V):
+    return tl.load(ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def store_gradient(ptr, z, lse, weight, y, columns, V):
+    g = tl.exp(z - lse) * weight - tl.where(columns == y, weight, 0.0)
+    tl.store(ptr + columns, g.to(ptr.dtype.element_ty), mask=columns < V)
 
 
 @triton.jit
@@ -157,15 +151,14 @@ def cross_entropy_row_kernel(
         #    before all have met there.
         z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
         if ONE_BLOCK:
-            z = tl.load(logits_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+            z = load_logits(logits_ptr, columns, V)
             top = tl.max(z, 0)
             total = tl.sum(tl.exp(z - top), 0)
         else:
             top = tl.full([], float("-inf"), tl.float32)
             total = tl.full([], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
-                inside = start + columns < V
-                z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+                z = load_logits(logits_ptr, start + columns, V)
                 higher = tl.maximum(top, tl.max(z, 0))
                 total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
                 top = higher
@@ -178,14 +171,11 @@ def cross_entropy_row_kernel(
         # 3. The gradient.
         if HAS_GRADIENT:
             if ONE_BLOCK:
-                g = tl.exp(z - lse) * weight - tl.where(columns == y, weight, 0.0)
-                tl.store(gradient_ptr + columns, g.to(gradient_ptr.dtype.element_ty), mask=columns < V)
+                store_gradient(gradient_ptr, z, lse, weight, y, columns, V)
             else:
                 for start in range(0, V, BLOCK):
-                    inside = start + columns < V
-                    z = tl.load(logits_ptr + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-                    g = tl.exp(z - lse) * weight - tl.where(start + columns == y, weight, 0.0)
-                    tl.store(gradient_ptr + start + columns, g.to(gradient_ptr.dtype.element_ty), mask=inside)
+                    z = load_logits(logits_ptr, start + columns, V)
+                    store_gradient(gradient_ptr, z, lse, weight, y, start + columns, V)
 
 
 @triton.jit
@@ -198,10 +188,10 @@ def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
         tl.store(x_ptr + i, (x * factor).to(x_ptr.dtype.element_ty), mask=i < n)
 
 
-def launch_rows(logits, gradient, labels, weights, losses, nll, block=None):
+def launch_rows(logits, gradient, labels, weights, losses, nll):
     """Fill losses and nll (T,) fp32 and, unless it is None, gradient (T, V), which may be `logits` itself."""
     T, V = logits.shape
-    block = block or min(max(next_power_of_2(V), 16), max(WARPS))
+    block = min(max(next_power_of_2(V), 16), max(WARPS))
     target = logits if gradient is None else gradient
     tensors, strides = (logits, target, labels, weights, losses, nll), (logits.stride(0), target.stride(0))
     flags = dict(HAS_GRADIENT=gradient is not None, ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
@@ -234,26 +224,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, weights, logits_bytes, fill):
         (T, C), V = hidden.shape, len(weight)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = None
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if of_hidden else None
+        d_weight = torch.zeros(V, C, device=hidden.device) if of_weight and T == 0 else None
         matrix = weight.to(hidden.dtype)
         losses, nll = (torch.empty(T, device=hidden.device) for _ in range(2))
         rows = chunk_rows(T, V * hidden.element_size(), logits_bytes)
         for chunk in (slice(start, start + rows) for start in range(0, T, rows)):
             logits = hidden[chunk] @ matrix.T  # (rows, V)
-            gradient = logits if any(ctx.needs_input_grad[:2]) else None
+            gradient = logits if of_hidden or of_weight else None
             fill(logits, gradient, *(x[chunk] for x in (labels, weights, losses, nll)))
-            if ctx.needs_input_grad[0]:  # from here on the logits are their own gradient
+            if of_hidden:  # from here on the logits are their own gradient
                 torch.mm(logits, matrix, out=d_hidden[chunk])
-            if ctx.needs_input_grad[1]:
-                if d_weight is None:
-                    d_weight = product_in_fp32(logits.T, hidden[chunk])  # (V, C)
-                elif logits.dtype == torch.float32:
-                    d_weight.addmm_(logits.T, hidden[chunk])
-                else:
-                    d_weight.add_(product_in_fp32(logits.T, hidden[chunk]))
-        if ctx.needs_input_grad[1] and d_weight is None:  # no tokens
-            d_weight = torch.zeros(V, C, device=hidden.device)
+            if of_weight and d_weight is None:
+                d_weight = product_in_fp32(logits.T, hidden[chunk])  # (V, C)
+            elif of_weight and logits.dtype == torch.float32:
+                d_weight.addmm_(logits.T, hidden[chunk])
+            elif of_weight:
+                d_weight.add_(product_in_fp32(logits.T, hidden[chunk]))
         ctx.gradients, ctx.multiply = [d_hidden, d_weight], multiply_ if fill is launch_rows else multiply_reference_
         ctx.mark_non_differentiable(nll)
         return losses.sum(), nll
@@ -280,7 +268,7 @@ def scaled(ctx, upstream, multiply):
     """The gradients that the forward pass left in ctx, times upstream; they are given out once."""
     if ctx.gradients is None:
         raise RuntimeError(
-            "cross_entropy: its gradient was scaled in place; a second backward pass needs a new forward"
+            "cross_entropy: the gradient was scaled in place; a second backward pass needs a new forward"
         )
     gradients, ctx.gradients = ctx.gradients, None
     return [g if g is None else multiply(g, upstream) for g in gradients]
@@ -294,26 +282,22 @@ def cross_entropy_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy_reference` with the row kernel."""
     check_arguments(logits, labels, weights)
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    loss, nll = CrossEntropy.apply(logits, labels.contiguous(), fp32_weights(weights))
+    loss, nll = CrossEntropy.apply(*rows_together(logits), labels.contiguous(), fp32_weights(weights))
     return (loss, nll) if return_token_losses else loss
 
 
 def linear_cross_entropy_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    scale: float = 1.0,
-    return_token_losses: bool = False,
-    logits_bytes: int = LOGITS_BYTES,
-) -> Tensor | tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, scale: float = 1.0,
+    return_token_losses: bool = False, logits_bytes: int = LOGITS_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`linear_cross_entropy_reference` with the row kernel."""
     return in_chunks(launch_rows, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes)
 
 
 def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes):
-    check_matrices(hidden, weight)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"{list(hidden.shape)}, {list(weight.shape)}"
+        raise ValueError(f"linear_cross_entropy: hidden and weight must be (T, C) and (V, C), got {shapes}")
     check_arguments(hidden[:, :1].expand(-1, len(weight)), labels, weights)
     device = "cpu" if hidden.is_meta else hidden.device.type  # on meta there are shapes alone
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -326,5 +310,5 @@ def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses,
 
 def fp32_weights(weights):
     if weights.requires_grad:
-        raise ValueError("cross_entropy: weights must not require a gradient; the Triton kernel has none for them")
+        raise ValueError("cross_entropy: weights must not require a gradient, for they get none")
     return weights.float().contiguous()

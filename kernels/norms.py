@@ -9,21 +9,17 @@ one pass, which reads the two inputs and writes the two outputs that the layer g
     s = residual + dropout(x),     y = s / sqrt(mean(s^2) + eps) * weight
 
 The backward pass keeps s and the weight; 1 / rms and the dropout mask (kernels/dropout.py) are made again. The weight's
-gradient is a sum over all tokens: each of at most PROGRAMS programs adds up its own rows in fp32, PyTorch adds up the
-programs, in a fixed order. C is at most 16384.
+gradient is a sum over all tokens: each program adds up its own rows in fp32, PyTorch adds up the programs.
 """
-
-import functools
 
 import torch
 from torch import Tensor
 
 from .dropout import dropout_reference, kept, seed_on, threshold_of
-from .launch import INTERPRETED, launch, next_power_of_2, tl, triton
+from .launch import INTERPRETED, check_tensors, launch, next_power_of_2, rows_together, tl, triton
 
 # {columns: (rows at a time, num_warps)}: 16 to 32 fp32 values a thread, which backward needs three times.
 TILES = {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)}
-promoted = functools.cache(torch.promote_types)
 PROGRAMS = 256  # in backward: about two for each multiprocessor of an H100, each with a row of fp32 sums to write
 
 
@@ -31,13 +27,9 @@ PROGRAMS = 256  # in backward: about two for each multiprocessor of an H100, eac
 
 
 def rms_norm_reference(
-    x: Tensor,
-    weight: Tensor,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Normalised x; with a residual (T, C), the pair (s, normalised s) of s = residual + dropout(x).
 
     x: (T, C), any float dtype; weight: (C,). s has the dtype of residual + x. The normalised result has s's dtype or,
@@ -170,7 +162,7 @@ class RMSNorm(torch.autograd.Function):
         flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(C)
         seed = seed_on(x.device, seed) if threshold else x  # without dropout nothing reads it
         beside = x if residual is None else residual
-        wider = promoted(x.dtype, beside.dtype)
+        wider = torch.promote_types(x.dtype, beside.dtype)
         s = x if residual is None else torch.empty(T, C, dtype=wider, device=x.device)
         y = torch.empty(T, C, dtype=dtype or wider, device=x.device)
         sizes = (T, C, x.stride(0), beside.stride(0), eps, threshold)
@@ -196,21 +188,13 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rms_norm_triton(
-    x: Tensor,
-    weight: Tensor,
-    eps: float = 1e-6,
-    residual: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`rms_norm_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py)."""
     check_arguments(x, weight, residual, dropout_p)
     if x.dim() != 2 or not 1 <= x.shape[1] <= 16384:
         raise ValueError(f"rms_norm: the Triton kernel takes x of (T, C) with C up to 16384, got {list(x.shape)}")
-    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"rms_norm: {name} must be float32, float16 or bfloat16, got {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"rms_norm: {name} must be on x's device, {x.device}, got {tensor.device}")
-    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+    check_tensors("rms_norm", x=x, weight=weight, residual=residual)
+    x, residual = rows_together(x, residual)
     return RMSNorm.apply(x, weight.contiguous(), eps, residual, dropout_p, seed, compute_dtype(x))

@@ -3,14 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import DEVICE, DTYPES, both, compare, needs_gpu, needs_triton, wide
+from comparing import DEVICE, DTYPES, both, compare, needs_gpu, needs_triton, outputs_and_gradients, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from philox import kept
 
-from kernels import activations, norms
-from kernels.activations import geglu_triton, relu_reference
-from kernels.norms import rms_norm_triton
+import kernels
+from kernels import geglu_triton, relu_reference, rms_norm_triton
 
 SEED = 2**33 + 5
 
@@ -33,60 +32,35 @@ def norm(s, weight):
     return (s32 / (s32.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight).to(s.dtype)
 
 
-def check_norm(implementation, T, C, dtype, seed=0):
-    function = getattr(norms, f"rms_norm_{implementation}")
-    compare(function, norm, tensors([(T, C), (C,)], dtype, seed))
+def check_all(implementation, T, C, dtype, p, seed=0):
+    """Each operation, with dropout where its mask is known: in Triton."""
+    p = p if implementation == "triton" else 0.0
+    rms_norm, geglu, relu = (getattr(kernels, f"{name}_{implementation}") for name in ("rms_norm", "geglu", "relu"))
+    keep = mask(T, C, p)
+    compare(rms_norm, norm, tensors([(T, C), (C,)], dtype, seed))
 
-
-def check_residual(implementation, T, C, dtype, p, seed=0):
-    """Both outputs feed the loss, as in the model: s goes on as the residual stream, y into the next part."""
-    function = getattr(norms, f"rms_norm_{implementation}")
-    keep = mask(T, C, p) if p else torch.ones(T, C, device=DEVICE)
-
-    def formula(x, weight, residual):
+    def residual_formula(x, weight, residual):  # both outputs feed the loss, as in the model
         s = (wide(residual) + wide(x) * keep.to(wide(x))).to(x.dtype)
         return s, norm(s, weight)
 
     leaves = tensors([(T, C), (C,), (T, C)], dtype, seed)
-    compare(lambda x, w, r: function(x, w, 1e-6, r, p, SEED), formula, leaves)
+    compare(lambda x, w, r: rms_norm(x, w, 1e-6, r, p, SEED), residual_formula, leaves)
 
+    def geglu_formula(gate, up):
+        return (F.gelu(wide(gate), approximate="tanh") * wide(up) * keep.to(wide(up))).to(up.dtype)
 
-def check_activation(implementation, name, T, width, dtype, p, seed=0):
-    function = getattr(activations, f"{name}_{implementation}")
-    keep = mask(T, width, p) if p else torch.ones(T, width, device=DEVICE)
-
-    def formula(*inputs):
-        *gate, up = map(wide, inputs)
-        y = F.gelu(gate[0], approximate="tanh") * up if gate else up.relu()
-        return (y * keep.to(y)).to(inputs[0].dtype)
-
-    leaves = tensors([(T, width)] * (2 if name == "geglu" else 1), dtype, seed)
-    compare(lambda *x: function(*x, p, SEED), formula, leaves)
-
-
-SHAPES = [(1, 1), (1, 2), (33, 7), (70, 300), (3, 4096), (600, 16)]  # the last: several row tiles a program
+    leaves = tensors([(T, C), (T, C)], dtype, seed)
+    compare(lambda gate, up: geglu(gate, up, p, SEED), geglu_formula, leaves)
+    compare(lambda x: relu(x, p, SEED), lambda x: (wide(x).relu() * keep.to(wide(x))).to(x.dtype), leaves[:1])
 
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, C", SHAPES)
-def test_rms_norm(implementation, T, C, dtype):
-    check_norm(implementation, T, C, dtype)
-
-
-@both
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, C, p", [(1, 2, 0.0), (33, 7, 0.0), (70, 300, 0.5), (40, 512, 0.1)])
-def test_rms_norm_of_residual_plus_dropout(implementation, T, C, dtype, p):
-    check_residual(implementation, T, C, dtype, p if implementation == "triton" else 0.0)
-
-
-@both
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["geglu", "relu"])
-@pytest.mark.parametrize("T, width, p", [(1, 1, 0.0), (70, 300, 0.5), (65, 513, 0.1)])  # 513: one more than a tile
-def test_activations(implementation, name, T, width, dtype, p):
-    check_activation(implementation, name, T, width, dtype, p if implementation == "triton" else 0.0)
+@pytest.mark.parametrize(  # 513: one more than a tile; the last: several row tiles a program
+    "T, C, p", [(1, 1, 0), (1, 2, 0), (33, 7, 0), (70, 300, 0.5), (65, 513, 0.1), (3, 4096, 0), (600, 16, 0.1)]
+)
+def test_outputs_and_gradients(implementation, T, C, dtype, p):
+    check_all(implementation, T, C, dtype, p)
 
 
 @pytest.mark.search
@@ -94,11 +68,7 @@ def test_activations(implementation, name, T, width, dtype, p):
 @settings(max_examples=100)
 @given(st.integers(8, 70), st.integers(4, 700), st.integers(0, 999), st.sampled_from(DTYPES))
 def test_random_sizes(implementation, T, C, seed, dtype):
-    p = [0.0, 0.1, 0.5][seed % 3] if implementation == "triton" else 0.0
-    check_norm(implementation, T, C, dtype, seed)
-    check_residual(implementation, T, C, dtype, p, seed)
-    for name in ("geglu", "relu"):
-        check_activation(implementation, name, T, C, dtype, p, seed)
+    check_all(implementation, T, C, dtype, [0.0, 0.1, 0.5][seed % 3], seed)
 
 
 @both
@@ -110,7 +80,7 @@ def test_rms_norm_of_a_bfloat16_branch_beside_a_float32_residual(implementation)
         s = residual + x
         return s, norm(s, weight)
 
-    function = getattr(norms, f"rms_norm_{implementation}")
+    function = getattr(kernels, f"rms_norm_{implementation}")
     compare(lambda x, w, r: function(x, w, residual=r), formula, [x, weight, residual])
 
 
@@ -118,14 +88,14 @@ def test_rms_norm_of_a_bfloat16_branch_beside_a_float32_residual(implementation)
 def test_rms_norm_sums_squares_in_fp32(implementation):
     """In bf16 the mean of 4096 squares would be off by percents."""
     x = torch.full((1, 4096), 3.0, dtype=torch.bfloat16, device=DEVICE)
-    y = getattr(norms, f"rms_norm_{implementation}")(x, torch.ones(4096, device=DEVICE))
+    y = getattr(kernels, f"rms_norm_{implementation}")(x, torch.ones(4096, device=DEVICE))
     assert y.dtype == torch.bfloat16 and ((y - 1).abs() < 4e-3).all(), "bf16's step below 1"
 
 
 def test_geglu_is_the_tanh_approximation():
     gate, up = torch.linspace(-5, 5, 41, dtype=torch.float64), torch.linspace(2, -3, 41, dtype=torch.float64)
     tanh = gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
-    torch.testing.assert_close(activations.geglu_reference(gate, up), tanh * up)
+    torch.testing.assert_close(kernels.geglu_reference(gate, up), tanh * up)
     assert (tanh - F.gelu(gate)).abs().max() > 1e-4, "the exact GELU is not T5's"
 
 
@@ -143,95 +113,74 @@ def test_gelu_far_out():
 
 @both
 def test_dropout_repeats_with_its_seed_and_follows_torch_s_without_one(implementation):
-    relu, geglu = (getattr(activations, f"{name}_{implementation}") for name in ("relu", "geglu"))
-    rms_norm = getattr(norms, f"rms_norm_{implementation}")
+    rms_norm, geglu, relu = (getattr(kernels, f"{name}_{implementation}") for name in ("rms_norm", "geglu", "relu"))
     x = torch.ones(50, 80, device=DEVICE)
 
     def draw(seed):
-        torch.manual_seed(4)
-        calls = relu(x, 0.3, seed), geglu(x, x, 0.3, seed), rms_norm(x, x[0], residual=x, dropout_p=0.3, seed=seed)[0]
-        return [*calls, relu(x, 0.3, seed)]
+        return [
+            relu(x, 0.3, seed),
+            geglu(x, x, 0.3, seed),
+            rms_norm(x, x[0], 1e-6, x, 0.3, seed)[0],
+            relu(x, 0.3, seed),
+        ]
 
     state = torch.get_rng_state()
-    assert torch.equal(relu(x, 0.3, 7), relu(x, 0.3, 7)) and not torch.equal(relu(x, 0.3, 7), relu(x, 0.3, 8))
+    seven, again, eight = draw(7), draw(7), draw(8)
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(seven, again, eight))
     assert torch.equal(state, torch.get_rng_state()), "with a seed the global generator is left alone"
-    drawn, again = draw(None), draw(None)
+    drawn, again = (torch.manual_seed(4) and draw(None) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(drawn, again))
     assert not torch.equal(drawn[0], drawn[3]), "each call has a seed of its own"
-    share = (torch.stack([relu(x, 0.3, seed) for seed in range(5)]) > 0).float().mean().item()
-    assert abs(share - 0.7) < 0.001 + 4 * (0.21 / (5 * 50 * 80)) ** 0.5, "the kernels' 0.3 is 77 / 256"
 
 
-def test_the_reference_s_dropout_is_a_function_of_the_seed():
-    """And of the number of elements; the last ones, which share a random word with none, are drawn as the others."""
+def test_the_reference_s_dropout_keeps_its_rate_in_every_byte_of_a_random_word():
+    """And in the last elements, which share a word with none."""
     x = torch.ones(99, 1001)
     y = relu_reference(x, 0.25, 7)
-    assert torch.equal(y, relu_reference(x, 0.25, 7)) and not torch.equal(y, relu_reference(x, 0.25, 8))
     assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert abs((y > 0).float().mean().item() - 0.75) < 4 * (0.1875 / x.numel()) ** 0.5
     by_byte = (y.flatten()[: x.numel() // 8 * 8].unflatten(0, (-1, 8)) > 0).float().mean(0)
-    assert ((by_byte - 0.75).abs() < 5 * (8 * 0.1875 / x.numel()) ** 0.5).all(), "every byte of a word is random"
-
-
-@needs_triton
-def test_repeats_are_equal_bit_for_bit():
-    x, weight, residual = (x.requires_grad_() for x in tensors([(300, 48), (48,), (300, 48)], torch.float32))
-
-    def run():
-        s, y = rms_norm_triton(x, weight, residual=residual, dropout_p=0.1, seed=1)
-        z = geglu_triton(s, y, 0.1, 2)
-        return [s, y, z, *torch.autograd.grad(z.square().sum(), [x, weight, residual])]
-
-    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+    assert ((by_byte - 0.75).abs() < 5 * (8 * 0.1875 / x.numel()) ** 0.5).all()
 
 
 @both
 def test_no_tokens(implementation):
     x, weight = torch.zeros(0, 8, device=DEVICE, requires_grad=True), torch.ones(8, device=DEVICE, requires_grad=True)
-    normed = getattr(norms, f"rms_norm_{implementation}")(x, weight)
-    y = getattr(activations, f"geglu_{implementation}")(normed, x)
+    normed = getattr(kernels, f"rms_norm_{implementation}")(x, weight)
+    y = getattr(kernels, f"geglu_{implementation}")(normed, x)
     assert y.shape == (0, 8) and (torch.autograd.grad(y.sum(), weight)[0] == 0).all()
 
 
-@both
-@pytest.mark.parametrize(
-    "call, word",
-    [
-        (lambda rms_norm, geglu, relu, x: rms_norm(x, x[0, 1:]), "rms_norm: weight must be"),
-        (lambda rms_norm, geglu, relu, x: rms_norm(x, x[0], residual=x[1:]), "rms_norm: residual must have x's shape"),
-        (lambda rms_norm, geglu, relu, x: rms_norm(x, x[0], dropout_p=0.1), "dropout_p is for x beside a residual"),
-        (lambda rms_norm, geglu, relu, x: rms_norm(x, x[0], residual=x, dropout_p=-0.1), "dropout"),
-        (lambda rms_norm, geglu, relu, x: geglu(x, x[1:]), "gate and up must have one shape"),
-        (lambda rms_norm, geglu, relu, x: relu(x, 1.5), "dropout"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_named(implementation, call, word):
-    functions = [getattr(norms, f"rms_norm_{implementation}")]
-    functions += [getattr(activations, f"{name}_{implementation}") for name in ("geglu", "relu")]
-    with pytest.raises(ValueError, match=word):
-        call(*functions, torch.zeros(4, 6))
+OF_BOTH = [
+    ("rms_norm", lambda f, x: f(x, x[0, 1:]), "rms_norm: weight must be"),
+    ("rms_norm", lambda f, x: f(x, x[0], residual=x[1:]), "rms_norm: residual must have x's shape"),
+    ("rms_norm", lambda f, x: f(x, x[0], dropout_p=0.1), "dropout_p is for x beside a residual"),
+    ("rms_norm", lambda f, x: f(x, x[0], residual=x, dropout_p=-0.1), "dropout"),
+    ("geglu", lambda f, x: f(x, x[1:]), "gate and up must have one shape"),
+    ("geglu", lambda f, x: f(x, x.half()), "gate and up must have one shape and dtype"),
+    ("relu", lambda f, x: f(x, 1.5), "dropout"),
+]
+OF_TRITON = [
+    ("rms_norm", lambda f, x: f(x.double(), x[0]), "x must be float32, float16 or bfloat16, got torch.float64"),
+    ("rms_norm", lambda f, x: f(torch.zeros(1, 16385), torch.zeros(16385)), "C up to 16384"),
+    ("geglu", lambda f, x: f(x[0], x[0]), r"geglu: .* \(T, F\)"),
+    ("relu", lambda f, x: f(x.double()), "relu: .* float32, float16 or bfloat16"),
+]
+CASES = [("reference", *case) for case in OF_BOTH]
+CASES += [pytest.param("triton", *case, marks=needs_triton) for case in OF_BOTH + OF_TRITON]
 
 
-@needs_triton
-@pytest.mark.parametrize(
-    "call, word",
-    [
-        (lambda x: rms_norm_triton(x.double(), x[0]), "x must be float32, float16 or bfloat16, got torch.float64"),
-        (lambda x: rms_norm_triton(torch.zeros(1, 16385), torch.zeros(16385)), "C up to 16384"),
-        (lambda x: geglu_triton(x, x.half()), "gate and up must have one shape, dtype"),
-        (lambda x: geglu_triton(x[0], x[0]), r"geglu: gate must be \(T, F\)"),
-    ],
-)
-def test_what_the_kernels_do_not_take_is_named(call, word):
+@pytest.mark.parametrize("implementation, name, call, word", CASES)
+def test_arguments_that_do_not_fit_are_named(implementation, name, call, word):
+    function = getattr(kernels, f"{name}_{implementation}")
     with pytest.raises(ValueError, match=word):
-        call(torch.zeros(4, 6))
+        call(function, torch.zeros(4, 6))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=needs_gpu) for dtype in DTYPES])
 def test_full_size(dtype):
-    """The sizes of a training step of T5-base and of T5-xxl."""
-    for T, C, width in ((8192, 768, 2048), (4099, 4096, 10240)):
-        check_norm("triton", T, C, dtype)
-        check_residual("triton", T, C, dtype, 0.1)
-        for name in ("geglu", "relu"):
-            check_activation("triton", name, T, width, dtype, 0.1)
+    """The sizes of a training step of T5-base and of T5-xxl; repeats are equal bit for bit."""
+    for T, C in ((8192, 768), (8192, 2048), (4099, 4096), (4099, 10240)):
+        check_all("triton", T, C, dtype, 0.1)
+        first, second = (outputs_and_gradients(rms_norm_triton, tensors([(T, C), (C,)], dtype)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))

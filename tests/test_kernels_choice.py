@@ -6,27 +6,26 @@ import pytest
 import torch
 
 import kernels
-from kernels import activations, flash_attention, losses, norms
 
-# What DSS_KERNELS asks for, where; what is chosen, or what the refusal says.
+# What DSS_KERNELS asks for, where, whether Triton is installed and interpreted; the choice, or what the refusal says.
 CHOICES = [
-    ("", "cpu", dict(installed=True, interpreted=True), "reference"),
-    ("", "cuda", dict(installed=True, interpreted=False), "triton"),
-    ("", "cuda", dict(installed=False, interpreted=False), "reference"),
-    ("reference", "cuda", dict(installed=True, interpreted=False), "reference"),
-    ("triton", "cpu", dict(installed=True, interpreted=True), "triton"),
-    ("triton", "cpu", dict(installed=True, interpreted=False), "TRITON_INTERPRET=1"),
-    ("triton", "mps", dict(installed=False, interpreted=False), "not installed"),
-    ("cuda", "cuda", dict(installed=True, interpreted=False), "must be 'triton' or 'reference', got 'cuda'"),
+    ("", "cpu", True, True, "reference"),
+    ("", "cuda", True, False, "triton"),
+    ("", "cuda", False, False, "reference"),
+    ("reference", "cuda", True, False, "reference"),
+    ("triton", "cpu", True, True, "triton"),
+    ("triton", "cpu", True, False, "TRITON_INTERPRET=1"),
+    ("triton", "mps", False, False, "not installed"),
+    ("cuda", "cuda", True, False, "must be 'triton' or 'reference', got 'cuda'"),
 ]
 
 
-@pytest.mark.parametrize("value, device, here, outcome", CHOICES)
-def test_the_choice_of_kernels(monkeypatch, value, device, here, outcome):
+@pytest.mark.parametrize("value, device, installed, interpreted, outcome", CHOICES)
+def test_the_choice_of_kernels(monkeypatch, value, device, installed, interpreted, outcome):
     monkeypatch.setattr("kernels.launch.architecture_of", lambda device: "sm_90")
     monkeypatch.setenv("DSS_KERNELS", value)
-    monkeypatch.setattr("kernels.launch.INSTALLED", here["installed"])
-    monkeypatch.setattr("kernels.launch.INTERPRETED", here["interpreted"])
+    monkeypatch.setattr("kernels.launch.INSTALLED", installed)
+    monkeypatch.setattr("kernels.launch.INTERPRETED", interpreted)
     if outcome in ("triton", "reference"):
         assert kernels.choice(torch.device(device)) == outcome
     else:
@@ -45,24 +44,11 @@ def test_a_gpu_that_the_kernels_do_not_fit_gets_the_references_and_the_run_says_
     kernels.launch.architecture_of.cache_clear()
 
 
-def test_a_misspelt_choice_stops_the_first_operation(monkeypatch):
-    monkeypatch.setenv("DSS_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="DSS_KERNELS"):
-        kernels.geglu(gate=torch.zeros(2), up=torch.zeros(2))
-
-
-OPERATIONS = dict(attention=flash_attention, cross_entropy=losses, linear_cross_entropy=losses, rms_norm=norms)
-OPERATIONS |= dict(geglu=activations, relu=activations)
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_goes_to_the_chosen_implementation(monkeypatch, name):
-    """Each has a reference and a Triton version in its module, and hands them its arguments as they are."""
-    monkeypatch.setattr("kernels.launch.INTERPRETED", True)
-    monkeypatch.setattr("kernels.launch.INSTALLED", True)
-    x = torch.zeros(2)
-    for value in ("reference", "triton"):
-        assert inspect.isfunction(getattr(OPERATIONS[name], f"{name}_{value}"))
-        monkeypatch.setenv("DSS_KERNELS", value)
-        monkeypatch.setattr(kernels, f"{name}_{value}", lambda *a, value=value, **o: (value, a, o))
-        assert getattr(kernels, name)(x, 1, other=2) == (value, (x, 1), dict(other=2))
+@pytest.mark.parametrize("name", ["attention", "cross_entropy", "linear_cross_entropy", "rms_norm", "geglu", "relu"])
+def test_an_operation_goes_to_the_chosen_one_of_its_implementations(monkeypatch, name):
+    implementations = {value: getattr(kernels, f"{name}_{value}") for value in ("reference", "triton")}
+    assert inspect.getclosurevars(getattr(kernels, name)).nonlocals == implementations
+    for value in implementations:
+        monkeypatch.setattr("kernels.choice", lambda device, value=value: value)
+        fakes = {of: lambda *a, of=of, **o: (of, a, o) for of in implementations}
+        assert kernels.chosen(**fakes)(x := torch.zeros(2), 1, other=2) == (value, (x, 1), dict(other=2))

@@ -7,7 +7,6 @@ from comparing import DEVICE, DTYPES, both, compare, needs_gpu, needs_triton, re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
 from kernels import losses
 from kernels.losses import IGNORE, chunk_rows, cross_entropy_triton, launch_rows, linear_cross_entropy_triton
 
@@ -42,9 +41,9 @@ def check_linear(implementation, T, V, C, seed, dtype, chunks):
     _, labels, weights = rows(T, V, seed)
     leaves, scale = matrices(T, V, C, seed, dtype), C**-0.5
     function = getattr(losses, f"linear_cross_entropy_{implementation}")
-    budget = {"logits_bytes": -(-T * V * dtype.itemsize // chunks)} if implementation == "triton" else {}
+    budget = -(-T * V * dtype.itemsize // chunks)
     compare(
-        lambda h, w: function(h, w, labels, weights, scale, **budget),
+        lambda h, w: function(h, w, labels, weights, scale, logits_bytes=budget),
         lambda h, w: formula(F.linear(h * scale, w), labels, weights),
         leaves,
     )
@@ -52,16 +51,10 @@ def check_linear(implementation, T, V, C, seed, dtype, chunks):
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, V", [(6, 2), (9, 33), (1, 7), (41, 300), (3, 32128)])
+@pytest.mark.parametrize("T, V", [(6, 2), (9, 33), (1, 7), (41, 300), (3, 32128), (2, 250112)])
 def test_loss_and_gradient_of_given_logits(implementation, T, V, dtype):
+    """The last is mT5's vocabulary, whose rows are too long for one block and are read twice."""
     check_logits(implementation, T, V, 0, dtype)
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_too_long_for_one_block_are_read_twice(dtype):
-    """mT5's vocabulary."""
-    check_logits("triton", 2, 250112, 0, dtype)
 
 
 @both
@@ -81,16 +74,17 @@ def test_random_sizes(implementation, T, V, C, seed, dtype):
     check_linear(implementation, T, V, C, seed, dtype, chunks=1 + seed % 9)
 
 
-@needs_triton
-def test_weight_gradient_is_summed_in_fp32_however_many_chunks():
+@both
+def test_weight_gradient_is_summed_in_fp32_however_many_chunks(implementation):
     """bf16 sums over 32 chunks lose what a single chunk keeps; fp32 master weights beside bf16 states."""
     T, V, C = 256, 50, 16
+    function = getattr(losses, f"linear_cross_entropy_{implementation}")
     _, labels, weights = rows(T, V, 0)
     hidden, matrix = matrices(T, V, C, 0)
     matrix.requires_grad_()
 
     def d_matrix(budget):
-        loss = linear_cross_entropy_triton(hidden.bfloat16(), matrix, labels, weights, logits_bytes=budget)
+        loss = function(hidden.bfloat16(), matrix, labels, weights, logits_bytes=budget)
         return torch.autograd.grad(loss, matrix)[0]
 
     whole, chunked = d_matrix(10**9), d_matrix(T * V * 2 // 32)
@@ -101,34 +95,13 @@ def test_weight_gradient_is_summed_in_fp32_however_many_chunks():
 @both
 def test_autocast_multiplies_in_bfloat16_and_keeps_the_gradient_of_fp32_weights_in_fp32(implementation):
     _, labels, weights = rows(30, 40, 3)
-    function = getattr(losses, f"linear_cross_entropy_{implementation}")
-
-    def in_autocast(h, w):
-        with torch.autocast(DEVICE, torch.bfloat16):
-            return function(h, w, labels, weights, 0.25)
-
-    def in_bfloat16(h, w):
-        return formula((F.linear(h.bfloat16() * 0.25, w.bfloat16())), labels, weights)
-
     h, w = (x.requires_grad_() for x in matrices(30, 40, 16, 3))
-    loss = in_autocast(h, w)
-    got, want = (torch.autograd.grad(f, [h, w]) for f in (loss, in_bfloat16(h, w)))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss = getattr(losses, f"linear_cross_entropy_{implementation}")(h, w, labels, weights, 0.25)
+    in_bfloat16 = formula((F.linear(h.bfloat16() * 0.25, w.bfloat16())), labels, weights)
+    got, want = (torch.autograd.grad(f, [h, w]) for f in (loss, in_bfloat16))
     assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in got)
     assert all(relative_error(a, b) < 1e-2 for a, b in zip(got, want)), "two roundings to bf16 apart"
-
-
-@needs_triton
-@pytest.mark.parametrize("V, block", [(5, 16), (700, 16), (700, 64), (700, 1024)])
-def test_the_block_size_does_not_matter(V, block):
-    """Rows read once or in many blocks; the last block holds what V leaves."""
-    logits, labels, weights = rows(6, V, 1)
-    results = []
-    for size in (block, 1024):
-        gradient = torch.empty_like(logits)
-        of_rows, nll = torch.empty(6, device=DEVICE), torch.empty(6, device=DEVICE)
-        launch_rows(logits, gradient, labels, weights, of_rows, nll, block=size)
-        results.append(torch.cat([of_rows[:, None], nll[:, None], gradient], 1))
-    assert relative_error(*results) <= 2e-6
 
 
 @both
@@ -172,31 +145,17 @@ def test_a_confident_label_keeps_the_digits_of_p_minus_1(implementation):
 
 
 @both
-@pytest.mark.parametrize("T, V", [(2, 2), (20, 50)])
-def test_weight_zero_is_a_token_that_is_not_there(implementation, T, V):
-    _, labels, weights = rows(T, V, 0)
+def test_weight_zero_is_a_token_that_is_not_there(implementation):
+    _, labels, weights = rows(20, 50, 0)
     weights[::2] = 0
-    hidden, matrix = (x.requires_grad_() for x in matrices(T, V, 8, 0))
+    hidden, matrix = (x.requires_grad_() for x in matrices(20, 50, 8, 0))
     function = getattr(losses, f"linear_cross_entropy_{implementation}")
     results = []
     for kept in (slice(None), slice(1, None, 2)):
         loss = function(hidden[kept], matrix, labels[kept], weights[kept])
         results.append([loss, *torch.autograd.grad(loss, [hidden, matrix])])
-    assert (results[0][1][::2] == 0).all()
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
-
-
-@needs_triton
-def test_repeats_are_equal_bit_for_bit():
-    _, labels, weights = rows(50, 333, 0)
-    hidden, matrix = (x.requires_grad_() for x in matrices(50, 333, 24, 0))
-
-    def run():
-        loss = linear_cross_entropy_triton(hidden, matrix, labels, weights, logits_bytes=20_000)
-        return [loss, *torch.autograd.grad(loss, [hidden, matrix])]
-
-    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 
 
 @both
@@ -207,14 +166,13 @@ def test_inputs_are_left_as_they_were_and_no_gradient_is_made_that_nobody_wants(
     (2 * one(logits.requires_grad_(), labels, weights)).backward()
     assert torch.equal(logits.detach(), before)
     hidden, matrix = matrices(5, 30, 8, 0)
-    assert not linear(hidden, matrix, labels, weights).requires_grad
-    want = linear(hidden, matrix.clone().requires_grad_(), labels, weights)
-    for frozen in ("hidden", "matrix"):
-        h, w = (x.clone().requires_grad_(name != frozen) for name, x in (("hidden", hidden), ("matrix", matrix)))
-        loss = linear(h, w, labels, weights)
-        assert torch.equal(loss, want)
+    want = linear(hidden, matrix, labels, weights)
+    assert not want.requires_grad
+    for wanted in (0, 1):
+        leaves = [hidden.clone(), matrix.clone()]
+        loss = linear(*(x.requires_grad_(i == wanted) for i, x in enumerate(leaves)), labels, weights)
         loss.backward()
-        assert (h.grad is None) == (frozen == "hidden") and (w.grad is None) == (frozen == "matrix")
+        assert torch.equal(loss, want) and [x.grad is not None for x in leaves] == [wanted == 0, wanted == 1]
 
 
 def test_chunks_are_few_and_even():
@@ -252,19 +210,19 @@ def test_arguments_that_do_not_fit_are_named(implementation, change, word):
         linear(torch.zeros(3, 2), torch.zeros(4, 3), **good)
 
 
-@needs_triton
-def test_weights_that_want_a_gradient_are_refused():
-    logits, labels, weights = rows(3, 5, 0)
+@both
+def test_weights_that_want_a_gradient_are_refused(implementation):
+    hidden, matrix = matrices(3, 5, 4, 0)
+    _, labels, weights = rows(3, 5, 0)
     with pytest.raises(ValueError, match="weights must not require a gradient"):
-        cross_entropy_triton(logits, labels, weights.requires_grad_())
+        getattr(losses, f"linear_cross_entropy_{implementation}")(hidden, matrix, labels, weights.requires_grad_())
 
 
 @both
-def test_no_tokens_are_no_loss(implementation, monkeypatch):
-    monkeypatch.setenv("DSS_KERNELS", implementation)
+def test_no_tokens_are_no_loss(implementation):
     hidden, matrix = torch.zeros(0, 8, device=DEVICE), torch.ones(30, 8, device=DEVICE, requires_grad=True)
     empty = torch.zeros(0, device=DEVICE)
-    loss = kernels.linear_cross_entropy(hidden, matrix, empty.long(), empty)
+    loss = getattr(losses, f"linear_cross_entropy_{implementation}")(hidden, matrix, empty.long(), empty)
     assert loss == 0 and (torch.autograd.grad(loss, matrix)[0] == 0).all()
 
 
@@ -294,13 +252,15 @@ def test_full_size_without_a_look_from_the_host_and_in_a_quarter_of_the_memory(T
     hidden, matrix = (x.requires_grad_() for x in matrices(T, V, C, 0, torch.bfloat16))
     labels, weights = torch.randint(0, V, (T,), device=DEVICE), torch.rand(T, device=DEVICE)
     peaks = []
-    for function in (linear_cross_entropy_triton, losses.linear_cross_entropy_reference):
+    for function in (losses.linear_cross_entropy_reference, linear_cross_entropy_triton):
         for sync in ("default", "error" if function is linear_cross_entropy_triton else "default"):
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode(sync)
-            torch.autograd.grad(function(hidden, matrix, labels, weights, C**-0.5), [hidden, matrix])
+            gradients = torch.autograd.grad(function(hidden, matrix, labels, weights, C**-0.5), [hidden, matrix])
             torch.cuda.set_sync_debug_mode("default")
             peak = torch.cuda.max_memory_allocated() - before
         peaks.append(peak)
-    assert peaks[0] < peaks[1] / 4
+    again = torch.autograd.grad(function(hidden, matrix, labels, weights, C**-0.5), [hidden, matrix])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again)), "repeats are equal bit for bit"
+    assert peaks[1] < peaks[0] / 4

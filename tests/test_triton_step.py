@@ -8,26 +8,25 @@ from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
 from dss.config import T5Config
 from dss.loss import distillation_loss
 from dss.model import T5
-from kernels import aot, launch
+from kernels import aot
 from kernels.activations import relu_triton
 
 pytestmark = needs_triton
 WIDTH = dict(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_heads=2)
 V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
 SEQUENCES = [Sequence(list(range(2, 62)), list(range(2, 52)), task) for task in (LABEL, RATIONALE) * 2]
+TOKENS = {sum(len(s.input_ids) for s in SEQUENCES), sum(len(s.target_ids) for s in SEQUENCES)}
 
 
 class Casts(TorchDispatchMode):
     """Counts the casts of floating-point tensors with a row per token, and what would make the host wait."""
 
-    def __init__(self, tokens):
-        super().__init__()
-        self.tokens, self.casts, self.waits, self.operations = tokens, 0, 0, 0
+    casts = waits = operations = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result, self.operations = operation(*args, **(kwargs or {})), self.operations + 1
         if operation is torch.ops.aten._to_copy.default and args[0].is_floating_point():
-            self.casts += args[0].dtype != result.dtype and args[0].dim() > 1 and args[0].shape[0] in self.tokens
+            self.casts += args[0].dtype != result.dtype and args[0].dim() > 1 and args[0].shape[0] in TOKENS
         self.waits += operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return result
 
@@ -35,20 +34,21 @@ class Casts(TorchDispatchMode):
 def test_a_bfloat16_step_of_t5_base_casts_few_activations_and_never_waits(monkeypatch):
     """12 + 12 layers; narrow, since the count does not depend on the width."""
     monkeypatch.setenv("DSS_KERNELS", "triton")
-    monkeypatch.setattr(launch, "recording", aot.Recording("sm_90"))
     monkeypatch.setattr("kernels.losses.check_arguments", lambda *_: None)  # they read labels and cu_seqlens only on
-    monkeypatch.setattr("kernels.flash_attention.check_arguments", lambda *_: None)  # the CPU
+    monkeypatch.setattr("kernels.flash_attention.check_arguments", lambda *of: of[-1])  # the CPU
     model = T5(T5Config(**WIDTH, **V1_1, num_layers=12, num_decoder_layers=12, dropout_rate=0.1)).train()
     model.encoder.dropout.p = model.decoder.dropout.p = 0.0  # torch's own, which on a CPU asks for values
-    batch = pack(SEQUENCES)
-    for _ in range(2):  # the first step fills caches, which may wait
-        launch.recording.launches.clear()
-        with Casts({len(batch.input_ids), len(batch.labels)}) as count:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = distillation_loss(model, batch, *count_targets(SEQUENCES), 1.0)[0]
-            loss.backward()
+    batch, count = pack(SEQUENCES), Casts()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = distillation_loss(model, batch, *count_targets(SEQUENCES), 1.0)[0]
+        loss.backward()
+
+    aot.launches_of(step, "sm_90")  # the first step fills caches, which may wait
+    with count:
+        launched = [kernel.__name__ for kernel, _, _ in aot.launches_of(step, "sm_90")]
     assert count.casts <= 20 and count.waits == 0
-    launched = [kernel.__name__ for kernel, _, _ in launch.recording.launches]
     assert launched.count("attention_forward_kernel") == launched.count("attention_dkdv_kernel") == 36
     assert count.operations > 100, "the mode saw the step"
 
