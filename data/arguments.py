@@ -135,10 +135,11 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=formatter_class, **options)
 
     def parse_args(self, argv=None):
-        for stream in (sys.stdout, sys.stderr):
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name) or open(os.devnull, "w")  # None where whoever started us has closed it
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a character that the terminal cannot show ends no program
-        sys.stderr = Display(sys.stderr)
+            setattr(sys, name, stream if name == "stdout" else Display(stream))
         words = sys.argv[1:] if argv is None else argv
         return super().parse_args([re.sub("^--[^=]+", lambda name: flag(name[0][2:]), word) for word in words])
 

@@ -8,8 +8,8 @@ padded forward passes, predict and explain, and one backward pass of their mean 
 transformers' generate and with CTranslate2. All have the same weights, rows, threads and AdamW. First it is checked
 that loss, gradient and tokens are alike.
 
-The implementations take turns, so that a busy machine slows all of them. A ratio is that of two times of one turn: the
-median and, as its spread, the quartiles. Peak memory is that of a process of its own. "Of the machine" is the share of
+The implementations take turns, so that a busy machine slows all of them. Each ratio compares two times of the same
+turn; printed are its median and, as its spread, the quartiles. Peak memory is that of a process of its own. "Of the machine" is the share of
 the best rate that a matrix product reached in the same run.
 """
 

@@ -6,12 +6,12 @@ others to the reference. DSS_KERNELS=reference or triton overrides that; `TRITON
 the Triton code on CPU tensors, slowly. The model calls only what is defined here.
 """
 
-import functools
 import os
 import warnings
-from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import launch
 from .activations import geglu_reference, geglu_triton, relu_reference, relu_triton
@@ -32,7 +32,7 @@ def choice(device: torch.device) -> str:
     """Which implementation tensors on this device get: "triton" or "reference".
 
     Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this once before it begins,
-    so that no run ends in the middle; on a GPU that our kernels do not fit it is told so, once.
+    so that no run ends in the middle; on a GPU that our kernels do not fit it warns once.
     """
     value, gpu = os.environ.get("DSS_KERNELS", ""), device.type == "cuda"
     if value not in ("", "reference", "triton"):
@@ -50,19 +50,36 @@ def choice(device: torch.device) -> str:
     return "triton" if gpu and launch.INSTALLED else "reference"
 
 
-def chosen(reference: Callable, triton: Callable) -> Callable:
-    """`reference`, or `triton` in its place, whichever `choice` says for the device of the first tensor."""
-
-    @functools.wraps(reference)
-    def operation(x, *arguments, **options):
-        return (triton if choice(x.device) == "triton" else reference)(x, *arguments, **options)
-
-    return operation
+def use_triton(x: Tensor) -> bool:
+    return choice(x.device) == "triton"
 
 
-attention = chosen(attention_reference, attention_triton)
-cross_entropy = chosen(cross_entropy_reference, cross_entropy_triton)
-linear_cross_entropy = chosen(linear_cross_entropy_reference, linear_cross_entropy_triton)
-rms_norm = chosen(rms_norm_reference, rms_norm_triton)
-geglu = chosen(geglu_reference, geglu_triton)
-relu = chosen(relu_reference, relu_triton)
+def attention(q: Tensor, *args: Any, **options: Any) -> Tensor:
+    """Attention within packed sequences, with T5's position bias: see `attention_reference`."""
+    return (attention_triton if use_triton(q) else attention_reference)(q, *args, **options)
+
+
+def cross_entropy(logits: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy with a weight per token: see `cross_entropy_reference`."""
+    return (cross_entropy_triton if use_triton(logits) else cross_entropy_reference)(logits, *args, **options)
+
+
+def linear_cross_entropy(hidden: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """Output matrix and cross-entropy in one: see `linear_cross_entropy_reference`."""
+    implementation = linear_cross_entropy_triton if use_triton(hidden) else linear_cross_entropy_reference
+    return implementation(hidden, *args, **options)
+
+
+def rms_norm(x: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """T5's layer norm, with the residual connection before it: see `rms_norm_reference`."""
+    return (rms_norm_triton if use_triton(x) else rms_norm_reference)(x, *args, **options)
+
+
+def geglu(gate: Tensor, *args: Any, **options: Any) -> Tensor:
+    """gelu(gate) * up with dropout: see `geglu_reference`."""
+    return (geglu_triton if use_triton(gate) else geglu_reference)(gate, *args, **options)
+
+
+def relu(x: Tensor, *args: Any, **options: Any) -> Tensor:
+    """max(x, 0) with dropout: see `relu_reference`."""
+    return (relu_triton if use_triton(x) else relu_reference)(x, *args, **options)
