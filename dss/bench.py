@@ -9,8 +9,8 @@ transformers' generate and with CTranslate2. All have the same weights, rows, th
 that loss, gradient and tokens are alike.
 
 The implementations take turns, so that a busy machine slows all of them. Each ratio compares two times of the same
-turn; printed are its median and, as its spread, the quartiles. Peak memory is that of a process of its own. "Of the machine" is the share of
-the best rate that a matrix product reached in the same run.
+turn; printed are its median and, as its spread, the quartiles. Peak memory is that of a process of its own. "Of the
+machine" is the share of the best rate that a matrix product reached in the same run.
 """
 
 import importlib.metadata
