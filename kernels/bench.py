@@ -324,8 +324,8 @@ def main(argv=None):
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="append a line of JSON for each row to FILE")
     args = parser.parse_args(argv)
     args.end = time.monotonic() + 60 * args.minutes
-    if args.json and not args.json.parent.is_dir():
-        parser.error(f"--json: the directory {args.json.parent} does not exist")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json: {args.json} is a directory, or in one that does not exist")
     if not any(text in name for name in cases() for text in args.only):
         parser.error(f"--only: no case is named {' or '.join(args.only)}")
     if not torch.cuda.is_available() or not launch.INSTALLED:
