@@ -89,41 +89,41 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
     if method == "standard-matched":
         config = replace(config, steps=matched_steps(examples, run))
     optimizer = make_optimizer(student.model, config)
-    now = parallel.load_state(out, student, optimizer, config)
-    log, bar = Log(out / "metrics.jsonl", now), progress_bar(method, now.step, config.steps)
-    keeper = Keeper(out, student, optimizer, now, config)
+    progress = parallel.load_state(out, student, optimizer, config)
+    log, bar = Log(out / "metrics.jsonl", progress), progress_bar(method, progress.step, config.steps)
+    keeper = Keeper(out, student, optimizer, progress, config)
 
     def validate() -> None:
-        log.means(now.step)  # raises if the loss is no number
-        require_finite(student.model, now.step)  # a diverged student is never the best, and never saved
+        log.means(progress.step)  # raises if the loss is no number
+        require_finite(student.model, progress.step)  # a diverged student is never the best, and never saved
         right, _ = evaluate(student, rows.validation, stop, "validation")
-        accuracy, now.evaluated = sum(right) / len(right), now.step
-        if accuracy >= now.best_accuracy:  # a tie goes to the weights that have learned longer
+        accuracy, progress.evaluated = sum(right) / len(right), progress.step
+        if accuracy >= progress.best_accuracy:  # a tie goes to the weights that have learned longer
             keeper.keep_best(accuracy)
-        log.write_accuracy(now.step, accuracy)
-        bar.write(f"{method}: step {now.step:,}, validation accuracy {accuracy:.1%}", file=sys.stderr)
+        log.write_accuracy(progress.step, accuracy)
+        bar.write(f"{method}: step {progress.step:,}, validation accuracy {accuracy:.1%}", file=sys.stderr)
 
     with keeper, log, bar:  # where training ends early, the keeper saves its state and says what is kept
-        if now.evaluated < now.step and is_due(now.step, config):  # the run was interrupted during this evaluation
+        if progress.evaluated < progress.step and is_due(progress.step, config):  # interrupted in an evaluation
             validate()
-        steps = steps_ahead(now.step, examples, student, config)
-        for step in range(now.step, config.steps):
+        steps = steps_ahead(progress.step, examples, student, config)
+        for step in range(progress.step, config.steps):
             work, rate = next(steps), learning_rate(step, config)
             parallel.seed(config.seed, step)
             losses, norm = train_step(student, optimizer, work, rate, config)
-            now.step, now.tokens = step + 1, now.tokens + work.tokens
+            progress.step, progress.tokens = step + 1, progress.tokens + work.tokens
             log.add(losses, work.tokens)
             bar.update()
-            if now.step % config.log_every == 0 or now.step == config.steps:
-                bar.set_postfix_str(log.write_means(now.step, rate, norm), refresh=False)
-            if is_due(now.step, config):
+            if progress.step % config.log_every == 0 or progress.step == config.steps:
+                bar.set_postfix_str(log.write_means(progress.step, rate, norm), refresh=False)
+            if is_due(progress.step, config):
                 validate()
             keeper.keep_state()
             parallel.check(stop)  # raises Interrupted, in all processes at the same step
         bar.close()
         keeper.keep_state(at_once=True)
         parallel.load_weights(student, out / "student", config)  # the best
-        return test(student, rows, now, cut, out, stop)
+        return test(student, rows, progress, cut, out, stop)
 
 
 def train_step(
@@ -157,7 +157,7 @@ def evaluate(student: Student, rows: list[Record], stop: Stop, what: str) -> tup
     return [right for right, _ in found], [answer for _, answer in found]
 
 
-def test(student: Student, rows: Rows, now: Progress, cut: Counter, out: Path, stop: Stop) -> dict:
+def test(student: Student, rows: Rows, progress: Progress, cut: Counter, out: Path, stop: Stop) -> dict:
     """Test the selected student, this once, and write predictions and result. Returns the result."""
     which, asked = ("test", rows.test) if rows.test else ("validation", rows.validation)
     right, answers = evaluate(student, asked, stop, which)
@@ -172,15 +172,15 @@ def test(student: Student, rows: Rows, now: Progress, cut: Counter, out: Path, s
     result = {
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
-        "validation_accuracy": now.best_accuracy,
+        "validation_accuracy": progress.best_accuracy,
         "metric": rows.metric,
-        "best_step": now.best_step,
-        "steps": now.step,
+        "best_step": progress.best_step,
+        "steps": progress.step,
         "rows": len(rows.train),
-        "tokens": now.tokens,
+        "tokens": progress.tokens,
         "inputs_cut": cut["inputs"],
         "targets_cut": cut["targets"],
-        "seconds": now.seconds,
+        "seconds": progress.seconds,
         "parameters": student.model.num_parameters(),
         "device": str(student.model.embedding.weight.device),
         "torch": torch.__version__,

@@ -32,25 +32,25 @@ class Keeper:
     """
 
     def __init__(
-        self, out: Path, student: Student, optimizer: torch.optim.Optimizer, now: Progress, config: TrainConfig
+        self, out: Path, student: Student, optimizer: torch.optim.Optimizer, progress: Progress, config: TrainConfig
     ) -> None:
-        self.out, self.student, self.optimizer, self.now, self.config = out, student, optimizer, now, config
-        self.saved, self.clock = now.step, time.monotonic()
+        self.out, self.student, self.optimizer, self.progress, self.config = out, student, optimizer, progress, config
+        self.saved, self.clock = progress.step, time.monotonic()
 
     def keep_best(self, accuracy: float) -> None:
         """Keep the student as the best so far, with this accuracy on the validation rows."""
         parallel.save_student(self.student, self.out / "student", self.config)
-        self.now.best_accuracy, self.now.best_step = accuracy, self.now.step
+        self.progress.best_accuracy, self.progress.best_step = accuracy, self.progress.step
         if parallel.is_first():
-            write_json(self.out / "best.json", {name: getattr(self.now, name) for name in BEST})
+            write_json(self.out / "best.json", {name: getattr(self.progress, name) for name in BEST})
 
     def keep_state(self, at_once: bool = False) -> None:
         """Save the state if it is time to, after --save-minutes or an evaluation, or `at_once`."""
         minutes = self.config.save_minutes
-        due = time.monotonic() - self.clock > 60 * minutes if minutes else self.now.evaluated == self.now.step
-        if parallel.anyone(due or at_once) and self.saved != self.now.step:
-            parallel.save_state(self.out, self.student, self.optimizer, self.now, self.config)
-            self.saved, self.clock = self.now.step, time.monotonic()
+        due = time.monotonic() - self.clock > 60 * minutes if minutes else self.progress.evaluated == self.progress.step
+        if parallel.anyone(due or at_once) and self.saved != self.progress.step:
+            parallel.save_state(self.out, self.student, self.optimizer, self.progress, self.config)
+            self.saved, self.clock = self.progress.step, time.monotonic()
 
     def __enter__(self) -> "Keeper":
         return self
@@ -58,14 +58,14 @@ class Keeper:
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if isinstance(error, Interrupted):
             try:
-                require_finite(self.student.model, self.now.step)
+                require_finite(self.student.model, self.progress.step)
                 self.keep_state(at_once=True)
-                if not self.now.best_step:
+                if not self.progress.best_step:
                     parallel.save_student(self.student, self.out / "student", self.config)
             except (FloatingPointError, OSError) as second:
                 raise Ended(1, f"{one_line(second)}; {self.kept()}") from None
-            line = f"interrupted at step {self.now.step:,} of {self.out.name}; {self.out}/student is the best so far"
-            raise Ended(130, f"{line}, --resume goes on") from None
+            line = f"interrupted at step {self.progress.step:,} of {self.out.name}; {self.out}/student"
+            raise Ended(130, f"{line} is the best so far, --resume goes on") from None
         if isinstance(error, Exception):
             if line := describe(error):
                 raise Ended(1, f"{line}; {self.kept()}") from None
@@ -74,7 +74,7 @@ class Keeper:
 
     def kept(self) -> str:
         """What there is of the best student, in words."""
-        if not self.now.best_step:
+        if not self.progress.best_step:
             return f"{self.out} has no student, because none was evaluated"
         return f"{self.out}/student is the best so far"
 

@@ -237,24 +237,24 @@ def save_student(student: Student, directory: Path, config: TrainConfig) -> None
 
 
 def save_state(
-    out: Path, student: Student, optimizer: torch.optim.Optimizer, now: Progress, config: TrainConfig
+    out: Path, student: Student, optimizer: torch.optim.Optimizer, progress: Progress, config: TrainConfig
 ) -> None:
     """Write OUT/METHOD/state.pt, or with --shard the directory state/, to which each process writes its part."""
     if config.shard or is_first():
         path, files = state_of(out, config)
-        files.save_state(path, student.model, optimizer, vars(now))
+        files.save_state(path, student.model, optimizer, vars(progress))
     wait_for_all()
 
 
 def load_state(out: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Progress:
     """Put back what `save_state` wrote, if anything, on whatever number of processes."""
     path, files = state_of(out, config)
-    now = files.load_state(path, student.model, optimizer)
-    if now and (out / "best.json").exists():  # newer than the state, or as old
-        now |= read_json(out / "best.json")
-    if now.keys() - vars(Progress()).keys():
+    progress = files.load_state(path, student.model, optimizer)
+    if progress and (out / "best.json").exists():  # newer than the state, or as old
+        progress |= read_json(out / "best.json")
+    if progress.keys() - vars(Progress()).keys():
         raise ValueError(f"{path}: the state of a run by another version of this program; --overwrite starts anew")
-    return Progress(**now)
+    return Progress(**progress)
 
 
 def state_of(out: Path, config: TrainConfig) -> tuple[Path, ModuleType]:

@@ -67,20 +67,20 @@ def say_what_was_cut(method: str, cut: Counter, config: TrainConfig) -> None:
 class Log:
     """metrics.jsonl: a line for every `log_every` steps, with means over them, and one for each evaluation.
 
-    What has been summed since the last line is `now.window`, in the Progress of training, so that state.pt holds it and
-    the line after an interruption has the means of an undisturbed run.
+    What has been summed since the last line is `progress.window`, which state.pt holds, so that the line after an
+    interruption has the means of an undisturbed run.
     """
 
-    def __init__(self, path: Path, now: Progress) -> None:
-        """Go on behind now.step: lines of later steps, written before an interruption, are cut off."""
-        self.now = now
+    def __init__(self, path: Path, progress: Progress) -> None:
+        """Go on behind progress.step: lines of later steps, written before an interruption, are cut off."""
+        self.progress = progress
         path = path if parallel.is_first() else Path(os.devnull)
         lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
         with replacing(path) as file:
-            file.writelines(line.encode() for line in lines if is_before(line, now.step))
+            file.writelines(line.encode() for line in lines if is_before(line, progress.step))
         self.file = open(path, "a", encoding="utf-8")
         self.clock = time.monotonic()
-        if not now.window:
+        if not progress.window:
             self.restart()
 
     def __enter__(self) -> "Log":
@@ -91,11 +91,11 @@ class Log:
             self.file.close()
 
     def restart(self) -> None:
-        self.now.window = dict(losses=torch.zeros(3, dtype=torch.float64), steps=0, tokens=0, seconds=0.0)
+        self.progress.window = dict(losses=torch.zeros(3, dtype=torch.float64), steps=0, tokens=0, seconds=0.0)
 
     def add(self, losses: torch.Tensor, tokens: int) -> None:
         """losses: (3,) tensor of one step, left on its device until they are asked for."""
-        window = self.now.window
+        window = self.progress.window
         window["losses"] = window["losses"].to(losses.device, non_blocking=True) + losses
         window["steps"] += 1
         window["tokens"] += tokens
@@ -104,12 +104,12 @@ class Log:
     def tick(self, training: bool) -> None:
         """The time since the last tick counts for the run, and for the speed if it was spent on training."""
         before, self.clock = self.clock, time.monotonic()
-        self.now.seconds += self.clock - before
-        self.now.window["seconds"] += self.clock - before if training else 0.0
+        self.progress.seconds += self.clock - before
+        self.progress.window["seconds"] += self.clock - before if training else 0.0
 
     def means(self, step: int) -> list[float]:
         """The mean losses since the last line. Waits for the device. Raises FloatingPointError if one is no number."""
-        means = (self.now.window["losses"] / max(self.now.window["steps"], 1)).tolist()
+        means = (self.progress.window["losses"] / max(self.progress.window["steps"], 1)).tolist()
         if not math.isfinite(means[0]):
             raise diverged(f"the loss is {means[0]}", step)
         return means
@@ -118,7 +118,7 @@ class Log:
         """Write the means of the steps since the last time. Returns what the progress bar shows of them."""
         loss, label, rationale = self.means(step)
         self.tick(training=True)
-        speed = round(self.now.window["tokens"] / max(self.now.window["seconds"], 1e-9))
+        speed = round(self.progress.window["tokens"] / max(self.progress.window["seconds"], 1e-9))
         losses = dict(loss=loss, label_loss=label, rationale_loss=rationale)
         self.write(step, **losses, learning_rate=rate, gradient_norm=norm.item(), tokens_per_second=speed)
         self.restart()
