@@ -48,11 +48,9 @@ def require_free(out: Path, config: TrainConfig) -> None:
 
 def identify(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer | None = None) -> dict:
     """What makes two runs the same: the settings, and digests of rows and tokenizer. It becomes config.json."""
-    digest, before = hashlib.sha256(), "["
+    digest = hashlib.sha256()
     for record in chain(rows.train, rows.validation, rows.test):
-        digest.update((before + json.dumps([record.input, record.label, record.rationale])).encode())
-        before = ", "
-    digest.update(b"]")
+        digest.update(json.dumps([record.input, record.label, record.rationale]).encode())
     identity = asdict(config) | {
         "learning_rate": config.learning_rate,
         "metric": rows.metric,
