@@ -88,7 +88,7 @@ class Run:
     characters: int = 0  # in all of them
     answered: dict | None = None  # the last request that the teacher answered
     kinds: Counter = field(default_factory=Counter)  # of errors, in this start; None: of answered rows
-    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion), retries
+    spent: Counter = field(default_factory=Counter)  # in this start: tokens (prompt, completion, cached), retries
     start: float = field(default_factory=time.monotonic)
     warned: set = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)  # held by the one worker that takes the next row
@@ -335,7 +335,7 @@ def check(run, record, body, samples):
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
         "model_served": answer.model or None,
-        "usage": {"prompt": usage["prompt"], "completion": usage["completion"]},
+        "usage": {name: usage[name] for name in ("prompt", "completion", "cached")},
         "attempts": sum(s.attempts for s in samples),
         "latency_s": round(sum(s.seconds for s in samples), 3),  # of the replies, without pauses
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),

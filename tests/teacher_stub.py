@@ -15,7 +15,7 @@ from collections import Counter
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-USAGE = {"prompt_tokens": 200, "completion_tokens": 20}
+USAGE = {"prompt_tokens": 200, "completion_tokens": 20, "prompt_tokens_details": {"cached_tokens": 100}}
 
 
 def answer(question):
@@ -52,6 +52,7 @@ REPLIES = {  # name: (status, body, headers)
     "no sum": (200, completed("Three and more. The answer is seven."), {}),
     "thoughts only": (200, completed(None, "length", reasoning_content="Let me see, three and"), {}),
     "429": (429, error("slow down"), {"Retry-After": "1"}),
+    "429 ms": (429, error("slow down"), {"retry-after-ms": "1000"}),
     "429 bare": (429, error("slow down"), {}),
     "429 long": (429, error("come back tomorrow"), {"Retry-After": "3600"}),
     "quota": (429, error("You exceeded your current quota", code="insufficient_quota"), {}),

@@ -29,7 +29,7 @@ def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoin
     assert (teacher["endpoint"], teacher["keep"], teacher["rationalize"]) == (endpoint, "all", False)
     params = {"temperature": 0.0, "max_tokens": 256, "top_p": 0.5, "seed": 5, "stop": ["\nQ:"], "top_k": 3}
     assert teacher["params"] == params | {"n": 1, "reasoning": "drop"}
-    assert teacher["usage"] == {"prompt": 200, "completion": 20} and teacher["latency_s"] >= 0
+    assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100} and teacher["latency_s"] >= 0
     assert teacher["version"] and teacher["created_at"].endswith("+00:00") and "samples" not in teacher
     assert second["id"] == "in-2" and second["correct"] is None
     for question, body, headers, _ in stub.requests:
@@ -49,7 +49,7 @@ def test_what_is_printed(files, capsys):
     assert all(len(line) < 80 for line in re.findall(r"\d/6 [^\r\n]*", said)), "the bar"
     assert re.search(r"asked 6 rows in 0m0\ds: 5 ok, 1 left out \(unparsed 1\); 0 retries", said)
     assert "teacher right on 3 of 5 answered rows with a gold label (60.0%)" in said
-    assert "tokens: 1,200 in, 120 out; $0.01" in said
+    assert "tokens: 1,200 in (600 cached), 120 out; $0.01" in said
     assert f"{files / 'out.jsonl'}: 5 of 6 rows" in said
     assert "errors.jsonl: unparsed 1; --retry-failed asks again" in said
 

@@ -80,7 +80,7 @@ def test_usage_that_makes_no_sense_is_none(files):
     odd = {"prompt_tokens": 10**400, "completion_tokens": -1}
     with Stub(always(completed("Two. The answer is (2).") | {"usage": odd})) as stub:
         assert run(files, stub.url, "--price-in 1") == 0
-    assert rows(files)[0]["teacher"]["usage"] == {"prompt": 0, "completion": 0}
+    assert rows(files)[0]["teacher"]["usage"] == {"prompt": 0, "completion": 0, "cached": 0}
 
 
 ABORTS = {
@@ -202,7 +202,7 @@ def test_patience_ends_and_nothing_is_recorded_against_the_rows(tmp_path, capsys
 # ---- Pace -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("action", ["429", "503"])
+@pytest.mark.parametrize("action", ["429", "429 ms", "503"])
 def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action):
     make_files(tmp_path, 40)
     slow = "Q: What is 3 + 2?\nA:"

@@ -57,7 +57,7 @@ class Reply(NamedTuple):
     reasoning: str  # from a field of its own; "" where there is none
     cut_short: bool  # it ended at the token limit
     model: str  # that served it, as the server says
-    usage: dict  # tokens: prompt, completion
+    usage: dict  # tokens: prompt, completion, cached (of the prompt)
 
 
 class Response(http.client.HTTPResponse):
@@ -232,7 +232,9 @@ def read_reply(status: int, headers, text: str, body: dict, teacher: Teacher) ->
         why = shown(failed or f"finish_reason {finish}")[:200]
         raise RequestError("bad_reply", f"the reply ended in an error: {why}", "retry", text)
     usage = content.get("usage") if isinstance(content.get("usage"), dict) else {}
-    counts = {name: usage.get(f"{name}_tokens") for name in ("prompt", "completion")}
+    details = usage.get("prompt_tokens_details")
+    counts = {"prompt": usage.get("prompt_tokens"), "completion": usage.get("completion_tokens")}
+    counts["cached"] = details.get("cached_tokens") if isinstance(details, dict) else 0
     counts = {name: n if type(n) is int and 0 <= n < 1e9 else 0 for name, n in counts.items()}
     texts = said, message.get("reasoning_content") or message.get("reasoning"), content.get("model")
     said, reasoning, model = (text if isinstance(text, str) else "" for text in texts)
@@ -274,10 +276,11 @@ def status_error(status, headers, text, content, body, teacher):
 
 
 def retry_after(headers):
-    """The seconds that a reply asks to wait by its Retry-After, which may be a date, or None."""
-    value = (headers.get("Retry-After") or "").strip()
-    if re.fullmatch(r"\d+(\.\d+)?", value):
-        return float(value)
+    """The seconds that a reply asks to wait, by retry-after-ms or Retry-After (seconds or a date), or None."""
+    for name, scale in (("retry-after-ms", 1000), ("Retry-After", 1)):
+        value = (headers.get(name) or "").strip()
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value) / scale
     try:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):

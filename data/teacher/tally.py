@@ -66,7 +66,7 @@ def print_summary(run) -> tuple[int, str]:
             right = f"{sum(judged):,} of {len(judged):,} answered rows with a gold label"
             print_line(f"teacher right on {right} ({sum(judged) / len(judged):.1%})")
         cost = dollars(config, spent["prompt"], spent["completion"])
-        print_line(f"tokens: {spent['prompt']:,} in, {spent['completion']:,} out{cost}")
+        print_line(f"tokens: {spent['prompt']:,} in ({spent['cached']:,} cached), {spent['completion']:,} out{cost}")
     print_line(f"{config.output}: {done:,} of {len(run.ids):,} rows")
     failed = kinds.total() - kinds["incorrect"]  # a row that --keep correct leaves out has not failed
     if kinds:
