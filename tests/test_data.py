@@ -79,8 +79,6 @@ def test_half_a_character_does_not_end_the_writing_of_a_file(tmp_path):
     assert [json.loads(line)["id"] for line in lines] == ["a\udcff", "b\udcff"]
 
 
-# ---- The released datasets ------------------------------------------------------------------------------------------
-
 OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
     ("cqa", "It burns. So the answer is (c) a wood.\n\nQ: Next? So the answer is (a) x.", "It burns.", "a wood"),
     ("cqa", "Both. So the answer is either (a) sea or (b) ocean.\n\nQ:", "Both.", None),
@@ -182,9 +180,6 @@ def test_the_real_release_has_its_published_counts_and_one_accuracy_for_a_teache
     for line in found:
         assert report.main([str(tmp_path / line.split(":")[0])]) == 0
         assert f"rows with gold, {line.split()[-1]}; labels compared" in capsys.readouterr().out
-
-
-# ---- The embedded task ----------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_task_is_honest():

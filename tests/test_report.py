@@ -23,7 +23,7 @@ def files(tmp_path):
 
 
 def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, capsys):
-    assert report.main([str(files[0])]) == 0
+    assert report.main([*map(str, files)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for line in (
         "rows.jsonl: 6 rows 3 50.0% a label and a rationale",
@@ -36,6 +36,7 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
         "teacher right on 2 of 4 rows with gold, 50.0%",
         "yes 2 50.0% 50.0% 0",
         "no 2 50.0% 50.0% 1",
+        "test.jsonl share 1 inputs",
     ):
         assert line in shown, line
 
@@ -47,8 +48,3 @@ def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_pat
     for flags, want in ((["--spiece", str(spiece)], tokens), ([], words)):  # </s>, and 9 of the prefix; words
         assert report.main([str(tmp_path / "rows.jsonl"), *flags]) == 0
         assert want in " ".join(capsys.readouterr().out.split())
-
-
-def test_inputs_that_two_files_share_are_counted(files, capsys):
-    assert report.main([*map(str, files)]) == 0
-    assert "share 1 inputs" in capsys.readouterr().out

@@ -10,15 +10,11 @@ from pathlib import Path
 import mutation
 import pytest
 import torch
+from mutation import OPTIMIZERS, make_run, train_a_step
 
 from data.files import digest, parse_json, read_json, replacing
 from data.jsonl import RecordError, read_jsonl
-from dss.config import T5Config
-from dss.model import T5
 from dss.run.state import load_state, save_state
-
-SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_decoder_layers=1, num_heads=3)
-OPTIMIZERS = {"adamw": lambda p: torch.optim.AdamW(p, fused=True), "adafactor": torch.optim.Adafactor}
 
 
 @pytest.mark.parametrize(
@@ -92,18 +88,6 @@ def test_a_spoiled_file_is_refused_in_one_line_or_means_the_same_to_transformers
     assert min(verdicts.values()) > 10, "both are tried"
 
 
-def make_run(optimizer, **shape):
-    torch.manual_seed(0)
-    model = T5(T5Config(**SMALL | shape))
-    return model, OPTIMIZERS[optimizer](model.parameters())
-
-
-def train_a_step(model, optimizer):
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer.step()
-
-
 def everything(model, optimizer):
     moments = [t for of in optimizer.state_dict()["state"].values() for _, t in sorted(of.items())]
     return [t.clone() for t in (*model.state_dict().values(), *moments)]
@@ -175,7 +159,6 @@ def test_a_sound_state_of_another_run_is_refused_before_it_is_loaded(states):
 PROGRAMS = "train extract dss.predict dss.study.__main__ dss.hub data.official data.report data.toy".split()
 WRONG = [
     *((name, "--nonsense 1") for name in PROGRAMS),
-    *((name, "--ou x --no y --js z --che") for name in PROGRAMS),  # beginnings of flags
     ("train", "--data deep.jsonl"),
     ("train", "--data rows.jsonl --weights ünïcode"),
     ("train", "--data rows.jsonl --weights student"),
@@ -196,6 +179,7 @@ WRONG = [
     ("data.toy", ""),
     ("data.toy", "--out rows.jsonl"),
     ("data.toy", "--out out --seed x"),
+    ("dss.bench", "--questions 100000"),
     ("dss.hub", ""),
     ("dss.hub", "nowhere --check"),
     ("dss.hub", "student --check"),
