@@ -237,8 +237,6 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
 
 
 # ---- Bad input: one line, exit 2, nothing written -------------------------------------------------------------------
-
-
 def write(path, text):
     path.write_text(text)
     return path
@@ -324,8 +322,6 @@ def test_resume_refuses_changed_rows(files, tmp_path, capsys):
 
 
 # ---- Interruption ---------------------------------------------------------------------------------------------------
-
-
 class StopAt(Stop):
     """Interrupts a run when it asks for the n-th time."""
 
