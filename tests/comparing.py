@@ -35,7 +35,7 @@ def check(what, got, eager, exact, eps):
     assert error <= bound, f"{what}: error {error:.1e}, bound {bound:.1e}, size {size:.1e}"
 
 
-def outputs_and_gradients(function, leaves):
+def forward_backward(function, leaves):
     """The outputs of function(*leaves) and the gradient of each leaf, for upstream gradients drawn from a fixed seed.
 
     A leaf may be None. Where a leaf is fp64, the upstream gradients are what its fp32 or half-precision twin had.
@@ -50,9 +50,9 @@ def outputs_and_gradients(function, leaves):
 
 def compare(function, formula, leaves):
     """Hold function(*leaves) to the rule: its outputs and all gradients, which have the dtypes of the formula's."""
-    got = outputs_and_gradients(function, leaves)
-    eager = outputs_and_gradients(formula, leaves)
-    exact = outputs_and_gradients(formula, [x if x is None else x.double() for x in leaves])
+    got = forward_backward(function, leaves)
+    eager = forward_backward(formula, leaves)
+    exact = forward_backward(formula, [x if x is None else x.double() for x in leaves])
     eps = max(torch.finfo(x.dtype).eps for x in leaves if x is not None)
     for i, (a, b, c) in enumerate(zip(got, eager, exact)):
         assert a.dtype == b.dtype

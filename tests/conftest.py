@@ -20,7 +20,7 @@ settings.register_profile("dss", deadline=None, max_examples=25, derandomize=Tru
 settings.register_profile("search", deadline=None, max_examples=100)  # --hypothesis-profile=search: new ones
 settings.load_profile("dss")
 
-FIGURES, TABLES = pytest.StashKey(), pytest.StashKey()
+FIGURES = pytest.StashKey()
 
 
 def round_to_nearest():
@@ -47,29 +47,25 @@ OFFICIAL = Path(os.environ.get("DSS_OFFICIAL", BESIDE))
 
 
 @pytest.fixture
-def measured(request):
-    """A function (what, figure, bound): fails if figure > bound; all figures are listed at the end of the test run."""
+def figures(request):
+    """Lines that are printed at the end of the test run."""
+    return request.config.stash.setdefault(FIGURES, [])
+
+
+@pytest.fixture
+def measured(figures):
+    """A function (what, figure, bound): notes the figure, a relative error, and fails if figure > bound."""
 
     def check(what, figure, bound):
-        request.config.stash.setdefault(FIGURES, []).append(f"{what}: {figure:.1e} (bound {bound:.0e})")
+        figures.append(f"{what}: {figure:.1e} (bound {bound:.0e})")
         assert figure <= bound, what
 
     return check
 
 
-@pytest.fixture
-def table(request):
-    """A function (title, lines) that prints them at the end of the test run."""
-    return lambda title, lines: request.config.stash.setdefault(TABLES, []).append((title, lines))
-
-
 def pytest_terminal_summary(terminalreporter, config):
-    for title, of_table in config.stash.get(TABLES, []):
-        terminalreporter.section(title)
-        terminalreporter.write_line("\n".join(of_table))
-    lines = config.stash.get(FIGURES, [])
-    if lines:
-        terminalreporter.section("measured, relative errors")
+    if lines := config.stash.get(FIGURES, []):
+        terminalreporter.section("measured")
         terminalreporter.write_line("\n".join(lines))
 
 
@@ -107,7 +103,8 @@ def spiece(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_key_of_the_user(monkeypatch):
     """No test may send, or depend on, what the user's environment holds."""
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+    proxies = [scheme + "_proxy" for scheme in ("http", "https", "no", "all")]
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", *proxies, *map(str.upper, proxies)):
         monkeypatch.delenv(name, raising=False)
 
 

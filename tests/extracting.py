@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
+
+from running import ROOT
 
 import extract
 
-ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-test-0123456789abcdef"
 PROMPT = {
     "exemplars": [{"input": "What is 1 + 1?", "rationale": "1 and 1 more.", "label": "(1 + 1)"}],
@@ -35,11 +34,6 @@ def make_files(folder, rows=6):
 def arguments(folder, url, line=""):
     places = ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--prompt", folder / "p.json"]
     return [str(a) for a in [*places, "--model", "stub-1", *(["--base-url", url] if url else []), *line.split()]]
-
-
-for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):  # no test depends on what the environment holds
-    os.environ.pop(name, None)
-    os.environ.pop(name.upper(), None)
 
 
 def run(folder, url, line="", scale=FAST):
@@ -69,17 +63,16 @@ def once(*actions):
 
 def bucket(rate, burst, headers):
     """A server's limit: `burst` requests at once and `rate` more a second; the others get a 429 with `headers`."""
-    lock, tokens, last = threading.Lock(), burst, time.monotonic()
+    tokens, last = burst, time.monotonic()
 
-    def behave(question, attempt):
+    def behave(question, attempt):  # under the stub's lock
         nonlocal tokens, last
-        with lock:
-            now = time.monotonic()
-            tokens, last = min(burst, tokens + (now - last) * rate), now
-            if tokens < 1:
-                return 429, {"error": {"message": "slow down"}}, headers
-            tokens -= 1
-            return "ok"
+        now = time.monotonic()
+        tokens, last = min(burst, tokens + (now - last) * rate), now
+        if tokens < 1:
+            return 429, {"error": {"message": "slow down"}}, headers
+        tokens -= 1
+        return "ok"
 
     return behave
 

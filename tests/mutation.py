@@ -79,14 +79,21 @@ def make_layouts(root):
             relayout(out, layout)
 
 
-def make_run():
+OPTIMIZERS = {"adamw": lambda p: torch.optim.AdamW(p, fused=True), "adafactor": torch.optim.Adafactor}
+
+
+def make_run(optimizer="adamw", **shape):
     torch.manual_seed(1)
-    model = T5(T5Config(**SHAPE))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model = T5(T5Config(**SHAPE | shape))
+    run = model, OPTIMIZERS[optimizer](model.parameters())
+    train_a_step(*run)
+    return run
+
+
+def train_a_step(model, optimizer):
     for p in model.parameters():
-        p.grad = torch.ones_like(p)
+        p.grad = torch.randn_like(p)
     optimizer.step()
-    return model, optimizer
 
 
 def spoil(content, draw):

@@ -1,12 +1,16 @@
 """Short runs of train.py, as several test files make them."""
 
 import json
+from pathlib import Path
 
 import torch
 
 import train
 from data.jsonl import Record, write_jsonl
+from dss.config import parse_args
 from dss.weights import load_t5
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_rows(directory, rows, split):
@@ -23,6 +27,22 @@ def counting(n):
 
 def run(*arguments):
     return train.main([str(a) for a in arguments])
+
+
+def prepare(*arguments):
+    return train.prepare(parse_args([str(a) for a in arguments]))
+
+
+def at_step(steps, act):
+    """train.train_step, but before its calls of the numbers `steps` (from 0) `act(model)` happens."""
+    calls, original = iter(range(1000)), train.train_step
+
+    def step_or_act(student, *rest):
+        if next(calls) in steps:
+            act(student.model)
+        return original(student, *rest)
+
+    return step_or_act
 
 
 def result(out, method):

@@ -6,7 +6,6 @@
 
 import json
 import re
-import select
 import socket
 import struct
 import threading
@@ -78,6 +77,7 @@ DRIPS = {  # name: (how a reply begins, what comes every 50 ms)
     "drip": (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n", b"{"),
     "drip, headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
     "drip, interim": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "stall": (b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", b""),
 }
 
 
@@ -145,8 +145,6 @@ class Handler(BaseHTTPRequestHandler):
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"].split("\n\n")[-1]
         action = stub.arrive(question, body, dict(self.headers))
         time.sleep(stub.latency)
-        if action == "stall":
-            return self.stall()
         if isinstance(action, str) and action in DRIPS:
             return self.drip(*DRIPS[action])
         if stub.gone:
@@ -184,20 +182,13 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def drip(self, first, again):
-        """Something now and then: never silent for long, and never done."""
+        """Something now and then, or nothing at all: never done."""
         self.server.stub.leave()
         self.close_connection = True
         try:
             self.wfile.write(first)
-            for _ in range(60):
+            for _ in range(400):
                 self.wfile.write(again)
                 time.sleep(0.05)
         except OSError:
             pass
-
-    def stall(self):
-        """Half a reply, then nothing until the client hangs up."""
-        self.server.stub.leave()
-        self.close_connection = True
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
-        select.select([self.connection], [], [], 20)

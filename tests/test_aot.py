@@ -8,20 +8,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from running import ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from kernels import aot
 
-ROOT = Path(__file__).resolve().parents[1]
 EACH_KERNEL = ["D=64 encoder, no dropout", "V=32128, fp32", "dropout C=768", "geglu", "relu"]
-NAMES = {
-    "attention_forward_kernel", "attention_dq_kernel", "attention_dkdv_kernel", "cross_entropy_row_kernel",
-    "cross_entropy_scale_kernel", "rms_norm_forward_kernel", "rms_norm_backward_kernel", "activation_kernel",
-}  # fmt: skip
+KERNELS = "attention_forward attention_dq attention_dkdv cross_entropy_row cross_entropy_scale"
+KERNELS += " rms_norm_forward rms_norm_backward activation"
 
 
 def python(*arguments, **environment):
@@ -48,7 +45,7 @@ def check(rows):
 def test_each_kernel_compiles_for_hopper_and_attention_s_loops_are_short():
     """Instructions of plain and edge loops as RESULTS.md has them for triton 3.6 and 3.9, and a little more."""
     rows = compiled("--arch", "sm_90", "--only", *EACH_KERNEL)
-    assert {row["kernel"] for row in rows} == NAMES
+    assert {row["kernel"] for row in rows} == {f"{name}_kernel" for name in KERNELS.split()}
     check(rows)
     forward, _, dkdv = rows[:3]
     assert forward["loops"][0] <= 325 and forward["loops"][1] <= 480 and forward["blocks"] >= 2
@@ -56,15 +53,14 @@ def test_each_kernel_compiles_for_hopper_and_attention_s_loops_are_short():
 
 
 @pytest.mark.slow
-def test_every_configuration_compiles(table):
+def test_every_configuration_compiles(figures):
     rows = compiled("--arch", "sm_90", "sm_80")
     assert {row["case"] for row in rows} == set(aot.CASES)
-    table("compiled ahead of time", [aot.HEADER, *map(aot.line, rows)])
+    figures += [aot.HEADER, *map(aot.line, rows)]
     check(rows)
 
 
 def test_under_the_interpreter_it_says_what_to_do():
     run = python("kernels.aot", TRITON_INTERPRET="1")
-    assert run.returncode == 2 and run.stderr.startswith(
-        "python -m kernels.aot: needs Triton, and TRITON_INTERPRET unset"
-    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("python -m kernels.aot: needs Triton, and TRITON_INTERPRET unset")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import tokenizer
 from data.jsonl import Record
-from dss.batch import LABEL, RATIONALE, SEPARATOR, Sequence, count_targets, pack, segments, sequences
+from dss.batch import LABEL, RATIONALE, SEPARATOR, Sequence, count_targets, pack, sequences
 
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=12)
 batches = st.lists(st.builds(Sequence, ids, ids, st.sampled_from([LABEL, RATIONALE])), min_size=1, max_size=6)
@@ -45,10 +45,6 @@ def test_what_is_cut_is_counted(tok):
         assert not +cut
     sequences(Record("r", "x", "one two three"), "single_task", tok, 99, 3, cut)
     assert +cut == {"targets": 1}
-
-
-def test_segments_of_lengths():
-    assert segments([3, 1, 2]).cu_seqlens.tolist() == [0, 3, 4, 6] and segments([3, 1, 2]).max_seqlen == 3
 
 
 @pytest.fixture(scope="module")

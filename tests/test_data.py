@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import official, report, toy
-from data.files import replacing
 from data.jsonl import Record, RecordError, read_jsonl, write_jsonl
 from data.official import import_all
 
@@ -44,7 +43,6 @@ def test_records_are_read_as_written_unknown_keys_included(tmp_path_factory, row
         (b'{"input": "x", "label": 3}', '"label" must be a text or null, got 3'),
         (b'{"input": "x", "rationale": []}', '"rationale" must be'),
         (b'{"input": "x", "rationale": ["y", " "]}', '"rationale" must be'),
-        (b'{"input": "x", "label": ["y"]}', '"label" must be a text or null'),
         (b'{"input": "x", "input": "y"}', "a key is there twice"),
         (b'{"input": "x", "teacher_label": false}', '"teacher_label" must be'),
         (b'{"input": "x", "id": 7}', '"id" must be a text, got 7'),
@@ -80,17 +78,6 @@ def test_half_a_character_does_not_end_the_writing_of_a_file(tmp_path):
     lines = (tmp_path / "x").read_text("utf-8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["a\udcff", "b\udcff"]
 
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-# ---- The released datasets ------------------------------------------------------------------------------------------
 
 OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
     ("cqa", "It burns. So the answer is (c) a wood.\n\nQ: Next? So the answer is (a) x.", "It burns.", "a wood"),
@@ -163,35 +150,21 @@ def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
     [
         ("svamp/llm/train_CoT_0.json", '["a", "b"]', "1 rows, but 2 teacher outputs"),
         ("svamp/llm/train_CoT_0.json", "[1]", "not a JSON list of texts"),
-        ("svamp/llm/train_CoT_0.json", "[", "not JSON"),
         ("svamp/svamp_train.json", '{"input": "x"}', "svamp_train.json:1: not a row"),
         ("svamp/svamp_train.json", '{"input": "x", "label": 3}', 'svamp_train.json:1: "label" must be a text'),
-        ("svamp/svamp_train.json", '{"input": 3, "label": "x"}', 'svamp_train.json:1: "input" must be a text'),
         ("svamp/svamp_train.json", r'{"input": "\ud83d", "label": "x"}', "train.json:1: it holds half a character"),
-        (
-            "cqa/cqa_train.json",
-            json.dumps(CQA | {"choices": [1, 2, 3, 4, 5]}),
-            "train.json:1: not a row",
-        ),
-        (
-            "cqa/cqa_train.json",
-            json.dumps(CQA | {"answer": ["c1"]}),
-            'cqa_train.json:1: "label" must be',
-        ),
-        (
-            "esnli/esnli_train.json",
-            json.dumps(ESNLI | {"premise": ["p"]}),
-            "esnli_train.json:1: not a row",
-        ),
+        ("cqa/cqa_train.json", CQA | {"choices": [1, 2, 3, 4, 5]}, "train.json:1: not a row"),
+        ("cqa/cqa_train.json", CQA | {"answer": ["c1"]}, 'cqa_train.json:1: "label" must be'),
+        ("esnli/esnli_train.json", ESNLI | {"premise": ["p"]}, "esnli_train.json:1: not a row"),
         ("svamp/svamp_train.json", b'{"input": "\xe9"}', "svamp_train.json:1: not UTF-8"),
         ("svamp/svamp_train.json", None, "none of cqa/cqa_SPLIT.json"),
     ],
 )
 def test_a_release_that_is_not_as_it_should_be_is_one_line_and_exit_2(tmp_path, capsys, path, content, words):
     release(tmp_path, path.split("/")[0], [RELEASED["svamp"][0]])
-    if content is None:
-        (tmp_path / path).unlink()
-    else:
+    (tmp_path / path).unlink(missing_ok=True)
+    if content is not None:
+        content = json.dumps(content) if isinstance(content, dict) else content
         (tmp_path / path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert official.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     shown, error = capsys.readouterr()
@@ -207,9 +180,6 @@ def test_the_real_release_has_its_published_counts_and_one_accuracy_for_a_teache
     for line in found:
         assert report.main([str(tmp_path / line.split(":")[0])]) == 0
         assert f"rows with gold, {line.split()[-1]}; labels compared" in capsys.readouterr().out
-
-
-# ---- The embedded task ----------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_task_is_honest():

@@ -46,8 +46,3 @@ def test_peak_memory_is_that_of_a_process_of_its_own(setting):
     """A large tensor here must not count there."""
     large = torch.ones(2**27)  # half a gigabyte
     assert 50e6 < bench.peak_memory(setting, "training", bench.OURS) < large.numel() * 4 + 200e6
-
-
-def test_too_few_rows_are_said_in_one_line(capsys):
-    assert bench.main(["--questions", "100000"]) == 2
-    assert capsys.readouterr().err.startswith("dss.bench: ")

@@ -9,9 +9,8 @@ from teacher_stub import REPLIES, Stub, answer, completed
 
 from data.jsonl import read_jsonl
 
+
 # ---- A run that goes well -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": "odd", "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}, "correct": "old"}
@@ -102,8 +101,6 @@ def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(
 
 
 # ---- Samples, gold labels, reasoning --------------------------------------------------------------------------------
-
-
 def test_the_majority_of_n_samples_by_value_and_ties_go_to_the_first(files):
     said = ["One. The answer is (9).", "Two. The answer is (1 + 3).", "nothing", "Three. The answer is (2 + 2)."]
     with Stub(lambda question, attempt: completed(said[attempt])) as stub:
@@ -171,8 +168,6 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
 
 
 # ---- What is asked --------------------------------------------------------------------------------------------------
-
-
 def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(files, capsys):
     lines = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
     lines[1] |= {"rationale": "Mine.", "mine": 1, "correct": ["yes"]}
@@ -218,8 +213,6 @@ def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(f
 
 
 # ---- Batch files ----------------------------------------------------------------------------------------------------
-
-
 def run_batch(requests, replies, answer_to):
     """A batch API: each request gets a line of the replies, in another order. Returns the requests."""
     lines = [json.loads(line) for path in requests for line in path.read_text().splitlines()]
@@ -281,8 +274,6 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
 
 
 # ---- Wrong arguments and files --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -329,8 +320,7 @@ def test_a_wrong_argument_is_one_line_and_exit_2(files, capsys, line, words):
 )
 def test_a_wrong_input_is_found_before_anything_is_sent(files, capsys, content, line, words):
     (files / "in.jsonl").write_text(content)
-    with Stub() as stub:
-        assert run(files, stub.url, line.format(files)) == 2 and not stub.requests
+    assert run(files, "http://127.0.0.1:9/v1", line.format(files)) == 2
     assert words in capsys.readouterr().err and (files / "in.jsonl").read_text() == content
 
 
@@ -360,8 +350,6 @@ def test_half_a_character_from_the_teacher_is_replaced_and_in_the_input_refused(
 
 
 # ---- The key --------------------------------------------------------------------------------------------------------
-
-
 def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):
     make_files(tmp_path, 12)
     monkeypatch.setenv("MY_KEY", KEY)

@@ -13,17 +13,15 @@ from teacher_stub import DRIPS, REPLIES, Stub, answer, completed
 
 from data.teacher.pace import Pace
 
-# ---- Every way to fail ----------------------------------------------------------------------------------------------
-
 RETRIED = ["408", "409", "429", "429 bare", "date", "500", "503", "reset", "disconnect", "truncated", "truncated chunk"]
 RETRIED += ["not json", "no choices", "error in 200", "error at the end", "error in choice", "deep", "null", "empty"]
-RETRIED += ["stall", "late", *DRIPS]
+RETRIED += ["late", *DRIPS]
 
 
 @pytest.mark.parametrize("action", RETRIED)
 def test_what_may_pass_is_asked_again(files, action):
     """A 429 is no failure of the row."""
-    patience = 0.8 if action in ("stall", "late", *DRIPS) else 30
+    patience = 0.8 if action in ("late", *DRIPS) else 30
     attempts = 1 if action.startswith("429") or action == "date" else 2
     with Stub(once(action)) as stub:
         assert run(files, stub.url, f"--limit 3 --timeout {patience}") == 0
@@ -166,9 +164,6 @@ def test_a_certificate_that_is_not_trusted_aborts_at_once_and_says_what_to_set(f
     assert "self-signed certificate); SSL_CERT_FILE can name" in capsys.readouterr().err
 
 
-# ---- A teacher that is gone -----------------------------------------------------------------------------------------
-
-
 def test_a_teacher_that_is_gone_is_waited_for(tmp_path, capsys):
     make_files(tmp_path, 60)
     with Stub(latency=0.01) as stub:
@@ -197,9 +192,6 @@ def test_patience_ends_and_nothing_is_recorded_against_the_rows(tmp_path, capsys
         assert "no answer for" in capsys.readouterr().err
         stub.behave = always("ok")
         assert run(tmp_path, stub.url, line) == 0 and len(rows(tmp_path)) == 40
-
-
-# ---- Pace -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("action", ["429", "429 ms", "503"])

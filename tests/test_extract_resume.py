@@ -17,10 +17,6 @@ import extract
 from data.files import locked
 from data.teacher.output import put_in_order
 
-unix = pytest.mark.skipif(sys.platform == "win32", reason="needs signals between processes, or limits")
-
-# ---- Resume ---------------------------------------------------------------------------------------------------------
-
 
 def test_nothing_left_to_do_sends_nothing(files, capsys):
     with Stub() as stub:
@@ -136,10 +132,6 @@ def test_a_second_process_is_refused(files, capsys):
     assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "out.jsonl", "p.json"], "no lock is left"
 
 
-# ---- Interruption ---------------------------------------------------------------------------------------------------
-
-
-@unix
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_path, number):
     make_files(tmp_path, 100)
@@ -154,7 +146,6 @@ def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_pat
     assert [r["id"] for r in rows(tmp_path)] == [f"r{i}" for i in range(100)]
 
 
-@unix
 def test_the_second_ctrl_c_ends_at_once(tmp_path):
     make_files(tmp_path, 100)
     with Stub(always("stall", lambda q: int(re.search(r"\d+", q)[0]) > 20)) as stub:
@@ -170,7 +161,6 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path):
     assert len(rows(tmp_path)) == 21
 
 
-@unix
 def test_a_full_disk_aborts_and_the_next_start_goes_on(tmp_path):
     make_files(tmp_path, 60)
     with Stub() as stub:
@@ -253,9 +243,6 @@ def test_300_rows_a_teacher_that_fails_40_percent_and_three_kills(tmp_path):
     assert all(e["error"]["raw"] for e in errors(tmp_path) if e["error"]["kind"] not in ("empty", "context_exceeded"))
     for text in [*filter(None, said), *(p.read_text("utf-8") for p in tmp_path.iterdir())]:
         assert KEY not in text
-
-
-# ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -3,26 +3,23 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from running import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = {"data", "tokenizer", "kernels", "dss", "train", "extract", "tests"}
 MAY_IMPORT = {"data": set(), "tokenizer": set(), "kernels": set(), "dss": {"data", "tokenizer", "kernels"}}
 PACKAGES = {"torch", "triton", "sentencepiece", "numpy", "tqdm"}
-OPTIONAL = {
-    "matplotlib",
-    "liger_kernel",
-    "transformers",
-    "ctranslate2",
-    "cut_cross_entropy",
-}  # pictures, and peers: imported where used
+OPTIONAL = {"matplotlib", *"transformers ctranslate2 liger_kernel cut_cross_entropy".split()}  # imported where used
 
 
-def imports(path):
-    """Top-level names of the absolute imports in a file."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+def parse(path):
+    return ast.parse(path.read_text("utf-8"))
+
+
+def imports(nodes):
+    """Top-level names of the absolute imports among nodes of a syntax tree."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -32,20 +29,19 @@ def imports(path):
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_packages_import_in_one_direction(package):
     for path in (ROOT / package).rglob("*.py"):
-        wrong = set(imports(path)) & OURS - MAY_IMPORT[package] - {package}
+        wrong = set(imports(ast.walk(parse(path)))) & OURS - MAY_IMPORT[package] - {package}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
 def test_extract_needs_data_alone():
-    assert set(imports(ROOT / "extract.py")) & OURS == {"data"}
+    assert set(imports(ast.walk(parse(ROOT / "extract.py")))) & OURS == {"data"}
 
 
 def test_nothing_but_the_listed_packages_is_needed():
     for path in [*ROOT.glob("*.py"), *(p for name in MAY_IMPORT for p in (ROOT / name).rglob("*.py"))]:
-        foreign = set(imports(path)) - OURS - PACKAGES - OPTIONAL - set(sys.stdlib_module_names)
+        foreign = set(imports(ast.walk(parse(path)))) - OURS - PACKAGES - OPTIONAL - set(sys.stdlib_module_names)
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
-        at_once = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.Import)]
-        assert not OPTIONAL & {alias.name for node in at_once for alias in node.names}, path
+        assert not OPTIONAL & set(imports(parse(path).body)), path
 
 
 def test_importing_the_data_tools_does_not_load_torch():
@@ -72,26 +68,14 @@ sys.exit(3)
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_each_operation_of_kernels_is_a_function_beside_two_implementations():
-    """`kernels.<name>` is callable and shadows no module; `<name>_reference` and `<name>_triton` share a module."""
-    import kernels
-
-    assert kernels.__version__
-    modules = {path.stem for path in (ROOT / "kernels").glob("*.py")}
-    for name in ("attention", "cross_entropy", "linear_cross_entropy", "rms_norm", "geglu", "relu"):
-        assert callable(getattr(kernels, name)) and name not in modules
-        reference, triton = getattr(kernels, f"{name}_reference"), getattr(kernels, f"{name}_triton")
-        assert reference.__module__ == triton.__module__
-
-
 def test_functions_of_dss_and_kernels_that_others_use_have_types():
     """The linter checks functions that have some annotations; this finds those that have none."""
     inside = {path for path in (ROOT / "kernels").glob("*.py") if path.name != "__init__.py"}
     files = [*ROOT.glob("*.py"), *(p for name in MAY_IMPORT for p in (ROOT / name).rglob("*.py"))]
-    nodes = [n for path in set(files) - inside for n in ast.walk(ast.parse(path.read_text("utf-8")))]
+    nodes = [n for path in set(files) - inside for n in ast.walk(parse(path))]
     used = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
     for path in [*(ROOT / "dss").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
-        for node in ast.parse(path.read_text("utf-8")).body:
+        for node in parse(path).body:
             if isinstance(node, ast.FunctionDef) and node.name in used:
                 missing = [a.arg for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation is None]
                 assert node.returns and not missing, f"{path.relative_to(ROOT)}: {node.name}"

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from comparing import relative_error
 
 from dss.batch import LABEL, Sequence, pack
 from dss.config import SIZES, T5Config
@@ -14,16 +15,14 @@ from dss.weights import checkpoint_name, load_t5, save_t5
 SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
 RELU = dict(feed_forward_proj="relu")
 GATED = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+FEW = dict(relative_attention_num_buckets=8, relative_attention_max_distance=20)
 VARIANTS = {  # name: (transformers' config arguments, whether lm_head is a matrix of its own)
     "T5 1.0": (RELU, False),
     "T5 1.1, LM-adapted, Flan": (GATED, True),
     "T5 1.1 as transformers 5 initialises it": (GATED, False),  # tied but not scaled
     "mT5": (GATED, True),
     "deeper decoder, H * D != C": (GATED | dict(num_decoder_layers=3, d_kv=16), True),
-    "few buckets, short distance": (
-        RELU | dict(relative_attention_num_buckets=8, relative_attention_max_distance=20),
-        False,
-    ),
+    "few buckets, short distance": (RELU | FEW, False),
 }
 INPUTS = [[5, 6, 7, 8, 1], [9, 1], [*range(3, 43), 1]]
 TARGETS = [[4, 5, 1], [7, 8, 9, 10, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 1], [1]]
@@ -33,12 +32,10 @@ TARGETS = [[4, 5, 1], [7, 8, 9, 10, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 
 def pair(request, transformers, tmp_path):
     """(transformers' model in training shape but without dropout, ours loaded from the directory it saved)."""
     arguments, own_head = VARIANTS[request.param]
-    mt5 = request.param == "mT5"
-    config = (transformers.MT5Config if mt5 else transformers.T5Config)(
-        **(SMALL | arguments), dropout_rate=0.0, decoder_start_token_id=0
-    )
+    kind = "MT5" if request.param == "mT5" else "T5"
+    shape = SMALL | arguments | dict(dropout_rate=0.0, decoder_start_token_id=0)
     torch.manual_seed(0)
-    theirs = (transformers.MT5ForConditionalGeneration if mt5 else transformers.T5ForConditionalGeneration)(config)
+    theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(getattr(transformers, f"{kind}Config")(**shape))
     with torch.no_grad():
         for parameter in theirs.parameters():  # away from the initial ones and zeros, so that a swap would show
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -48,37 +45,27 @@ def pair(request, transformers, tmp_path):
     return request.param, theirs.train(), load_t5(tmp_path / "theirs")
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
+STARTED = [[0, *target[:-1]] for target in TARGETS]
 
 
-def their_logits(theirs, inputs, decoder_inputs):
-    return [
-        theirs(input_ids=torch.tensor([i]), decoder_input_ids=torch.tensor([d])).logits[0]
-        for i, d in zip(inputs, decoder_inputs)
-    ]
+def their_logits(theirs):
+    pairs = [(torch.tensor([i]), torch.tensor([d])) for i, d in zip(INPUTS, STARTED)]
+    return torch.cat([theirs(input_ids=i, decoder_input_ids=d).logits[0] for i, d in pairs])
 
 
 def test_logits_are_transformers_logits(pair, measured):
     name, theirs, ours = pair
-    decoder_inputs = [[0, *target[:-1]] for target in TARGETS]
-    error = relative(
-        torch.cat(ours.logits(INPUTS, decoder_inputs)), torch.cat(their_logits(theirs, INPUTS, decoder_inputs))
-    )
+    error = relative_error(torch.cat(ours.logits(INPUTS, STARTED)), their_logits(theirs))
     measured(f"{name}: logits against transformers", error, 1e-5)
 
 
 def test_every_gradient_is_transformers_gradient(pair, measured):
     name, theirs, ours = pair
-    decoder_inputs = [[0, *target[:-1]] for target in TARGETS]
     labels = torch.tensor([token for target in TARGETS for token in target])
-    torch.nn.functional.cross_entropy(torch.cat(their_logits(theirs, INPUTS, decoder_inputs)), labels).backward()
-    torch.nn.functional.cross_entropy(torch.cat(ours.logits(INPUTS, decoder_inputs)), labels).backward()
+    torch.nn.functional.cross_entropy(their_logits(theirs), labels).backward()
+    torch.nn.functional.cross_entropy(torch.cat(ours.logits(INPUTS, STARTED)), labels).backward()
     want = dict(theirs.named_parameters())
-    worst = 0.0
-    for key, parameter in ours.named_parameters():
-        theirs_name = checkpoint_name(key, ours)
-        worst = max(worst, relative(parameter.grad, want[theirs_name].grad))
+    worst = max(relative_error(p.grad, want[checkpoint_name(n, ours)].grad) for n, p in ours.named_parameters())
     measured(f"{name}: worst of {len(want)} gradients against transformers", worst, 1e-4)
 
 
@@ -99,9 +86,7 @@ def test_the_saved_student_gives_transformers_the_same_logits(pair, transformers
     save_t5(ours, tmp_path / "ours")
     back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours")
     assert type(back) is type(theirs)
-    decoder_inputs = [[0, *target[:-1]] for target in TARGETS]
-    ours_logits = torch.cat(ours.logits(INPUTS, decoder_inputs))
-    error = relative(torch.cat(their_logits(back, INPUTS, decoder_inputs)), ours_logits)
+    error = relative_error(their_logits(back), torch.cat(ours.logits(INPUTS, STARTED)))
     measured(f"{name}: logits of the saved student in transformers", error, 1e-5)
     again = load_t5(tmp_path / "ours")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters()))
@@ -125,20 +110,14 @@ def test_random_weights_begin_at_the_loss_of_a_guess(size):
 
 
 def test_public_sizes_have_the_published_parameter_counts():
-    counts = {
-        "t5-small": 60.5e6,
-        "t5-base": 222.9e6,
-        "t5-v1_1-small": 77.0e6,
-        "t5-v1_1-base": 247.6e6,
-        "mt5-small": 300.2e6,
-    }
-    for size, published in counts.items():
+    counts = {"t5-small": 60.5, "t5-base": 222.9, "t5-v1_1-small": 77.0, "t5-v1_1-base": 247.6, "mt5-small": 300.2}
+    for size, millions in counts.items():
         with torch.device("meta"):
             model = T5(SIZES[size])
-        assert sum(p.numel() for p in model.parameters()) == pytest.approx(published, rel=1e-3), size
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=1e-3), size
 
 
-def test_dropout_is_everywhere_t5_has_it_and_nowhere_in_eval_mode():
+def test_dropout_follows_torch_s_seed_and_acts_behind_the_final_norm():
     model = student(dropout_rate=0.5)
     batch = pack([Sequence(INPUTS[0], TARGETS[1], LABEL)])
     torch.manual_seed(1)
@@ -146,8 +125,21 @@ def test_dropout_is_everywhere_t5_has_it_and_nowhere_in_eval_mode():
     torch.manual_seed(1)
     assert torch.equal(first, model(batch)), "dropout is drawn from torch's seed"
     assert not torch.equal(first, model(batch))
-    assert torch.equal(model.eval()(batch), model(batch))
     assert (first == 0).float().mean() == pytest.approx(0.5, abs=0.1), "behind the final norm"
+
+
+@pytest.mark.parametrize("place", ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"])
+def test_each_dropout_acts_in_training_alone(place):
+    model = student()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "dropout_p"):
+            module.dropout_p = 0.5 if name.endswith(place) else 0.0
+    one, two = (model.train().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
+    assert not torch.allclose(one, two)
+    one, two = (model.eval().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
+    assert torch.equal(one, two)
 
 
 def test_bfloat16_autocast_stays_near_fp32():
@@ -156,7 +148,7 @@ def test_bfloat16_autocast_stays_near_fp32():
     full = model(batch)
     with torch.autocast("cpu", torch.bfloat16):
         half = model(batch)
-    assert relative(half.float(), full) < 3e-2
+    assert relative_error(half.float(), full) < 3e-2
 
 
 def test_logits_refuses_lists_that_do_not_match():

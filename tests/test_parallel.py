@@ -12,7 +12,7 @@ import torch
 from comparing import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from running import same, weights, write_rows
+from running import run, same, weights, write_rows
 
 import train
 from data.jsonl import Record
@@ -26,11 +26,8 @@ QUICK = "--steps 20 --eval_every 10 --log_every 5 --batch_size 5 --warmup 2 --ma
 @pytest.fixture
 def files(tmp_path):
     """Rows of very different lengths, some without a rationale."""
-    rows = [
-        Record(f"r{i}", "Tom gave apples. " * (1 + i % 7), f"{i} + 1", f"Add 1 to {i}." * (i % 5) or None)
-        for i in range(40)
-    ]
-    return [*write_rows(tmp_path, rows, 27), "--method", "dss"]
+    texts = [("Tom gave apples. " * (1 + i % 7), f"{i} + 1", f"Add 1 to {i}." * (i % 5) or None) for i in range(40)]
+    return [*write_rows(tmp_path, [Record(f"r{i}", *of) for i, of in enumerate(texts)], 27), "--method", "dss"]
 
 
 def apart(a, b):
@@ -38,12 +35,6 @@ def apart(a, b):
     assert a.keys() == b.keys()
     return max(relative_error(a[name], b[name]) for name in a)
 
-
-def go(arguments):
-    return train.main([str(a) for a in arguments])
-
-
-# ---- One step -------------------------------------------------------------------------------------------------------
 
 ids = st.lists(st.integers(2, 99), min_size=1, max_size=30)
 rows_of = st.lists(st.lists(st.builds(Sequence, ids, ids, st.sampled_from([0, 1])), min_size=1, max_size=2), min_size=1)
@@ -111,18 +102,14 @@ def test_the_gradient_of_a_step_is_that_of_one_process(files, tmp_path, measured
             measured(f"gradients of {n} processes, {case}", worst, 1e-6)
 
 
-# ---- Whole runs -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "n, extra", [(2, ["--micro_batch", "2"]), (3, []), (2, ["--shard", "--checkpoint_activations"])]
-)
+@pytest.mark.parametrize("n, extra", [(2, "--micro_batch 2"), (3, ""), (2, "--shard --checkpoint_activations")])
 def test_the_student_of_several_processes_is_that_of_one(files, tmp_path, measured, n, extra):
     """Also its answers, put together in order; and nothing is written or said twice."""
-    assert go([*files, *QUICK, "--out", tmp_path / "one"]) == 0
-    assert several.run(n, tmp_path, go, [*files, *QUICK, *extra, "--out", tmp_path / "all"]) == [0] * n, said(tmp_path)
+    assert run(*files, *QUICK, "--out", tmp_path / "one") == 0
+    arguments = [*files, *QUICK, *extra.split(), "--out", tmp_path / "all"]
+    assert several.run(n, tmp_path, run, *arguments) == [0] * n, said(tmp_path)
     one, together = (tmp_path / name / "dss" for name in ("one", "all"))
-    measured(f"student of {n} processes {' '.join(extra)}", apart(weights(together), weights(one)), 1e-5)
+    measured(f"student of {n} processes {extra}", apart(weights(together), weights(one)), 1e-5)
     assert (one / "predictions.jsonl").read_text() == (together / "predictions.jsonl").read_text()
     assert {p.name for p in one.iterdir()} == {p.name for p in together.iterdir()}
     losses, theirs = (read_losses(arm / "metrics.jsonl") for arm in (one, together))
@@ -134,12 +121,12 @@ def test_the_student_of_several_processes_is_that_of_one(files, tmp_path, measur
 def test_a_run_whose_process_dies_ends_with_a_line_and_goes_on_with_fewer(files, tmp_path, measured, extra):
     """Process 1 of 2 is killed in the middle of step 14, and one process goes on from step 10."""
     arguments = [*files, *QUICK, *extra, "--save_minutes", "0"]
-    assert go([*files, *QUICK, "--out", tmp_path / "whole"]) == 0
+    assert run(*files, *QUICK, "--out", tmp_path / "whole") == 0
     cut = [*arguments, "--out", tmp_path / "cut"]
     assert several.run(2, tmp_path, at_step, 14, 1, signal.SIGKILL, cut) == [1, -signal.SIGKILL]
     kept = f"{tmp_path / 'cut' / 'dss'}/student is the best so far, --resume goes on from step 10"
     assert said(tmp_path).splitlines()[-1] == f"train.py: process 1 has ended; {kept}"
-    assert several.run(1, tmp_path, go, [*cut, "--resume"]) == [0]
+    assert several.run(1, tmp_path, run, *cut, "--resume") == [0]
     whole, cut = (weights(tmp_path / name / "dss") for name in ("whole", "cut"))
     measured(f"student that one process ended for two {' '.join(extra)}", apart(whole, cut), 1e-5)
 
@@ -148,11 +135,11 @@ def test_a_run_whose_process_dies_ends_with_a_line_and_goes_on_with_fewer(files,
 def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path, extra):
     """They save their state, and go on to the student of an undisturbed run, dropout and all."""
     arguments = [*files, *QUICK, "--dropout", "0.1", *extra]
-    assert several.run(2, tmp_path, go, [*arguments, "--out", tmp_path / "whole"]) == [0, 0]
+    assert several.run(2, tmp_path, run, *arguments, "--out", tmp_path / "whole") == [0, 0]
     cut = [*arguments, "--out", tmp_path / "cut"]
     assert several.run(2, tmp_path, at_step, 6, 1, signal.SIGTERM, cut) == [130, 130]
     assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: interrupted at step 7 of dss") == 1
-    assert several.run(2, tmp_path, go, [*cut, "--resume"]) == [0, 0]
+    assert several.run(2, tmp_path, run, *cut, "--resume") == [0, 0]
     whole, cut = (weights(tmp_path / name / "dss") for name in ("whole", "cut"))
     assert same(whole, cut)
 
@@ -167,14 +154,14 @@ def at_step(step, rank, number, arguments):
         return original(*inputs)
 
     train.distillation_loss = spy
-    return go(arguments)
+    return run(*arguments)
 
 
 def test_what_is_wrong_is_said_once(files, tmp_path):
     arguments = [*files, *QUICK, "--lr", "1e38", "--clip", "0", "--out", tmp_path / "out"]
-    assert several.run(2, tmp_path, go, arguments) == [1, 1]
+    assert several.run(2, tmp_path, run, *arguments) == [1, 1]
     assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: the loss is") == 1
-    assert several.run(2, tmp_path, go, ["--data", tmp_path / "none.jsonl"]) == [2, 2]
+    assert several.run(2, tmp_path, run, "--data", tmp_path / "none.jsonl") == [2, 2]
     assert (said(tmp_path) + said(tmp_path, 1)).count("none.jsonl: No such file") == 1
 
 

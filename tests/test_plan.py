@@ -2,16 +2,15 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from running import ROOT
 
 import train
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.run.plan import GB, plan_of
 
-ROOT = Path(__file__).resolve().parents[1]
 MEASURE = """
 import json, sys, train
 
@@ -43,9 +42,8 @@ def test_the_plan_is_within_a_fifth_of_the_measured_peak(tmp_path, measured, siz
     done = subprocess.run(map(str, command), cwd=ROOT, capture_output=True, text=True, check=True)
     peak = int(done.stderr.splitlines()[-1]) * 1024 / GB
     estimate = planned(*flags).peak
-    measured(
-        f"plan of {size} with {optimizer}, {estimate:.2f} GB, against {peak:.2f} GB", abs(estimate / peak - 1), 0.2
-    )
+    what = f"plan of {size} with {optimizer}, {estimate:.2f} GB, against {peak:.2f} GB"
+    measured(what, abs(estimate / peak - 1), 0.2)
 
 
 def test_weights_gradients_and_optimiser_are_cut_into_as_many_parts_as_devices():
@@ -65,17 +63,13 @@ def test_what_saves_memory_is_estimated_to_save_it():
     assert planned(*base, "--optimizer", "adafactor").optimizer < plain.optimizer / 100
 
 
-def test_a_run_that_cannot_fit_is_refused_before_it_begins_and_a_tight_one_warned_of(tmp_path, capsys):
+def test_a_plan_is_printed_a_run_that_cannot_fit_refused_and_a_tight_one_warned_of(tmp_path, capsys):
     flags = ["--size", "t5-small", "--out", str(tmp_path / "out"), "--steps", "1", "--device", "cpu"]
+    assert train.main(["--plan", *flags[2:]]) == 0
+    assert capsys.readouterr().out.startswith("plan: tiny, 185,216 parameters, adamw, ")
     assert train.main([*flags, "--device_gb", "0.5"]) == 2
     error = capsys.readouterr().err
     assert "optimiser alone take 1.0 GB of 0.5; " in error and "--shard" in error and "adafactor" in error
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
     train.prepare(parse_args([*flags, "--device_gb", "1.0", "--method", "dss"]))
     assert "warning: activations may take it" in capsys.readouterr().err
-
-
-def test_the_plan_is_printed_without_a_run(tmp_path, capsys):
-    assert train.main(["--plan", "--out", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("plan: tiny, 185,216 parameters, adamw, ") and not (tmp_path / "out").exists()

@@ -6,12 +6,12 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import ROOT
 
 import tokenizer
 from data.jsonl import Record, write_jsonl
@@ -22,7 +22,6 @@ from dss.model import T5
 from dss.student import Student
 from dss.weights import load_t5, save_t5
 
-ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ["how many apples are there?", "Tom gave Mia pears", "boxes left plus one", "two times three, how many?"]
 
 
@@ -78,9 +77,8 @@ def test_rows_keep_their_keys_and_gain_a_prediction_and_an_explanation(student, 
 @settings(max_examples=10)
 @given(st.data())
 def test_a_closed_set_is_never_left_and_its_scores_are_the_models_probabilities(student, data):
-    labels = data.draw(
-        st.lists(st.sampled_from("one two three four apples pears left".split()), min_size=1, unique=True)
-    )
+    words = st.sampled_from("one two three four apples pears left".split())
+    labels = data.draw(st.lists(words, min_size=1, unique=True))
     texts = data.draw(st.lists(st.sampled_from(QUESTIONS), min_size=1, max_size=5))
     answers = Student.load(student, batch_size=3).score(texts, [labels] * len(texts))
     model, tok = load_t5(student), tokenizer.T5Tokenizer(student)
@@ -108,14 +106,6 @@ def test_a_score_does_not_depend_on_what_else_is_scored(student, batch_size):
         assert math.isclose(a, b, rel_tol=1e-5)
 
 
-def test_scores_are_those_of_transformers(student, transformers):
-    model, tok = load_t5(student), tokenizer.T5Tokenizer(student)
-    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(student).eval()
-    ids, label = tok.encode(QUESTIONS[0]), tok.encode("two pears")
-    loss = theirs(input_ids=torch.tensor([ids]), labels=torch.tensor([label])).loss
-    assert math.isclose(score(model, [ids], [[label]])[0][0], -float(loss.detach()) * len(label), rel_tol=1e-5)
-
-
 def test_choices_are_those_of_each_question(student, tmp_path, capsysbinary):
     rows = [Record("a", "Where?\nAnswer Choices:\n(a) park\n(b) sea"), Record("b", "Who?\n(a) Tom\n(b) Mia\n(c) Ann")]
     write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -131,14 +121,15 @@ def test_choices_are_those_of_each_question(student, tmp_path, capsysbinary):
     assert status == 2 and "the input lists none" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "method, text", [("single_task", "Tom gave <extra_id_0> two"), ("label_first", "two <extra_id_0> Tom gave")]
-)
-def test_label_and_rationale_in_one_output_are_told_apart(student, monkeypatch, method, text):
+WRITTEN = {"single_task": "Tom gave <extra_id_0> two", "label_first": "two <extra_id_0> Tom gave"}
+
+
+@pytest.mark.parametrize("method", WRITTEN)
+def test_label_and_rationale_in_one_output_are_told_apart(student, monkeypatch, method):
     """What the student writes is scripted; label_first stops at the separator when a label is all that is asked for."""
 
     def written(model, inputs, longest, batch_size, stop):
-        ids = loaded.tokenizer.encode(text)[:-1]
+        ids = loaded.tokenizer.encode(WRITTEN[method])[:-1]
         return [ids[: ids.index(stop)] if stop else ids for _ in inputs]
 
     monkeypatch.setattr("dss.student.generate", written)

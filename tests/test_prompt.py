@@ -3,18 +3,18 @@
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import ROOT
 
 from data import toy
 from data.answers import read_label
 from data.equation import value
 from data.teacher.prompt import load_prompt
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "prompts"
+FOLDER = ROOT / "data" / "prompts"
 NAMES = sorted(path.stem for path in FOLDER.iterdir())
 
 
@@ -54,9 +54,6 @@ def test_the_prompt_file_in_the_readme_works(tmp_path):
     assert p.label_type == "class" and p.completion("Fine.", "good").endswith("known to be good.)\nReasons:")
 
 
-# ---- What is sent ---------------------------------------------------------------------------------------------------
-
-
 def test_a_question_is_put_as_chat_and_as_completion():
     p = prompt("esnli")
     chat, text = p.chat("A dog runs.</s>An animal moves."), p.completion("A dog runs.</s>An animal moves.")
@@ -73,8 +70,6 @@ def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_br
     text = p.completion("Hm?\n(a) x\n(b) y", "y")
     assert text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:") and text.count("known") == 11
 
-
-# ---- What comes back ------------------------------------------------------------------------------------------------
 
 Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) U.S."
 
@@ -100,7 +95,6 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
         ("cqa", "Trees. So the answer is (c) wooded area.", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. So the answer is (c) wooded area.<|im_end|>\nHi", True, "Trees.", "wooded area", None),
         ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
-        ("cqa", "Trees. So the answer is C) wooded area.", False, "Trees.", "wooded area", None),
         ("cqa", "Trees. So the answer is c. wooded area", False, "Trees.", "wooded area", None),
         ("cqa", "Land. So the answer is D.", False, "Land.", "U.S.", None),
         ("cqa", "Both. So the answer is either (a) park or (c) wooded area.", False, "Both.", None, "label_invalid"),
@@ -128,8 +122,6 @@ def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
     read = prompt(name).parse(text, Q, short)
     assert read.error or read.rationale.strip() and read.label.strip()
 
-
-# ---- Files that cannot work -----------------------------------------------------------------------------------------
 
 FINE = dict(question="Q: {input}\nA:", answer=" {rationale} It is {label}.", answer_marker="It is")
 FINE |= dict(exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}], label_type="equation")

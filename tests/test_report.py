@@ -23,7 +23,7 @@ def files(tmp_path):
 
 
 def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, capsys):
-    assert report.main([str(files[0])]) == 0
+    assert report.main([*map(str, files)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for line in (
         "rows.jsonl: 6 rows 3 50.0% a label and a rationale",
@@ -36,40 +36,15 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
         "teacher right on 2 of 4 rows with gold, 50.0%",
         "yes 2 50.0% 50.0% 0",
         "no 2 50.0% 50.0% 1",
+        "test.jsonl share 1 inputs",
     ):
         assert line in shown, line
 
 
 def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
-    rows = [Record(str(n), "one " * n, "two") for n in range(1, 101)] + [
-        Record("long", "one " * 1020, "two")
-    ]  # too long with the prefix alone
+    rows = [Record(str(n), "one " * n, "two") for n in (*range(1, 101), 1020)]  # too long with the prefix alone
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
-    with_tokens = capsys.readouterr().out
-    assert report.main([str(tmp_path / "rows.jsonl")]) == 0
-    with_words = capsys.readouterr().out
-    (tokens,) = (line.split() for line in with_tokens.splitlines() if line.startswith("    input"))
-    (words,) = (line.split() for line in with_words.splitlines() if line.startswith("    input"))
-    assert tokens == ["input", "61", "101", "110", "1,030", "1", "(over", "1,024)"], "</s>, and 9 of the prefix"
-    assert words == ["input", "53", "93", "102", "1,022", "0", "(over", "1,024)"]
-
-
-def test_inputs_that_two_files_share_are_counted(files, capsys):
-    assert report.main([*map(str, files)]) == 0
-    assert "share 1 inputs" in capsys.readouterr().out
-
-
-def test_bad_files_end_in_one_line(tmp_path, capsys):
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "bad.jsonl").write_text('{"input": "x"}\n{"input": 3}\n')
-    cases = {"empty.jsonl": "empty.jsonl: no row", "bad.jsonl": 'bad.jsonl:2: "input"', "none.jsonl": "none.jsonl"}
-    for name, what in cases.items():
-        assert report.main([str(tmp_path / name)]) == 2
-        out, err = capsys.readouterr()
-        assert what in err and err.count("\n") == 1 and not out
-    assert report.main([str(tmp_path / "bad.jsonl"), "--spiece", str(tmp_path)]) == 2
-    assert "spiece.model: No such file" in capsys.readouterr().err
-    (tmp_path / "spiece.model").write_text("no model")
-    assert report.main([str(tmp_path / "bad.jsonl"), "--spiece", str(tmp_path)]) == 2
-    assert "spiece.model: not a SentencePiece model" in capsys.readouterr().err
+    tokens, words = "input 61 101 110 1,030 1 (over 1,024)", "input 53 93 102 1,022 0 (over 1,024)"
+    for flags, want in ((["--spiece", str(spiece)], tokens), ([], words)):  # </s>, and 9 of the prefix; words
+        assert report.main([str(tmp_path / "rows.jsonl"), *flags]) == 0
+        assert want in " ".join(capsys.readouterr().out.split())

@@ -12,18 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from running import counting, result, run, same, weights, write_rows
+from running import at_step, counting, prepare, result, run, same, weights, write_rows
 
 import tokenizer
 import train
 from data.arguments import OneLineParser
 from data.interrupt import Interrupted, Stop
 from data.jsonl import Record, write_jsonl
-from dss.batch import make_step
-from dss.config import T5Config, parse_args
-from dss.model import T5
+from dss.config import parse_args
 from dss.rows import load_rows
-from dss.run.report import in_short
 from dss.run.start import choose_device
 from dss.run.state import save_state
 from dss.weights import load_t5
@@ -44,29 +41,11 @@ def pretrained(files, tmp_path):
     return tmp_path / "first" / "standard" / "student"
 
 
-def prepare(*arguments):
-    return train.prepare(parse_args([str(a) for a in arguments]))
-
-
 def last_line(capsys):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def at_step(steps, act):
-    """train.train_step, but before its calls of the numbers `steps` (from 0) `act(model)` happens."""
-    calls, original = iter(range(1000)), train.train_step
-
-    def step_or_act(student, *rest):
-        if next(calls) in steps:
-            act(student.model)
-        return original(student, *rest)
-
-    return step_or_act
-
-
 # ---- The end of a run before its time -------------------------------------------------------------------------------
-
-
 def spoil(model):
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))
@@ -143,17 +122,6 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_ctrl_c_is_answered_once_and_the_second_ends(capsys):
-    stop = Stop("stopping; Ctrl-C again ends at once")
-    stop.requested = False
-    stop.handle()
-    assert capsys.readouterr().err == "\nstopping; Ctrl-C again ends at once\n" and stop.requested
-    with pytest.raises(KeyboardInterrupt):
-        stop.handle()
-    assert not capsys.readouterr().err
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")
 def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_has_it_ignored():
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
@@ -168,50 +136,16 @@ def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_has_it_ignored():
 
 
 # ---- Resumption -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("asked", [1, 3, 5, 7])
-def test_means_after_an_interruption_are_those_of_an_undisturbed_run(files, tmp_path, monkeypatch, asked):
-    """The losses since the last line were lost, and the next line was a mean over the rest."""
-    arguments = [*files, *SIX, "--steps", "7", "--eval_every", "3", "--log_every", "5"]
-    assert run(*arguments, "--out", tmp_path / "whole") == 0
-
-    def check(_):
-        nonlocal asked
-        asked -= 1
-        if asked == 0:
-            raise Interrupted
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stop, "check", check)
-        assert run(*arguments, "--out", tmp_path / "cut") == 130
-    assert run(*arguments, "--out", tmp_path / "cut", "--resume") == 0
-    whole, cut = (figures(tmp_path / name / "dss" / "metrics.jsonl") for name in ("whole", "cut"))
-    assert whole == cut and "loss" in cut[-2]
-
-
-def figures(metrics):
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
-
-
-def test_a_finished_arm_loses_the_state_it_was_killed_with(files, tmp_path):
-    arguments = [*files, *SIX, "--out", tmp_path / "out"]
-    assert run(*arguments) == 0
-    (tmp_path / "out" / "dss" / "state.pt").write_bytes(b"left over")
-    assert run(*arguments, "--resume") == 0
-    assert not (tmp_path / "out" / "dss" / "state.pt").exists()
-
-
 def test_resume_compares_with_every_arm_in_the_directory(files, tmp_path, capsys):
     """`--resume --method dss --lr 0.5` put a run of another learning rate beside standard's, into one table."""
     arguments = [*files, *QUICK, "--steps", "2", "--out", tmp_path / "out"]
     assert run(*arguments, "--method", "standard", "--resume") == 0
     assert f"nothing to resume in {tmp_path / 'out'}; starting" in capsys.readouterr().err
-    assert run(*arguments, "--method", "dss", "--lr", "0.5", "--resume") == 2
-    assert last_line(capsys).endswith("standard was started with --lr 0.001, not --lr 0.5; another --out starts anew")
-    assert run(*arguments, "--method", "dss", "--dropout", "0.5", "--resume") == 2
-    assert last_line(capsys).endswith("was started with no --dropout, not --dropout 0.5; another --out starts anew")
+    old = {"lr": "--lr 0.001", "dropout": "no --dropout", "seed": "--seed 0", "subsample": "--subsample 1.0"}
+    for name, was in old.items():
+        for method in ("standard", "dss"):
+            assert run(*arguments, "--method", method, f"--{name}", "0.5" if name != "seed" else "1", "--resume") == 2
+            assert f"standard was started with {was}, not --{name} " in last_line(capsys)
     assert run(*arguments, "--method", "standard", "--lr", "0.001", "--resume") == 0, "the same rate, said aloud"
     assert "nothing to resume" not in capsys.readouterr().err
 
@@ -226,8 +160,6 @@ def test_the_same_weights_named_otherwise_are_the_same(files, pretrained, tmp_pa
 
 
 # ---- Refusals and warnings before training --------------------------------------------------------------------------
-
-
 def rationales(path, number):
     write_jsonl(path, [Record(f"r{i}", f"q {i}", "x", "why" if i < number else None) for i in range(9)])
     return ["--data", str(path), "--eval_data", str(path)]
@@ -274,13 +206,6 @@ def test_overwrite_does_not_delete_what_the_run_reads(files, pretrained, capsys)
         assert f"--overwrite would delete {pretrained.parent}" in last_line(capsys) and pretrained.exists()
 
 
-def test_an_arm_that_is_a_file_is_refused_at_once(files, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "standard").write_text("x")
-    assert run(*files, *QUICK, "--out", tmp_path / "out", "--resume") == 2
-    assert last_line(capsys) == f"train.py: {tmp_path / 'out' / 'standard'}: not a directory"
-
-
 def test_bfloat16_is_refused_on_a_gpu_that_does_not_compute_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -303,8 +228,6 @@ def test_inputs_in_two_places_and_texts_that_were_cut_are_counted(files, tmp_pat
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
-
-
 def scripted(shares, seen=None):
     """train.evaluate, but the validation accuracies are `shares`; `seen` collects the weights that were looked at."""
     left, original = iter(shares), train.evaluate
@@ -353,9 +276,7 @@ def one_step(run):
     examples, _ = train.make_examples(run.rows.train, "dss", run.config, run.student.tokenizer)
     weights = list(run.student.model.parameters())
     before = [p.detach().clone() for p in weights]
-    work = make_step(
-        [examples.sequences(row) for row in range(4)], 0, "cpu", run.student.model.config.decoder_start_token_id
-    )
+    work = next(train.steps_ahead(0, examples, run.student, run.config))
     _, norm = train.train_step(run.student, torch.optim.SGD(weights, lr=1.0), work, 1.0, run.config)
     return norm.item(), torch.stack([(p - b).norm() for p, b in zip(weights, before)]).norm().item()
 
@@ -392,24 +313,7 @@ def test_training_begins_targets_with_the_checkpoints_start_token(files, pretrai
     assert first == [7] * 8
 
 
-@pytest.mark.parametrize("place", ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"])
-def test_each_dropout_acts_in_training_alone(place):
-    torch.manual_seed(0)
-    model = T5(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2))
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        elif hasattr(module, "dropout_p"):
-            module.dropout_p = 0.5 if name.endswith(place) else 0.0
-    one, two = (model.train().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
-    assert not torch.allclose(one, two)
-    one, two = (model.eval().logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
-    assert torch.equal(one, two)
-
-
 # ---- What a run says ------------------------------------------------------------------------------------------------
-
-
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
     clock, original = [0.0], train.evaluate
     monkeypatch.setattr("dss.run.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -452,12 +356,6 @@ def test_labels_of_the_teacher_are_not_called_gold(files, tmp_path, capsys):
     assert run(*arguments, "--out", tmp_path / "out") == 0
     shown = capsys.readouterr().out
     assert "(teacher's: " in shown and "gold" not in shown
-
-
-def test_figures_are_short_and_nothing_is_zero_that_is_not():
-    assert [in_short(n) for n in (0, 950, 3210, 999_949, 999_950, 4_200_000)] == [
-        "0", "950", "3.2K", "999.9K", "1.0M", "4.2M",
-    ]  # fmt: skip
 
 
 def test_a_terminal_without_unicode_does_not_end_the_report(monkeypatch):

@@ -6,11 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-from running import write_rows
+from running import ROOT, write_rows
 
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
@@ -20,15 +19,12 @@ from dss.study.__main__ import StudyConfig, command_line
 from dss.study.presets import PRESETS
 from dss.study.report import seeds_needed, summarise
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8".split()
 
 
 @pytest.fixture
 def files(tmp_path):
-    rows = [
-        Record(f"r{i}", f"Tom gave {i} apples. How many?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)
-    ]
+    rows = [Record(f"r{i}", f"How many are {i}?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)]
     return write_rows(tmp_path, rows, 20)
 
 
@@ -99,9 +95,9 @@ def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tm
     process.communicate(timeout=60)
     assert process.returncode == (130 if stop == signal.SIGINT else -stop)
     deadline = time.monotonic() + 60
-    while str(first) in running_commands() and time.monotonic() < deadline:
+    while str(first) in open_files() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert str(first) not in running_commands()
+    assert str(first) not in open_files()
     done = times(out)
     assert first / "standard" / "result.json" in done and len(done) < 4
     subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, check=True, capture_output=True)
@@ -109,15 +105,9 @@ def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tm
     assert len(after) == 4 and {path: after[path] for path in done} == done
 
 
-def running_commands():
-    """What runs here, files that it holds open included: a run keeps its metrics.jsonl open."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            found += [os.readlink(f) for f in (process / "fd").iterdir()]
-        except OSError:  # gone, or not ours
-            continue
-    return "\n".join(found)
+def open_files():
+    """What processes here hold open: a run its metrics.jsonl."""
+    return subprocess.run("ls -l /proc/[0-9]*/fd", shell=True, capture_output=True, text=True).stdout
 
 
 def test_bad_input_ends_in_one_line_and_nothing_is_made(files, tmp_path, capsys):
@@ -141,9 +131,8 @@ def test_a_cell_has_the_command_line_of_its_settings():
 
 
 def test_presets_have_the_papers_settings():
-    cell = StudyConfig(**PRESETS["cqa-base"], preset="cqa-base", data_dir="D").cells()[
-        "gold-google--t5-v1_1-base-1-seed3"
-    ]
+    cells = StudyConfig(**PRESETS["cqa-base"], preset="cqa-base", data_dir="D").cells()
+    cell = cells["gold-google--t5-v1_1-base-1-seed3"]
     assert (cell.steps, cell.batch_size, cell.learning_rate, cell.schedule) == (10_000, 64, 5e-5, "linear")
     assert (cell.data, cell.test_data) == (("D/cqa_train.jsonl",), "D/cqa_test.jsonl")
     assert round(cell.eval_fraction * 9741) == 975 and cell.weights == "google/t5-v1_1-base"
@@ -162,12 +151,12 @@ def test_overwrite_deletes_runs_and_nothing_else(files, tmp_path, capsys):
     """It deleted a directory of a run's name whatever was in it."""
     out = tmp_path / "study"
     grid = [*files, *QUICK, "--method", "standard", "--seed", "0", "--out", out]
-    (out / "gold-tiny-1-seed0" / "standard").mkdir(parents=True)
-    (out / "gold-tiny-1-seed0" / "standard" / "mine.txt").touch()
+    mine = out / "gold-tiny-1-seed0" / "standard" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
     assert run(*grid, "--overwrite") == 2 and "is not the output of a run" in capsys.readouterr().err
-    assert (out / "gold-tiny-1-seed0" / "standard" / "mine.txt").exists()
-    (out / "gold-tiny-1-seed0" / "standard" / "mine.txt").rename(tmp_path / "mine.txt")
-    (out / "gold-tiny-1-seed0" / "standard").rmdir()
+    mine.unlink()  # which is there
+    mine.parent.rmdir()
     assert run(*grid, "--overwrite") == 0
     before = times(out)
     assert run(*grid, "--overwrite") == 0 and times(out) != before
@@ -183,9 +172,8 @@ def test_the_interval_is_that_of_a_bootstrap_over_seeds_and_questions():
         drawn = [differences[s] for s in rng.integers(4, size=4)]
         means.append(np.mean([d[rng.integers(60, size=60)].mean() for d in drawn]))
     assert np.allclose([low, high], np.percentile(means, [2.5, 97.5]), atol=0.015)
-    assert mean == pytest.approx(np.mean(differences)) and p == pytest.approx(
-        2 * np.mean(np.array(means) <= 0), abs=0.02
-    )
+    assert mean == pytest.approx(np.mean(differences))
+    assert p == pytest.approx(2 * np.mean(np.array(means) <= 0), abs=0.02)
     assert paired_difference([np.ones(5, dtype=int)])[:3] == (1.0, 1.0, 1.0)
     assert paired_difference([np.array([1, -1] * 30)] * 3)[3] > 0.9, "no difference, no small p"
 

