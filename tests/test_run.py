@@ -21,6 +21,7 @@ from data.interrupt import Interrupted, Stop
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows
+from dss.run.report import too_short
 from dss.run.start import choose_device
 from dss.run.state import save_state
 from dss.weights import load_t5
@@ -366,3 +367,11 @@ def test_a_terminal_without_unicode_does_not_end_the_report(monkeypatch):
     print("café")
     stream.flush()
     assert stream.buffer.getvalue() == b"caf?\n"
+
+
+def test_a_run_too_short_to_judge_says_so_and_one_at_the_end_of_its_loss_does_not(tmp_path):
+    """A loss that fell from 0.038 to 0.030 nats was called "falling fast", in the very first run of a newcomer."""
+    for losses, commonest, why in ([2.0, 1.0], 0.5, "fall"), ([0.038, 0.030], 0.5, ""), ([2.0, 1.0], 0.9, "no better"):
+        (tmp_path / "m").write_text("".join(f'{{"label_loss": {loss}}}\n' for loss in losses))
+        said = too_short(dict(validation_accuracy=0.9, best_step=9, steps=9), tmp_path / "m", commonest)
+        assert why in said and bool(why) == bool(said)

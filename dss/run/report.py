@@ -189,10 +189,10 @@ def too_short(result: dict, metrics: Path, commonest: float) -> str:
     lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     losses = [line["label_loss"] for line in lines if "label_loss" in line]
     tenth = max(1, len(losses) // 10)
-    before, last = losses[-2 * tenth : -tenth], losses[-tenth:]
+    before, last = (sum(part) / tenth for part in (losses[-2 * tenth : -tenth], losses[-tenth:]))
     if result["validation_accuracy"] <= commonest + 0.01:
         return "no better than the commonest label"
-    if before and sum(last) / len(last) < 0.9 * sum(before) / len(before) and result["best_step"] == result["steps"]:
+    if before - last > max(0.1 * before, 0.02) and result["best_step"] == result["steps"]:  # nats a token
         return "its loss was still falling fast and its last evaluation was its best"
     return ""
 
