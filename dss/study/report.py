@@ -165,7 +165,7 @@ def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
             sizes.setdefault(f"{g['labels']} labels, {100 * most:g} % of the training rows", []).append(g)
     made = []
     for name, x, panels in (("share", "share", shares), ("size", "parameters", sizes)):
-        if len({g[x] for g in groups}) == 1:
+        if len({g["student" if name == "size" else x] for g in groups}) == 1:  # a tokenizer changes the parameters
             continue
         figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 5), squeeze=False, sharey=True)
         for axis, (title, mine) in zip(axes[0], panels.items()):
@@ -192,12 +192,13 @@ def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
 def curves(axis: object, groups: list[dict], x: str, lines: dict) -> None:
     """Accuracy over groups[i][x], one line a method with the deviation between seeds, and levels to compare with."""
     methods = [m for m in LOOKS if any(g["method"] == m for g in groups)]
-    for method in methods:
+    for number, method in enumerate(methods):
         colour, marker, name = LOOKS[method]
         mine = sorted((g for g in groups if g["method"] == method), key=lambda g: g[x])
+        aside = 1.015 ** (number - (len(methods) - 1) / 2)  # so that bars of one x do not hide one another
         y, spread = ([100 * (g[k] or 0) for g in mine] for k in ("accuracy", "deviation"))
         looks = dict(color=colour, marker=marker, markersize=5, capsize=3, label=name)
-        axis.errorbar([g[x] for g in mine], y, spread, **looks)
+        axis.errorbar([g[x] * aside for g in mine], y, spread, **looks)
     for (name, level), style in zip(lines.items(), ("--", ":")):
         if level is not None:
             axis.axhline(100 * level, color="black", linestyle=style, linewidth=1, label=f"{name} ({100 * level:.1f})")
