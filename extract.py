@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
                 run.aborted = str(error)
             status, message = print_summary(run)
     except (OSError, ValueError) as error:
-        status, message = 2, arguments.one_line(error)
+        return arguments.fail("extract.py", 2, error if isinstance(error, OSError) else shown(str(error)))
     return arguments.fail("extract.py", status, shown(message)) if message else status
 
 
@@ -138,7 +138,7 @@ def read_input(run):
 
 def scan(run):
     """Read the whole input and count what is in it. Raises ValueError for a row that cannot be asked about or was asked
-    with other settings, and for a reply to none of them; warns of gold labels that no answer can have."""
+    with other settings, and for a reply that belongs to no request; warns of gold labels that no answer can have."""
     config, state, odd, expected = run.config, run.state, 0, set()
     for record in read_input(run):
         if record.id in run.ids:
@@ -166,9 +166,9 @@ def scan(run):
         what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
         raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
     if odd:
-        what = f"{odd:,} gold labels are none that the prompt's {run.prompt.label_type} labels"
+        what = f"{odd:,} gold labels match none of the prompt's {run.prompt.label_type} labels"
         known = f" ({', '.join(run.prompt.labels)})" if run.prompt.labels else ""
-        print_line(f"warning: {what}{known} can match, such as {example}")
+        print_line(f"warning: {what}{known}, for example {example}")
 
 
 def to_ask(run, name):

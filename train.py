@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import kernels
 from data import arguments
-from data.files import read_json
+from data.files import read_json, write_json
 from data.interrupt import Stop
 from data.jsonl import Record, write_jsonl
 from dss.batch import Examples, Step, ahead, count_tokens, make_step, sequences
@@ -41,7 +41,7 @@ from dss.model import T5
 from dss.rows import Rows, load_rows, rows_for, single_rationales
 from dss.run import parallel
 from dss.run.ending import Ended, Keeper, require_finite
-from dss.run.output import claimed, find_output, forget_state, identify, write_json
+from dss.run.output import claimed, find_output, forget_state, identify
 from dss.run.plan import make_plan, plan_of
 from dss.run.report import Log, introduce, progress_bar, report, say_what_was_cut
 from dss.run.start import choose_device, choose_dtype, choose_threads, make_model, make_tokenizer

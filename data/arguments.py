@@ -83,6 +83,7 @@ def require(condition, name, what, config):
 
 def run(program, main):
     """Run a program's main() and exit with its status: 130 after Ctrl-C, 0 where the reader (`head`, say) has left."""
+    guard_streams()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as programs with slow imports set it until those are done
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -90,14 +91,18 @@ def run(program, main):
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = fail(program, 130, "interrupted")
-    except OSError as problem:  # of standard output; what else fails is told by main()
+    except OSError as problem:  # of standard output: other errors are main()'s to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0 if isinstance(problem, BrokenPipeError) else fail(program, 2, f"standard output: {problem.strerror}")
+        what = problem if problem.filename else f"standard output: {problem.strerror}"
+        status = 0 if isinstance(problem, BrokenPipeError) else fail(program, 2, what)
     sys.exit(status)
 
 
 def fail(program, status, problem):
-    """Print one line, `PROGRAM: what is wrong`, to stderr; returns the exit status for main() to return."""
+    """Print one line, `PROGRAM: what is wrong`, to stderr; returns the exit status for main() to return. A reader who
+    has left is no fault: that is raised again, for `run` to end quietly."""
+    if isinstance(problem, BrokenPipeError):
+        raise problem
     print(f"{program}: {one_line(problem)}", file=sys.stderr)
     return status
 
@@ -109,8 +114,17 @@ def one_line(problem):
     return " ".join(str(problem).splitlines())
 
 
+def guard_streams():
+    """Let no program end for what it cannot show: a character, or a message to a terminal that is gone."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None where whoever started us has closed it
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, stream if name == "stdout" else Display(stream))
+
+
 class Display:
-    """A stream of messages. That nobody can read them, on a full disk or a closed terminal, is no reason to stop."""
+    """A stream of messages. Failing to write them (full disk, closed terminal) must not stop the program."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -135,11 +149,6 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=formatter_class, **options)
 
     def parse_args(self, argv=None):
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name) or open(os.devnull, "w")  # None where whoever started us has closed it
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # a character that the terminal cannot show ends no program
-            setattr(sys, name, stream if name == "stdout" else Display(stream))
         words = sys.argv[1:] if argv is None else argv
         return super().parse_args([re.sub("^--[^=]+", lambda name: flag(name[0][2:]), word) for word in words])
 

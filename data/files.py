@@ -51,7 +51,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def locked(path: str | os.PathLike, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold PATH.lock for the block, so that one process at a time writes to `path`. A killed process holds nothing.
 
-    Where another process holds it: BlockingIOError, or, with a function `waiting`, a call of it and a wait.
+    If another process holds it: raises BlockingIOError or, given a function `waiting`, calls that and waits.
     """
     name = f"{path}.lock"
     with open(name, "ab") as file:
@@ -94,6 +94,12 @@ def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> object:
     """The value in a regular JSON file of at most `most` bytes. Raises OSError, or ValueError as `parse_json` does."""
     with open_regular(path) as file:
         return parse_json(file.read(most + 1), path, most)
+
+
+def write_json(path: str | os.PathLike, content: dict) -> None:
+    """Write a JSON file, complete or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def parse_json(text: str | bytes, where: object, most: int = MOST_JSON) -> object:

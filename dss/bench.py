@@ -9,7 +9,7 @@ transformers' generate and with CTranslate2. All have the same weights, rows, th
 that loss, gradient and tokens are alike.
 
 The implementations take turns, so that a busy machine slows all of them. Each ratio compares two times of the same
-turn; printed are its median and, as its spread, the quartiles. Peak memory is that of a process of its own. "Of the
+turn; the tables give its median and quartiles. Peak memory is that of a process of its own. "Of the
 machine" is the share of the best rate that a matrix product reached in the same run.
 """
 
@@ -36,12 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import arguments
 from data.arguments import require
-from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack, sequences
+from data.files import write_json
+from dss.batch import LABEL, RATIONALE, Sequence, count_targets, count_tokens, pack, sequences
 from dss.config import SIZES, TrainConfig
 from dss.generate import generate
 from dss.loss import distillation_loss
 from dss.rows import load_rows, single_rationales
-from dss.run.output import write_json
 from dss.run.start import choose_device, choose_threads, make_model, make_tokenizer
 from dss.weights import checkpoint_name, load_t5, save_t5
 
@@ -98,7 +98,9 @@ class Setting:
     def __init__(self, config: BenchConfig, directory: Path):
         """Raises OSError or ValueError, in one line, for whatever the user can put right."""
         shared = {name: getattr(config, name) for name in ("data", "weights", "size", "device", "dtype", "threads")}
-        train, rows = TrainConfig(**shared), load_rows(TrainConfig(**shared))
+        train = TrainConfig(**shared)
+        train.check()
+        rows = load_rows(train)
         tokenizer = make_tokenizer(train, rows, Path(train.out))
         model = make_model(train, tokenizer)
         choose_threads(config.threads, model)
@@ -128,7 +130,7 @@ class Setting:
         return random.Random(turn).sample(self.rows, self.config.batch_size)
 
     def inputs(self):
-        """Longest first, so that nobody pads more than he must."""
+        """Longest first, so that no implementation pads more than necessary."""
         return sorted((row[0].input_ids for row in self.rows[: self.config.questions]), key=len, reverse=True)
 
 
@@ -185,9 +187,9 @@ def check_training(setting: Setting, name: str) -> dict[str, float]:
     return dict(loss=abs(got / want - 1).item(), gradient=difference / size)
 
 
-def parts(setting: Setting, name: str) -> dict[str, float]:
+def parts(setting: Setting, step: Callable) -> dict[str, float]:
     """Seconds of one training step by kind of operation."""
-    step, kind = trainer(setting, name), "device" if setting.device.type == "cuda" else "cpu"
+    kind = "device" if setting.device.type == "cuda" else "cpu"
     step(setting.batch(0))
     with torch.profiler.profile() as profile:
         step(setting.batch(0))
@@ -299,13 +301,13 @@ def compare(setting: Setting, argv: list[str]) -> int:
             print(f"{name} differs from ours by {found['loss']:.0e} (loss), {found['gradient']:.0e} (gradient)")
         steps = {name: trainer(setting, name) for name in names}
         found = report["training"] = take_turns(steps, setting.batch, config.repeats)
-        tokens = statistics.mean(real_tokens(setting.batch(turn)) for turn in range(1, config.repeats + 1))
+        tokens = statistics.mean(sum(map(count_tokens, setting.batch(turn))) for turn in range(1, config.repeats + 1))
         with FlopCounterMode(display=False) as counter:
             our_loss(load_t5(setting.directory), setting.batch(0)).backward()  # on the CPU, whose operations it knows
-        work = counter.get_total_flops() / real_tokens(setting.batch(0))
+        work = counter.get_total_flops() / sum(map(count_tokens, setting.batch(0)))
         for name, row in found.items():
             row |= {"tokens/s": tokens / row["seconds"], "of the machine": work * tokens / row["seconds"] / rate}
-            row |= {f"{part}, s": seconds for part, seconds in parts(setting, name).items()}
+            row |= {f"{part}, s": seconds for part, seconds in parts(setting, steps[name]).items()}
             row["peak MiB"] = peak_memory(setting, "training", name) / 2**20
         show(found, f"A training step of {config.batch_size} rows, {tokens:,.0f} real tokens")
 
@@ -327,10 +329,6 @@ def compare(setting: Setting, argv: list[str]) -> int:
     if config.json:
         write_json(Path(config.json), report)
     return 0 if good else arguments.fail("dss.bench", 1, "a peer computes something else than ours")
-
-
-def real_tokens(rows):
-    return sum(len(s.input_ids) + len(s.target_ids) for row in rows for s in row)
 
 
 def show(found, title):

@@ -148,7 +148,7 @@ class TrainConfig:
     checkpoint_activations: bool = False  # compute each layer again in the backward pass, to save memory
     save_minutes: float = 10.0  # minutes between saved states, which --resume goes on from; 0: at every evaluation
     plan: bool = False  # print the memory that the run needs on each device, and end
-    processes: int = 0  # number of torchrun processes, and of devices that --plan computes for; 0: those here
+    processes: int = 0  # number of torchrun processes, and of devices that --plan computes for; 0: as many as run
     device_gb: float = 0.0  # memory of a device, in GB; 0: of the one that is here
     out: str = ""  # output directory; none: runs/NAME_OF_DATA
     resume: bool = False  # continue what --out holds: finished students are kept, an unfinished one goes on

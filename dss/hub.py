@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
@@ -28,15 +29,12 @@ from data import arguments
 from data.files import digest, locked
 
 QUESTION = "translate English to German: The house is wonderful."  # T5 1.0 and Flan-T5 have learned to
-TIMEOUT = 60  # seconds without a byte
 WAITS = (1, 2, 4)  # seconds before a busy hub is asked again, unless it names another time
-LONGEST_WAIT = 120  # seconds
+TIMEOUT, LONGEST_WAIT = 60, 120  # seconds without a byte, and of Retry-After
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # errors of ours, not of the connection
 
 
-def fetch(
-    hub_id: str, check: Callable[[Path, str], None], list_weights: Callable[[Path, Callable], list[str]] | None
-) -> Path:
+def fetch(hub_id: str, check: Callable, list_weights: Callable | None) -> Path:
     """The local directory of model `hub_id`, such as google/t5-v1_1-base: config, tokenizer and, if asked for, weights.
 
     check(path, name) raises OSError or ValueError for a file that is not what `name` must be, and so does this.
@@ -55,18 +53,17 @@ def fetch(
             raise FileNotFoundError(f"{hub_id}: no such directory here, and {hub.url} has no config.json{hub.offline}")
         for name in ("spiece.model", "tokenizer_config.json"):  # small: what is missing shows before the weights
             hub.bring(name)
-        for ask in (False, True) if list_weights else ():  # weights in any form that are here are taken first
-            names = list_weights(directory, partial(hub.bring, ask=ask)) or ["model.safetensors"] * ask
-            if missing := [name for name in names if not hub.bring(name)]:
+        if list_weights:  # in the form that is here already, if any
+            names = list_weights(directory, partial(hub.bring, ask=False)) or list_weights(directory, hub.bring)
+            if missing := [name for name in names or ["model.safetensors"] if not hub.bring(name)]:
                 raise FileNotFoundError(f"{hub.url}{missing[0]}: missing{hub.offline}")
-        if list_weights and not hub.offline:
-            (directory / ".complete").write_text("\n".join(path.name for path in directory.iterdir()), "utf-8")
+            if not hub.offline:
+                (directory / ".complete").write_text("\n".join(path.name for path in directory.iterdir()), "utf-8")
     return directory
 
 
 def is_complete(directory):
-    """Whether a directory holds all that it is going to."""
-    names = directory / ".complete"
+    names = directory / ".complete"  # lists all that was downloaded
     return names.exists() and all((directory / name).exists() for name in names.read_text("utf-8").split())
 
 
@@ -83,7 +80,7 @@ class Hub:
         self.offline = ", and HF_HUB_OFFLINE is set" * (get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"))
         cache = Path(get("HF_HUB_CACHE") or (get("HF_HOME") or "~/.cache/huggingface") + "/hub").expanduser()
         self.other = cache / f"models--{hub_id.replace('/', '--')}"  # where Hugging Face keeps this model
-        self.directory, self.check = directory, check
+        self.id, self.directory, self.check = hub_id, directory, check
 
     def bring(self, name, ask=True):
         """Link or, if `ask`, download a file into the directory, unless it is there. Returns whether it is now."""
@@ -92,6 +89,7 @@ class Hub:
             return True
         if self.offline or not ask:
             return False
+        where = f"{self.id}: no such directory here, and {url}" if name == "config.json" else url
         try:
             have = part.stat().st_size if part.exists() else 0
             reply, size, tag = self.get(url, have)
@@ -109,7 +107,7 @@ class Hub:
             if getattr(problem, "errno", None) in DISK:
                 raise OSError(problem.errno, problem.strerror, str(part)) from None
             kind = PermissionError if isinstance(problem, PermissionError) else ConnectionError
-            raise kind(f"{url}: {getattr(problem, 'reason', None) or str(problem) or repr(problem)}") from None
+            raise kind(f"{where}: {getattr(problem, 'reason', None) or str(problem) or repr(problem)}") from None
         try:
             kind = dict(kind="sha1", start=b"blob %d\0" % got) if len(tag) == 40 else {}  # git's, of small files
             if size not in (None, got) or (tag and tag != digest(part, **kind).hex()):
@@ -120,7 +118,7 @@ class Hub:
             part.unlink()
             if have:  # the rest was of another version
                 return self.bring(name)
-            raise ValueError(f"{url}: something else came ({problem}); run again") from None
+            raise ValueError(f"{where}: not the expected file ({problem}); run again") from None
         os.replace(part, path)
         return True
 
@@ -131,7 +129,7 @@ class Hub:
         while True:
             request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             for name, value in self.who.items():
-                request.add_unredirected_header(name, value)  # no other host is shown who asks
+                request.add_unredirected_header(name, value)  # not sent to another host
             try:
                 reply = build_opener(redirects := Redirects()).open(request, timeout=TIMEOUT)
             except HTTPError as error:
@@ -143,8 +141,8 @@ class Hub:
             tag = tag if len(tag) == 40 or (linked and len(tag) == 64) else ""
             wait = int(header("Retry-After")) if header("Retry-After", "").isdecimal() else (waits or [0])[0]
             if code in (200, 404) or (code == 206 and tag and header("Content-Range", "").startswith(f"bytes {have}-")):
-                before = have * (code == 206)
-                return reply, int(size) if size.isdecimal() else reply.length and before + reply.length, tag
+                rest = reply.length and have * (code == 206) + reply.length
+                return reply, int(size) if size.isdecimal() else rest, tag
             if code in (206, 416) and have:
                 have = 0  # what is here may not be the beginning of this file, and without a digest that would not show
             elif (code == 429 or code >= 500) and waits and wait <= LONGEST_WAIT:
@@ -152,7 +150,7 @@ class Hub:
                 time.sleep(wait)
                 waits.pop(0)
             elif code in (401, 403):  # 401 also for a model that does not exist
-                raise PermissionError(f"HTTP {code}: no such model, or it needs HF_TOKEN; or download it yourself")
+                raise PermissionError(f"HTTP {code}: no such model, or it needs HF_TOKEN; or name a directory")
             else:
                 raise ConnectionError(f"HTTP {code} {reply.reason}")
 
@@ -172,7 +170,10 @@ class Redirects(HTTPRedirectHandler):
 
     def redirect_request(self, request, reply, code, message, headers, url):
         self.stated = headers if "X-Linked-Etag" in headers else self.stated
-        return super().redirect_request(request, reply, code, message, headers, url)
+        new = super().redirect_request(request, reply, code, message, headers, url)
+        if new and urlsplit(url)[:2] == urlsplit(request.full_url)[:2]:  # the hub itself may know who asks
+            new.unredirected_hdrs.update(request.unredirected_hdrs)
+        return new
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,8 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         line = str(directory := locate(args.model))
         if args.check:
             student = Student.load(directory, prefixes={"predict": ""}, max_new_tokens=32)
-            [answer] = student.answer([QUESTION])
-            line += f": {student.model.num_parameters():,} parameters; {QUESTION!r} -> {answer!r}"
+            line += f": {student.model.num_parameters():,} parameters; {QUESTION!r} -> {student.answer([QUESTION])!r}"
     except (OSError, ValueError) as problem:
         return arguments.fail("dss.hub", 2, problem)
     print(line)

@@ -69,8 +69,6 @@ def main(argv: list[str] | None = None) -> int:
                     sink.flush()
                     bar.update(len(part))
         judge.print_report()
-    except BrokenPipeError:
-        raise  # arguments.run ends quietly: the reader, `head` say, has had enough
     except (OSError, ValueError) as error:
         return arguments.fail("dss.predict", 2, error)
     return 0

@@ -10,7 +10,6 @@
 train.py evaluates with it while it trains, and `python -m dss.predict` is its command line.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data.answers import same_label
-from data.files import read_json, replacing
+from data.files import read_json, write_json
 from data.jsonl import Record
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR, label_ids, shorten
 from dss.config import METHODS, METRICS, TrainConfig
@@ -66,8 +65,7 @@ class Student:
         save_t5(self.model, directory)
         self.tokenizer.save(directory)
         about = {name: getattr(self, name) for name in KEYS}
-        with replacing(Path(directory) / ABOUT) as file:
-            file.write((json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(Path(directory) / ABOUT, about)
 
     def answer(self, inputs: Sequence[str]) -> list[str]:
         """The label for each input, decoded greedily."""

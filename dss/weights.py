@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import open_regular, parse_json, read_json, reason, replacing
+from data.files import open_regular, parse_json, read_json, reason, replacing, write_json
 from dss.config import T5Config
 from dss.hub import fetch
 from dss.model import T5
@@ -103,8 +103,7 @@ def save_t5(model: T5, directory: str | os.PathLike) -> None:
     architecture = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}[config["model_type"]]
     config.update(architectures=[architecture], is_encoder_decoder=True, torch_dtype="float32")
     write_safetensors(directory / "model.safetensors", tensors)
-    with replacing(directory / "config.json") as file:
-        file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_json(directory / "config.json", dict(sorted(config.items())))
 
 
 def checkpoint_name(name: str, model: T5) -> str:

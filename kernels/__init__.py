@@ -1,9 +1,9 @@
 """The operations a T5 spends its time in, and the one place that chooses how each is computed.
 
-Every operation has a reference in plain PyTorch, `<name>_reference`, and Triton kernels, `<name>_triton`, side by side
-in one module: flash_attention, losses, norms, activations. Tensors on a GPU go to Triton where it is installed, all
-others to the reference. DSS_KERNELS=reference or triton overrides that; `TRITON_INTERPRET=1 DSS_KERNELS=triton` runs
-the Triton code on CPU tensors, slowly. The model calls only what is defined here.
+Every operation has a reference in plain PyTorch, `<name>_reference`, and Triton kernels, `<name>_triton`, in one of
+flash_attention, losses, norms and activations. Tensors on an NVIDIA GPU go to Triton where it is installed, all others
+to the reference. DSS_KERNELS=reference or triton overrides that; `TRITON_INTERPRET=1 DSS_KERNELS=triton` runs the
+Triton code on CPU tensors, slowly. The model calls only what is defined here.
 """
 
 import os

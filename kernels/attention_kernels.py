@@ -1,4 +1,4 @@
-"""The Triton kernels of attention, and the tiles they work in. flash_attention.py says what they compute, and why."""
+"""The Triton kernels of attention. flash_attention.py says what they compute, and why, and in which tiles."""
 
 from .dropout import kept
 from .launch import INTERPRETED, tl, triton
@@ -7,42 +7,6 @@ CHANGING = ["tiles", "Tq", "reach", "threshold"]  # from call to call: one compi
 MARGIN = tl.constexpr(256)  # of diag past `reach` on each side; at least BM + BN
 WIDEN = tl.constexpr(INTERPRETED)  # operands of products to fp32
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware has a power of two only
-
-# {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`. In half
-# precision a chain of two products puts all warps along the rows of a tile, 16 to each: more warps than that compute
-# the same scores twice. Among the others, large tiles that do not spill inside a loop; smaller ones for wider heads,
-# and for fp32, whose products do without tensor cores to keep its digits. Decoding has one query a sequence, and 16 is
-# the least that a product takes. "causal" rows are exceptions: masks need registers too.
-FP32 = {
-    ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-    ("decode", 4): dict.fromkeys((32, 64, 128), (16, 32, 4, 2)),
-    ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-    ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
-}
-CONFIGURATIONS = {
-    "sm_90": {
-        ("forward", 2): dict.fromkeys((32, 64, 128), (64, 64, 4, 2)),
-        ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2)},
-        ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-        ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
-        ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
-        ("dkdv causal", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (16, 128, 8, 2)},
-        **FP32,
-    },
-    "sm_80": {
-        ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-        ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
-        ("dq", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
-        ("dkdv", 2): {32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (32, 64, 4, 2)},
-        **FP32,
-        ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
-    },
-    "interpreter": {
-        (kernel, size): dict.fromkeys((32, 64, 128), (16 if kernel == "decode" else 128, 128, 1, 1))
-        for kernel in ("forward", "decode", "dq", "dkdv")
-        for size in (2, 4)
-    },
-}
 
 
 # ---- Shared by forward and backward ---------------------------------------------------------------------------------

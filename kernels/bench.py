@@ -34,8 +34,8 @@ import kernels
 
 from . import launch
 from .aot import OneLineParser
-from .attention_kernels import CONFIGURATIONS
 from .buckets import relative_position_bucket
+from .flash_attention import CONFIGURATIONS
 
 
 @dataclass
@@ -216,9 +216,17 @@ def timings(case, function, inputs, best):
     for name, amount in work.items():
         row[f"{name} rate"] = amount / row[f"{name} ms"] / (1e9 if case.unit == "TF/s" else 1e6)
         row[f"{name} roofline"] = row[f"{name} rate"] / best[case.unit]
+    return row | dict(gpu=gpu_state())
+
+
+def gpu_state():
+    """Clocks, power and temperature, as nvidia-smi says them, where there is one."""
     fields = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    state = subprocess.run(["nvidia-smi", fields, "--format=csv,noheader"], capture_output=True, text=True)
-    return row | dict(gpu=state.stdout.strip())
+    command = ["nvidia-smi", fields, "--format=csv,noheader", "-i", str(torch.cuda.current_device())]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 COLUMNS = "case, implementation, forward ms, backward ms, both ms, spread, rate, peak MiB".split(", ")
@@ -253,13 +261,14 @@ def bench_cases(args, keep):
     """Measure the cases that --only names until --minutes are over; keep(row) each row."""
     best = roofline()
     keep(dict(roofline=best))
+    end = time.monotonic() + 60 * args.minutes
     print(f"roofline of this run: {best['TF/s']:.0f} TF/s (bf16 product), {best['GB/s']:.0f} GB/s (copy)\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name, make in cases().items():
         for row in measure(name, make(), best) if any(text in name for text in args.only) else ():
             keep(row)
             print(show(row), flush=True)
-            if args.minutes and time.monotonic() > args.end:
+            if args.minutes and time.monotonic() > end:
                 return print(f"--minutes {args.minutes:g} are over")
 
 
@@ -296,7 +305,8 @@ COUNTED = ["kernels.bench", "--only", "attention encoder N=1024 D=64"]
 
 
 def bench_all(args, keep):
-    run_beside(["pytest", "-q", "-m", "gpu"])
+    if run_beside(["pytest", "-q", "-m", "gpu"]):
+        keep(dict(implementation="ours", failed="pytest -m gpu"))
     bench_tiles(keep)
     bench_cases(args, keep)
     run_beside(STEPS)
@@ -304,11 +314,13 @@ def bench_all(args, keep):
 
 
 def run_beside(module, *under):
-    """Run a program of which --all is made; one that is missing or fails is said so, and does not end the rest."""
+    """Run a program of which --all is made; a missing or failing one is reported, and the rest still runs."""
     print(f"\n== {' '.join([*under[:1], *module])}", flush=True)
     try:
         command = [*under, sys.executable, "-m", *module]
-        print(f"== exit status {subprocess.run(command, cwd=pathlib.Path(__file__).parents[1]).returncode}")
+        status = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1]).returncode
+        print(f"== exit status {status}")
+        return status
     except OSError as problem:
         print(f"== not run: {problem}")
 
@@ -323,7 +335,6 @@ def main(argv=None):
     parser.add_argument("--all", action="store_true", help="all of a GPU's checks and figures")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="append a line of JSON for each row to FILE")
     args = parser.parse_args(argv)
-    args.end = time.monotonic() + 60 * args.minutes
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json: {args.json} is a directory, or in one that does not exist")
     if not any(text in name for name in cases() for text in args.only):
@@ -335,7 +346,7 @@ def main(argv=None):
 
     def keep(row):
         nonlocal failed
-        failed |= "failed" in row and row.get("implementation") == "ours"
+        failed |= "failed" in row and row.get("implementation", "").startswith("ours")
         if args.json:
             with open(args.json, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")

@@ -43,13 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_kernels import (
-    CONFIGURATIONS,
-    MARGIN,
-    attention_dkdv_kernel,
-    attention_dq_kernel,
-    attention_forward_kernel,
-)
+from .attention_kernels import MARGIN, attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
 from .launch import architecture, check_tensors, launch, next_power_of_2, rows_together
@@ -158,6 +152,43 @@ def unpad(x, slot):
 # ---- Launchers ------------------------------------------------------------------------------------------------------
 
 
+# {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`. In half
+# precision a chain of two products puts all warps along the rows of a tile, 16 to each: more warps than that compute
+# the same scores twice. Among the others, large tiles that do not spill inside a loop; smaller ones for wider heads,
+# and for fp32, whose products do without tensor cores to keep its digits. Decoding has one query a sequence, and 16 is
+# the least that a product takes. "causal" rows are exceptions: masks need registers too.
+FP32 = {
+    ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
+    ("decode", 4): dict.fromkeys((32, 64, 128), (16, 32, 4, 2)),
+    ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
+    ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
+}
+CONFIGURATIONS = {
+    "sm_90": {
+        ("forward", 2): dict.fromkeys((32, 64, 128), (64, 64, 4, 2)),
+        ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2)},
+        ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
+        ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
+        ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
+        ("dkdv causal", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (16, 128, 8, 2)},
+        **FP32,
+    },
+    "sm_80": {
+        ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
+        ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
+        ("dq", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
+        ("dkdv", 2): {32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (32, 64, 4, 2)},
+        **FP32,
+        ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
+    },
+    "interpreter": {
+        (kernel, size): dict.fromkeys((32, 64, 128), (16 if kernel == "decode" else 128, 128, 1, 1))
+        for kernel in ("forward", "decode", "dq", "dkdv")
+        for size in (2, 4)
+    },
+}
+
+
 def tile(q, name, causal):
     """(BM, BN, num_warps, num_stages)"""
     table, size = CONFIGURATIONS[architecture(q.device)], q.element_size()
@@ -225,7 +256,7 @@ def attention_triton(
     causal: bool = False, dropout_p: float = 0.0, seed: int | Tensor | None = None, max_distance: int = 128,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """`attention_reference` by the kernels above; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py).
+    """`attention_reference` by the Triton kernels; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py).
 
     q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The gradients are contiguous.
     """

@@ -70,5 +70,7 @@ def test_an_error_of_the_system_is_told_as_file_and_reason(tmp_path, capsys):
         open(tmp_path / "x.jsonl")
     assert fail("program", 2, error.value) == 2
     assert capsys.readouterr().err == f"program: {tmp_path / 'x.jsonl'}: No such file or directory\n"
+    with pytest.raises(BrokenPipeError):  # a reader who has left is no fault: `data.report FILE | head` exits with 0
+        fail("program", 2, BrokenPipeError())
     assert fail("program", 1, ValueError("two\nlines")) == 1
     assert capsys.readouterr().err == "program: two lines\n"

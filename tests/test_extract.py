@@ -10,7 +10,6 @@ from teacher_stub import REPLIES, Stub, answer, completed
 from data.jsonl import read_jsonl
 
 
-# ---- A run that goes well -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": "odd", "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}, "correct": "old"}
@@ -100,7 +99,6 @@ def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(
         assert stub.connections == 6 and [r["teacher"]["attempts"] for r in rows(files)] == [1] * 6
 
 
-# ---- Samples, gold labels, reasoning --------------------------------------------------------------------------------
 def test_the_majority_of_n_samples_by_value_and_ties_go_to_the_first(files):
     said = ["One. The answer is (9).", "Two. The answer is (1 + 3).", "nothing", "Three. The answer is (2 + 2)."]
     with Stub(lambda question, attempt: completed(said[attempt])) as stub:
@@ -167,7 +165,6 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
         assert "Let me see" in row["error"]["raw"]
 
 
-# ---- What is asked --------------------------------------------------------------------------------------------------
 def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(files, capsys):
     lines = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
     lines[1] |= {"rationale": "Mine.", "mine": 1, "correct": ["yes"]}
@@ -205,14 +202,13 @@ def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(f
     (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run(files, "http://127.0.0.1:9/v1", "--dry-run") == 0
     said = capsys.readouterr().err
-    assert "warning: 2 gold labels are none that the prompt's class labels (positive, negative) can match" in said
-    assert "such as '0' in row 'in-3'" in said
+    assert "warning: 2 gold labels match none of the prompt's class labels (positive, negative)" in said
+    assert "for example '0' in row 'in-3'" in said
     (files / "p.json").write_text((ROOT / "data" / "prompts" / "cqa.json").read_text())
     assert run(files, "http://127.0.0.1:9/v1") == 2
     assert "row 'in-1': the prompt wants choices, the input has no lines" in capsys.readouterr().err
 
 
-# ---- Batch files ----------------------------------------------------------------------------------------------------
 def run_batch(requests, replies, answer_to):
     """A batch API: each request gets a line of the replies, in another order. Returns the requests."""
     lines = [json.loads(line) for path in requests for line in path.read_text().splitlines()]
@@ -273,7 +269,6 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
         assert "c.jsonl:1: not a reply of a batch" in capsys.readouterr().err
 
 
-# ---- Wrong arguments and files --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "line, words",
     [
@@ -349,7 +344,6 @@ def test_half_a_character_from_the_teacher_is_replaced_and_in_the_input_refused(
     assert "in.jsonl:1:" in capsys.readouterr().err
 
 
-# ---- The key --------------------------------------------------------------------------------------------------------
 def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):
     make_files(tmp_path, 12)
     monkeypatch.setenv("MY_KEY", KEY)

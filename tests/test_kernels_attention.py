@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from philox import kept
 
 from kernels import flash_attention
-from kernels.attention_kernels import CONFIGURATIONS
 from kernels.buckets import relative_position_bucket
+from kernels.flash_attention import CONFIGURATIONS
 from kernels.launch import architecture
 
 ROW = CONFIGURATIONS[architecture(torch.device(DEVICE))]

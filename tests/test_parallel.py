@@ -16,7 +16,7 @@ from running import run, same, weights, write_rows
 
 import train
 from data.jsonl import Record
-from dss.batch import Sequence, make_step, share_tokens
+from dss.batch import Sequence, count_tokens, make_step, share_tokens
 from dss.config import parse_args
 from dss.run import parallel
 
@@ -44,18 +44,15 @@ rows_of = st.lists(st.lists(st.builds(Sequence, ids, ids, st.sampled_from([0, 1]
 def test_the_rows_of_a_step_are_shared_out_whole_and_evenly(rows, n):
     parts = share_tokens(rows, n)
     assert sorted(row for part in parts for row in part) == sorted(rows) and len(parts) == n
-    tokens = [sum(len(s.input_ids) + len(s.target_ids) for row in part for s in row) for part in parts]
-    longest = max(sum(len(s.input_ids) + len(s.target_ids) for s in row) for row in rows)
-    assert max(tokens) - min(tokens) <= longest
+    tokens = [sum(map(count_tokens, part)) for part in parts]
+    assert max(tokens) - min(tokens) <= max(map(count_tokens, rows))
 
 
 @given(rows_of, st.integers(1, 4), st.integers(0, 3))
 def test_all_processes_take_as_many_passes(rows, n, micro_batch):
     steps = [make_step(rows, micro_batch, "cpu", 0, rank, n) for rank in range(n)]
     assert len({len(step.batches) for step in steps}) == 1
-    assert len({step[1:] for step in steps}) == 1 and steps[0].tokens == sum(
-        len(s.input_ids) + len(s.target_ids) for row in rows for s in row
-    )
+    assert len({step[1:] for step in steps}) == 1 and steps[0].tokens == sum(map(count_tokens, rows))
     trained = sum(int((batch.task >= 0).sum()) for step in steps for batch in step.batches)
     assert trained == steps[0].n_label + steps[0].n_rationale
 

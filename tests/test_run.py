@@ -16,12 +16,12 @@ from running import at_step, counting, prepare, result, run, same, weights, writ
 
 import tokenizer
 import train
-from data.arguments import OneLineParser
+from data.arguments import guard_streams
 from data.interrupt import Interrupted, Stop
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows
-from dss.run.report import too_short
+from dss.run.report import correct, too_short
 from dss.run.start import choose_device
 from dss.run.state import save_state
 from dss.weights import load_t5
@@ -46,7 +46,6 @@ def last_line(capsys):
     return capsys.readouterr().err.splitlines()[-1]
 
 
-# ---- The end of a run before its time -------------------------------------------------------------------------------
 def spoil(model):
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))
@@ -136,7 +135,6 @@ def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_has_it_ignored():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-# ---- Resumption -----------------------------------------------------------------------------------------------------
 def test_resume_compares_with_every_arm_in_the_directory(files, tmp_path, capsys):
     """`--resume --method dss --lr 0.5` put a run of another learning rate beside standard's, into one table."""
     arguments = [*files, *QUICK, "--steps", "2", "--out", tmp_path / "out"]
@@ -160,7 +158,6 @@ def test_the_same_weights_named_otherwise_are_the_same(files, pretrained, tmp_pa
     assert "--weights" in last_line(capsys)
 
 
-# ---- Refusals and warnings before training --------------------------------------------------------------------------
 def rationales(path, number):
     write_jsonl(path, [Record(f"r{i}", f"q {i}", "x", "why" if i < number else None) for i in range(9)])
     return ["--data", str(path), "--eval_data", str(path)]
@@ -228,7 +225,6 @@ def test_inputs_in_two_places_and_texts_that_were_cut_are_counted(files, tmp_pat
     assert cut in error
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
 def scripted(shares, seen=None):
     """train.evaluate, but the validation accuracies are `shares`; `seen` collects the weights that were looked at."""
     left, original = iter(shares), train.evaluate
@@ -314,7 +310,6 @@ def test_training_begins_targets_with_the_checkpoints_start_token(files, pretrai
     assert first == [7] * 8
 
 
-# ---- What a run says ------------------------------------------------------------------------------------------------
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
     clock, original = [0.0], train.evaluate
     monkeypatch.setattr("dss.run.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
@@ -347,6 +342,7 @@ def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, ca
 
 def test_a_full_log_costs_the_display_not_the_run(files, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))
+    guard_streams()
     assert run(*files, *SIX, "--out", tmp_path / "out") == 0
     with contextlib.suppress(OSError):  # of what could not be written
         sys.stderr.close()
@@ -363,7 +359,7 @@ def test_a_terminal_without_unicode_does_not_end_the_report(monkeypatch):
     """PYTHONIOENCODING=ascii: the first é of a question was a traceback, after hours of training."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
-    OneLineParser().parse_args([])  # with which every program begins
+    guard_streams()  # with which every program begins
     print("café")
     stream.flush()
     assert stream.buffer.getvalue() == b"caf?\n"
@@ -375,3 +371,9 @@ def test_a_run_too_short_to_judge_says_so_and_one_at_the_end_of_its_loss_does_no
         (tmp_path / "m").write_text("".join(f'{{"label_loss": {loss}}}\n' for loss in losses))
         said = too_short(dict(validation_accuracy=0.9, best_step=9, steps=9), tmp_path / "m", commonest)
         assert why in said and bool(why) == bool(said)
+
+
+def test_a_line_separator_in_a_question_is_no_end_of_its_line(tmp_path):
+    """str.splitlines cuts at U+2028, too: the report of a finished run failed."""
+    write_jsonl(tmp_path / "predictions.jsonl", [dict(input="a\u2028b\x85", correct=True)])
+    assert correct(tmp_path).tolist() == [1]

@@ -236,7 +236,6 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
         assert (b - first[name]).norm() > 1e-5 * b.norm(), "the weights have moved"
 
 
-# ---- Bad input: one line, exit 2, nothing written -------------------------------------------------------------------
 def write(path, text):
     path.write_text(text)
     return path
@@ -321,7 +320,6 @@ def test_resume_refuses_changed_rows(files, tmp_path, capsys):
     assert "was started with other rows" in capsys.readouterr().err
 
 
-# ---- Interruption ---------------------------------------------------------------------------------------------------
 class StopAt(Stop):
     """Interrupts a run when it asks for the n-th time."""
 

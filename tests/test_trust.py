@@ -75,7 +75,7 @@ def test_writing_follows_a_link_and_leaves_a_device_in_place(tmp_path):
 
 def test_a_spoiled_file_is_refused_in_one_line_or_means_the_same_to_transformers(transformers, tmp_path, recwarn):
     """150 files of five layouts, spoiled in one place: config, index, weights, tokenizer, rows and state. The long run
-    of it is `python tests/mutation.py 3500`."""
+    is in mutation.py."""
     transformers.logging.set_verbosity_error()
     mutation.make_layouts(tmp_path / "layouts")
     verdicts = Counter()

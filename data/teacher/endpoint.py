@@ -68,7 +68,7 @@ class Response(http.client.HTTPResponse):
         receive = self.fp.raw.readinto
 
         def receive_in_time(buffer):
-            if (left := until - time.monotonic()) <= 0:  # a server without pause, of interim replies say
+            if (left := until - time.monotonic()) <= 0:  # a server that never pauses, between interim replies say
                 raise TimeoutError
             sock.settimeout(left)
             return receive(buffer)
@@ -77,7 +77,11 @@ class Response(http.client.HTTPResponse):
 
     def _read_status(self):
         version, status, reason = super()._read_status()
-        return version, 100 if 100 <= status < 200 else status, reason  # it skips 100, and took a 102 for the reply
+        return (
+            version,
+            100 if 100 <= status < 200 else status,
+            reason,
+        )  # http.client skips 100 alone
 
 
 class Teacher:
@@ -150,7 +154,10 @@ class Teacher:
             self.connection = kind(host, port, timeout=min(self.timeout, CONNECT), **tls)
             if self.tls and self.proxy:
                 self.connection.set_tunnel(self.parts.hostname, self.parts.port or 443, self.login)
-            self.connection.connect()
+            try:
+                self.connection.connect()
+            except TimeoutError:  # which --timeout would not mend
+                raise ConnectionError(f"no connection within {self.connection.timeout:g} s") from None
         self.connection.response_class = functools.partial(Response, until=until)
         self.connection.sock.settimeout(self.timeout)
         self.connection.request("POST", self.target, content, self.headers)

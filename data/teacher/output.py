@@ -90,8 +90,8 @@ def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = (
 
 
 def what_changed(path: str, name: str, now: dict | None) -> str:
-    """What makes the request of row `name` another than the one that its line in the file was made with. `now` is what
-    the `teacher` of all this run's rows has, None for a row that is kept as it came."""
+    """Which settings differ between this run's request for row `name` and the one recorded in the file. now: this run's
+    provenance, or None if the row is kept as it came."""
     before = next(row["teacher"] for _, row, _ in read_rows(path) if row["id"] == name)
     if before is None or now is None:
         return f"{'no ' if before is None else ''}--replace, or another rationale in row {name!r}"

@@ -19,14 +19,14 @@ LABEL_TYPES = ("choice", "class", "equation", "text")
 
 @dataclass(frozen=True)
 class Answer:
-    """What a text holds, rationale and label or else the kind of error and a word on it, and what it took."""
+    """What a text holds, rationale and label or else the kind of error and a word on it, and what asking took."""
 
     rationale: str | None = None
     label: str | None = None
     error: str | None = None  # "empty" | "truncated" | "unparsed" | "label_invalid", or why there was no reply
     detail: str = ""
     raw: str = ""  # text
-    model: str = ""  # that was served
+    model: str = ""  # that answered, as the server says
     attempts: int = 0
     seconds: float = 0.0  # of the last reply
     usage: Counter = field(default_factory=Counter)  # of all attempts

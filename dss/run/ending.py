@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from data.arguments import one_line
+from data.files import write_json
 from data.interrupt import Interrupted
 from dss.config import TrainConfig
 from dss.model import T5
 from dss.run import parallel
-from dss.run.output import write_json
 from dss.run.state import Progress
 from dss.student import Student
 
@@ -64,8 +64,9 @@ class Keeper:
                     parallel.save_student(self.student, self.out / "student", self.config)
             except (FloatingPointError, OSError) as second:
                 raise Ended(1, f"{one_line(second)}; {self.kept()}") from None
-            line = f"interrupted at step {self.progress.step:,} of {self.out.name}; {self.out}/student"
-            raise Ended(130, f"{line} is the best so far, --resume goes on") from None
+            best = "the best so far" if self.progress.best_step else "the current one, none was evaluated yet"
+            line = f"interrupted at step {self.progress.step:,} of {self.out.name}; {self.out}/student is {best}"
+            raise Ended(130, f"{line}, --resume goes on") from None
         if isinstance(error, Exception):
             if line := describe(error):
                 raise Ended(1, f"{line}; {self.kept()}") from None

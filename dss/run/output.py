@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from data.arguments import flag
-from data.files import locked, read_json, replacing
+from data.files import locked, read_json
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows
 from dss.run import parallel
@@ -111,11 +111,6 @@ def same_setting(key: str, before: object, now: object) -> bool:
 def setting(key: str, value: object) -> str:
     name = flag("lr" if key == "learning_rate" else key)
     return f"no {name}" if value in (None, "") else f"{name} {value}"
-
-
-def write_json(path: Path, content: dict) -> None:
-    with replacing(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def forget_state(out: Path) -> None:

@@ -2,7 +2,7 @@
 
 Weights, gradients and optimiser state follow from the shapes. For activations a step with the data's own lengths runs
 on PyTorch's meta device, which has shapes and no numbers, and what autograd would keep for the backward pass is added
-up. The peak is the sum of all: what the backward pass frees is rarely what the gradients that it makes fit into.
+up. The peak is the sum of all: memory that the backward pass frees can rarely be reused for its gradients.
 
 Checked on the CPU (tests/test_plan.py). On a GPU the kernels keep no attention scores, dropout masks or logits, and
 that is left out here; with bfloat16 half is taken of what is kept, and a bfloat16 copy of the weights that autocast
@@ -62,7 +62,7 @@ class Plan:
     def warning(self) -> str:
         if self.peak <= self.device:
             return ""
-        return f"activations may take it to {self.peak:.1f} GB of {self.device:.1f}; {self.saver}"
+        return f"activations may bring the total to {self.peak:.1f} GB of {self.device:.1f}; {self.saver}"
 
     def require_fit(self) -> None:
         """Raise ValueError for a run that cannot begin; warn of one that may end before long."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data.answers import same_label
 from data.files import parse_json, replacing
+from data.jsonl import read_lines
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows, count_shared
 from dss.run import parallel
@@ -177,10 +178,12 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
         if sample["rationale"]:
             print(f"  because    {indent(shortened(sample['rationale']))}")
     print(f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, for transformers too.")
-    if len(trained := [m for m in METHODS if (out / m / "result.json").exists()]) < len(METHODS):
+    trained, left = ([m for m in METHODS if (out / m / "result.json").exists() == done] for done in (True, False))
+    if left:
         print(f"Next: the same command with --resume --method {' '.join(trained)} NAME adds a student")
+        print(f"      (NAME is one of {', '.join(left)})")
     if not config.data:
-        print(f"      python -m data.toy --out D --seed {config.seed} writes these rows, in the form of your own:")
+        print(f"      python -m data.toy --out D --seed {config.seed} writes these rows as JSONL; then with your own:")
         print("      python train.py --data F.jsonl --test-data G.jsonl --weights google/t5-v1_1-base")
 
 
@@ -206,8 +209,9 @@ def commonest_label(rows: Rows) -> tuple[str, float]:
 
 def correct(directory: Path) -> np.ndarray:
     """0 or 1 for each question of OUT/METHOD/predictions.jsonl."""
-    path = directory / "predictions.jsonl"
-    return np.array([parse_json(line, path)["correct"] for line in path.read_text("utf-8").splitlines()], dtype=int)
+    with open(path := directory / "predictions.jsonl", "rb") as file:
+        lines = [parse_json(line, where)["correct"] for where, _, line in read_lines(file, str(path))]
+    return np.array(lines, dtype=int)
 
 
 def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float, float]:

@@ -133,13 +133,12 @@ def main(argv: list[str] | None = None) -> int:
     with Stop("stopping; the runs under way save their state") as stop:
         try:
             failed = run_all(config, {name: cell for name, cell in cells.items() if name not in done}, stop)
+            if finished := {name: cell for name, cell in cells.items() if name not in failed}:
+                print("\n" + write_report(out, finished, levels))
         except Interrupted:
             return fail(130, f"interrupted; {out} keeps what is done, --resume goes on")
-        except ValueError as problem:
+        except (OSError, ValueError) as problem:
             return fail(2, problem)
-    finished = {name: cell for name, cell in cells.items() if name not in failed}
-    if finished:
-        print("\n" + write_report(out, finished, levels))
     for name in failed:
         print(f"dss.study: {name} failed; see {out / name}.log", file=sys.stderr)
     return 1 if failed else 0

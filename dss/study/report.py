@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from data.answers import same_label
-from data.files import read_json, replacing
+from data.files import read_json, replacing, write_json
 from dss.config import TrainConfig
 from dss.rows import Rows
-from dss.run.output import write_json
 from dss.run.report import commonest_label, correct, paired_difference
 
 LOOKS = {  # colour (Okabe and Ito's, told apart by colour-blind readers too), marker, name in a legend
