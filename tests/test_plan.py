@@ -72,4 +72,4 @@ def test_a_plan_is_printed_a_run_that_cannot_fit_refused_and_a_tight_one_warned_
     assert "optimiser alone take 1.0 GB of 0.5; " in error and "--shard" in error and "adafactor" in error
     assert error.count("\n") == 1 and not (tmp_path / "out").exists()
     train.prepare(parse_args([*flags, "--device_gb", "1.0", "--method", "dss"]))
-    assert "warning: activations may take it" in capsys.readouterr().err
+    assert "warning: activations may bring the total to" in capsys.readouterr().err
