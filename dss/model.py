@@ -20,6 +20,8 @@ import kernels
 from dss.batch import LABEL, Batch, Segments, Sequence, pack
 from dss.config import T5Config
 
+FEW = 128  # tokens, as in a step of decoding, for which products are computed another way
+
 
 class T5(nn.Module):
     """A T5 of the given `T5Config` with T5's random initialisation, drawn from torch's global generator."""
@@ -31,7 +33,7 @@ class T5(nn.Module):
         self.encoder = Stack(config, config.num_layers, is_decoder=False)
         self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size)
         self.initialise()
 
     def num_parameters(self) -> int:
@@ -82,7 +84,7 @@ class T5(nn.Module):
 
     def read_out(self, hidden: Tensor) -> Tensor:
         """(T, C) decoder states -> (T, V) logits."""
-        return F.linear(hidden * self.output_scale, self.output_matrix)
+        return product(hidden * self.output_scale, self.output_matrix)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -181,10 +183,10 @@ class Attention(nn.Module):
     def __init__(self, config: T5Config, causal: bool):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
+        self.o = Linear(inner, config.d_model)
         self.d_kv, self.causal = config.d_kv, causal
         self.max_distance, self.dropout_p = config.relative_attention_max_distance, config.dropout_rate
 
@@ -228,9 +230,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
         if self.gated:
-            self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+            self.gate = Linear(config.d_model, config.d_ff)
+        self.up = Linear(config.d_model, config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
         self.dropout_p = config.dropout_rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,14 +241,30 @@ class FeedForward(nn.Module):
         return self.down(y)
 
 
-def products(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """layer(x) of each of some equally large Linear layers, by one matrix product.
+class Linear(nn.Linear):
+    """A linear layer without a bias vector."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (T, C) times weight (N, C) transposed -> (T, N). For few tokens a CPU computes (W x^T)^T faster, 4 of them in a
+    quarter of the time."""
+    return (weight @ x.T).T if len(x) < FEW and x.device.type == "cpu" else F.linear(x, weight)
+
+
+def products(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """layer(x) of each of some equally large layers, by one matrix product.
 
     Where x has few tokens, as in decoding, joining the weights would take longer than it saves.
     """
-    if len(x) < 128:
+    if len(x) < FEW:
         return tuple(layer(x) for layer in layers)
-    return F.linear(x, torch.cat([layer.weight for layer in layers])).chunk(len(layers), dim=-1)
+    return product(x, torch.cat([layer.weight for layer in layers])).chunk(len(layers), dim=-1)
 
 
 class RMSNorm(nn.Module):
