@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from running import ROOT
+from running import ROOT, wait_until
 
 import extract
 
@@ -87,10 +87,8 @@ def start(folder, url, line="", before="", after=""):
 
 
 def wait_for_rows(folder, number, process=None):
-    while (process is None or process.poll() is None) and not (
-        (p := folder / "out.jsonl").exists() and p.read_bytes().count(b"\n") >= number
-    ):
-        time.sleep(0.005)
+    out, ended = folder / "out.jsonl", process.poll if process else lambda: None
+    wait_until(lambda: ended() is not None or out.exists() and out.read_bytes().count(b"\n") >= number)
 
 
 def lasting(row):

@@ -1,6 +1,7 @@
 """Short runs of train.py, as several test files make them."""
 
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -43,6 +44,12 @@ def at_step(steps, act):
         return original(student, *rest)
 
     return step_or_act
+
+
+def wait_until(holds, seconds=100):
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 def result(out, method):

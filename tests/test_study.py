@@ -5,11 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-from running import ROOT, write_rows
+from running import ROOT, wait_until, write_rows
 
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
@@ -63,8 +62,7 @@ def test_a_study_runs_its_grid_once_and_a_wider_one_adds_to_it(files, tmp_path, 
 def test_a_study_gives_each_run_several_processes(files, tmp_path, capsys):
     out = tmp_path / "study"
     grid = [*files, *QUICK, "--method", "dss", "--seed", "0", "--processes", "2", "--device", "cpu", "--out", out]
-    assert run(*grid) == 0
-    assert "1 at a time" in capsys.readouterr().out
+    assert run(*grid) == 0 and "1 at a time" in capsys.readouterr().out
     assert "2 x cpu" in (out / "gold-tiny-1-seed0.log").read_text()
 
 
@@ -88,15 +86,11 @@ def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tm
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     first = out / "gold-tiny-1-seed0"
-    deadline = time.monotonic() + 120
-    while not (first / "standard" / "result.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((first / "standard" / "result.json").exists)
     process.send_signal(stop)
     process.communicate(timeout=60)
     assert process.returncode == (130 if stop == signal.SIGINT else -stop)
-    deadline = time.monotonic() + 60
-    while str(first) in open_files() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: str(first) not in open_files())
     assert str(first) not in open_files()
     done = times(out)
     assert first / "standard" / "result.json" in done and len(done) < 4

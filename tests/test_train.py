@@ -6,13 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from running import ROOT, at_step, counting, prepare, result, run, same, weights, write_rows
+from running import ROOT, at_step, counting, prepare, result, run, same, wait_until, weights, write_rows
 
 import tokenizer
 import train
@@ -360,9 +359,7 @@ def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
     out = tmp_path / "out"
     arguments = [*files, "--steps", "100000", "--eval_every", "5", "--save_minutes", "0", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "train.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not (out / "standard" / "state.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until((out / "standard" / "state.pt").exists)
     os.kill(process.pid, signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in error
