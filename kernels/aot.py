@@ -18,6 +18,7 @@ import argparse
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import tempfile
 import warnings
@@ -209,4 +210,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` ends it without a traceback; Windows has no such signal
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()
