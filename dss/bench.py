@@ -226,15 +226,17 @@ def ctranslate2_decoder(setting):
 
     out, device = setting.directory / "ctranslate2", setting.device.type
     ctranslate2.converters.TransformersConverter(str(setting.directory)).convert(str(out), force=True)
+    path = out / "shared_vocabulary.json"  # without a tokenizer the converter repeats names
+    names = [str(i) if i > 2 else name for i, name in enumerate(json.loads(path.read_text("utf-8")))]
+    write_json(path, names)
     compute = "bfloat16" if (device, setting.config.dtype) == ("cuda", "bfloat16") else "float32"
     translator = ctranslate2.Translator(str(out), device, compute_type=compute, intra_threads=setting.threads)
-    pieces = json.loads((out / "shared_vocabulary.json").read_text("utf-8"))
-    ids = {piece: i for i, piece in enumerate(pieces)}
+    ids = {name: i for i, name in enumerate(names)}
 
     def decode(inputs):
-        texts = [[pieces[i] for i in row] for row in inputs]
+        texts = [[names[i] for i in row] for row in inputs]
         options = dict(max_batch_size=AT_A_TIME, beam_size=1, max_decoding_length=NEW_TOKENS)
-        return [[ids[piece] for piece in r.hypotheses[0]] for r in translator.translate_batch(texts, **options)]
+        return [[ids[name] for name in r.hypotheses[0]] for r in translator.translate_batch(texts, **options)]
 
     return decode
 
@@ -320,8 +322,7 @@ def compare(setting: Setting, argv: list[str]) -> int:
         for name, output in outputs.items():
             same = found[name]["same outputs"] = statistics.mean(map(list.__eq__, output, outputs[OURS]))
             found[name]["peak MiB"] = peak_memory(setting, "decoding", name) / 2**20
-            # Of two like logits either may win; and CTranslate2 has approximations of its own.
-            good &= same >= 0.98 or name == CT2 or config.dtype != "float32"
+            good &= same >= 0.98 or config.dtype != "float32"  # of two like logits either may win
         show(found, f"Decoding {len(inputs)} inputs, {AT_A_TIME} at a time, {NEW_TOKENS} tokens")
 
     if config.plot:
