@@ -20,7 +20,7 @@ import kernels
 from dss.batch import LABEL, Batch, Segments, Sequence, pack
 from dss.config import T5Config
 
-FEW = 128  # tokens, as in a step of decoding, for which products are computed another way
+FEW = 128  # products of fewer tokens, as in a step of decoding, are computed another way
 
 
 class T5(nn.Module):

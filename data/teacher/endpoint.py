@@ -77,11 +77,8 @@ class Response(http.client.HTTPResponse):
 
     def _read_status(self):
         version, status, reason = super()._read_status()
-        return (
-            version,
-            100 if 100 <= status < 200 else status,
-            reason,
-        )  # http.client skips 100 alone
+        status = 100 if 100 <= status < 200 else status  # http.client skips 100 alone
+        return version, status, reason
 
 
 class Teacher:
