@@ -1,7 +1,7 @@
 """The study: its grid, its statistics, its files, and that nothing finished is ever run twice."""
 
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,16 +19,27 @@ from dss.study.presets import PRESETS
 from dss.study.report import seeds_needed, summarise
 
 QUICK = "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8".split()
+ROWS = [Record(f"r{i}", f"How many are {i}?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)]
 
 
 @pytest.fixture
 def files(tmp_path):
-    rows = [Record(f"r{i}", f"How many are {i}?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)]
-    return write_rows(tmp_path, rows, 20)
+    return write_rows(tmp_path, ROWS, 20)
 
 
 def run(*arguments):
     return study.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a study of one run."""
+    directory = tmp_path_factory.mktemp("finished")
+    assert run(*write_rows(directory, ROWS, 20), *ONE, "--out", directory / "study") == 0
+    return directory / "study"
+
+
+ONE = [*QUICK, "--method", "standard", "--seed", "0"]
 
 
 def times(out):
@@ -66,11 +77,9 @@ def test_a_study_gives_each_run_several_processes(files, tmp_path, capsys):
     assert "2 x cpu" in (out / "gold-tiny-1-seed0.log").read_text()
 
 
-def test_other_settings_or_rows_are_refused_by_name(files, tmp_path, capsys):
-    out = tmp_path / "study"
-    grid = [*files, *QUICK, "--method", "standard", "--seed", "0", "--out", out]
-    assert run(*grid) == 0
-    before = times(out)
+def test_other_settings_or_rows_are_refused_by_name(files, tmp_path, capsys, finished):
+    out = shutil.copytree(finished, tmp_path / "study")
+    grid, before = [*files, *ONE, "--out", out], times(out)
     assert run(*grid, "--resume", "--lr", "0.5") == 2
     assert "--lr 0.001, not --lr 0.5" in capsys.readouterr().err
     write_jsonl(files[1], [Record("new", "How many?", "1", "Count.")] * 20)
@@ -78,23 +87,24 @@ def test_other_settings_or_rows_are_refused_by_name(files, tmp_path, capsys):
     assert "other rows" in capsys.readouterr().err and times(out) == before
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tmp_path, stop):
+def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tmp_path):
+    """Killed while its first run trains, which then ends by itself, and stopped by Ctrl-C in the second."""
     out = tmp_path / "study"
     quick = ["--steps", "150", "--eval_every", "10", *QUICK[4:], "--method", "standard", "dss", "--seed", "0", "1"]
-    command = [sys.executable, "-m", "dss.study", *files, *quick, "--jobs", "1", "--out", str(out)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    first = out / "gold-tiny-1-seed0"
-    wait_until((first / "standard" / "result.json").exists)
-    process.send_signal(stop)
-    process.communicate(timeout=60)
-    assert process.returncode == (130 if stop == signal.SIGINT else -stop)
-    wait_until(lambda: str(first) not in open_files())
-    assert str(first) not in open_files()
-    done = times(out)
-    assert first / "standard" / "result.json" in done and len(done) < 4
-    subprocess.run([*command, "--resume"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-m", "dss.study", *files, *quick, "--jobs", "1", "--resume", "--out", str(out)]
+    done = {}
+    for stop, status, seed in ((signal.SIGKILL, -signal.SIGKILL, 0), (signal.SIGINT, 130, 1)):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        first = out / f"gold-tiny-1-seed{seed}" / "standard" / "result.json"
+        wait_until(first.exists)
+        process.send_signal(stop)
+        process.communicate(timeout=60)
+        assert process.returncode == status
+        wait_until(lambda: str(out) not in open_files())
+        assert str(out) not in open_files()
+        before, done = done, times(out)
+        assert first in done and len(done) < 3 + seed and {path: done[path] for path in before} == before
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     after = times(out)
     assert len(after) == 4 and {path: after[path] for path in done} == done
 
@@ -141,19 +151,17 @@ def test_students_of_one_name_are_two_runs():
     assert sorted(cells) == ["gold-a--dss--student-1-seed0", "gold-b--dss--student-1-seed0"]
 
 
-def test_overwrite_deletes_runs_and_nothing_else(files, tmp_path, capsys):
+def test_overwrite_deletes_runs_and_nothing_else(files, tmp_path, capsys, finished):
     """It deleted a directory of a run's name whatever was in it."""
-    out = tmp_path / "study"
-    grid = [*files, *QUICK, "--method", "standard", "--seed", "0", "--out", out]
-    mine = out / "gold-tiny-1-seed0" / "standard" / "mine.txt"
+    mine = tmp_path / "mine" / "gold-tiny-1-seed0" / "standard" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.touch()
-    assert run(*grid, "--overwrite") == 2 and "is not the output of a run" in capsys.readouterr().err
-    mine.unlink()  # which is there
-    mine.parent.rmdir()
-    assert run(*grid, "--overwrite") == 0
+    assert run(*files, *ONE, "--overwrite", "--out", tmp_path / "mine") == 2 and mine.exists()
+    assert "is not the output of a run" in capsys.readouterr().err
+    out = shutil.copytree(finished, tmp_path / "study")
     before = times(out)
-    assert run(*grid, "--overwrite") == 0 and times(out) != before
+    assert run(*files, *ONE, "--overwrite", "--out", out) == 0
+    assert times(out).keys() == before.keys() and times(out) != before
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_seeds_and_questions():
@@ -189,7 +197,7 @@ def test_gains_are_paired_within_a_run():
     assert np.isclose(standard["deviation"], np.std([0.25, 0.75], ddof=1))
 
 
-def test_without_matplotlib_the_table_says_how_to_get_pictures(files, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_table_says_how_to_get_pictures(files, tmp_path, capsys, monkeypatch, finished):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run(*files, *QUICK, "--method", "standard", "--seed", "0", "--out", tmp_path / "study") == 0
+    assert run(*files, *ONE, "--resume", "--out", shutil.copytree(finished, tmp_path / "study")) == 0
     assert "pip install matplotlib" in capsys.readouterr().out
