@@ -21,16 +21,16 @@ KERNELS = "attention_forward attention_dq attention_dkdv cross_entropy_row cross
 KERNELS += " rms_norm_forward rms_norm_backward activation"
 
 
-def python(*arguments, **environment):
+def start(*arguments, **environment):
     without = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=without | environment, capture_output=True, text=True)
+    command, pipe = [sys.executable, "-m", "kernels.aot", *arguments], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=without | environment, stdout=pipe, stderr=pipe, text=True)
 
 
-def compiled(*arguments):
-    run = python("kernels.aot", "--json", *arguments)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+def compiled(process):
+    output, error = process.communicate()
+    assert process.returncode == 0, error[-2000:]
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def check(rows):
@@ -42,9 +42,10 @@ def check(rows):
             assert row["architecture"] != "sm_90" or row["spills"][0] == 0, row
 
 
-def test_each_kernel_compiles_for_hopper_and_attention_s_loops_are_short():
+@pytest.mark.beside(lambda _: start("--json", "--arch", "sm_90", "--only", *EACH_KERNEL))
+def test_each_kernel_compiles_for_hopper_and_attention_s_loops_are_short(beside, request):
     """Instructions of plain and edge loops as RESULTS.md has them for triton 3.6 and 3.9, and a little more."""
-    rows = compiled("--arch", "sm_90", "--only", *EACH_KERNEL)
+    rows = compiled(beside[request.node.name][0])
     assert {row["kernel"] for row in rows} == {f"{name}_kernel" for name in KERNELS.split()}
     check(rows)
     forward, _, dkdv = rows[:3]
@@ -54,13 +55,13 @@ def test_each_kernel_compiles_for_hopper_and_attention_s_loops_are_short():
 
 @pytest.mark.slow
 def test_every_configuration_compiles(figures):
-    rows = compiled("--arch", "sm_90", "sm_80")
+    rows = compiled(start("--json", "--arch", "sm_90", "sm_80"))
     assert {row["case"] for row in rows} == set(aot.CASES)
     figures += [aot.HEADER, *map(aot.line, rows)]
     check(rows)
 
 
 def test_under_the_interpreter_it_says_what_to_do():
-    run = python("kernels.aot", TRITON_INTERPRET="1")
-    assert run.returncode == 2
-    assert run.stderr.startswith("python -m kernels.aot: needs Triton, and TRITON_INTERPRET unset")
+    process = start(TRITON_INTERPRET="1")
+    assert process.communicate()[1].startswith("python -m kernels.aot: needs Triton, and TRITON_INTERPRET unset")
+    assert process.returncode == 2

@@ -6,26 +6,29 @@ import sys
 import pytest
 from running import ROOT, result
 
+METHODS = ["standard", "dss", "dss-shuffled"]
 SHORT = "--steps 1000 --eval-every 500 --lr 2e-3 --batch-size 16 --subsample 0.5".split()  # a sixth of the work
 
 
-def accuracies(out, *arguments):
-    """Of standard, dss and dss-shuffled. dss is trained beside the others: each run takes one core."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--method"]
-    methods = {"a": ["standard", "dss-shuffled"], "b": ["dss"]}
-    runs = [subprocess.Popen([*command, *some, "--out", str(out / name)]) for name, some in methods.items()]
-    assert [run.wait() for run in runs] == [0, 0]
-    found = {m: result(out / name, m)["test_accuracy"] for name, some in methods.items() for m in some}
-    return found["standard"], found["dss"], found["dss-shuffled"]
+def train(out, *arguments):
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--method", *METHODS, "--out", str(out / "out")]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def test_step_by_step_beats_standard_and_other_rows_rationales_in_a_short_run(tmp_path):
-    standard, dss, shuffled = accuracies(tmp_path / "out", *SHORT)
+def accuracies(process, out):
+    """Of the METHODS."""
+    assert process.wait() == 0
+    return [result(out / "out", method)["test_accuracy"] for method in METHODS]
+
+
+@pytest.mark.beside(lambda out: train(out, *SHORT))
+def test_step_by_step_beats_standard_and_other_rows_rationales_in_a_short_run(beside, request):
+    standard, dss, shuffled = accuracies(*beside[request.node.name])
     assert dss > standard and dss > shuffled
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_step_by_step_beats_standard_and_other_rows_rationales_do_not(tmp_path, seed):
-    standard, dss, shuffled = accuracies(tmp_path / "out", "--seed", str(seed))
+    standard, dss, shuffled = accuracies(train(tmp_path, "--seed", str(seed)), tmp_path)
     assert dss >= standard + 0.05 > shuffled
