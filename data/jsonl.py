@@ -25,10 +25,6 @@ KINDS = dict.fromkeys(("label", "teacher_label"), (str, "a text or null")) | {
 }
 
 
-class RecordError(ValueError):
-    """A line that is no record; the message gives file, line and reason."""
-
-
 @dataclass(frozen=True)
 class Record:
     id: str
@@ -46,7 +42,7 @@ class Record:
 
 
 def parse_record(line: str, where: str, default_id: str, names: dict[str, str] | None = None) -> Record:
-    """One line -> Record. `where` ("FILE:LINE") begins the message of the RecordError that a bad line raises.
+    """One line -> Record. `where` ("FILE:LINE") begins the message of the ValueError that a bad line raises.
 
     names: {"input": "question"} where the file has another name for a key of the record. A key so hidden is kept as
     "original_KEY"; an id or a label may then be a number.
@@ -56,19 +52,17 @@ def parse_record(line: str, where: str, default_id: str, names: dict[str, str] |
         if "\\ud" in line.lower():  # only an escape can be half a character, which UTF-8 cannot hold
             json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise RecordError(f"{where}: it holds half a character, a lone \\ud800 to \\udfff") from None
-    except ValueError as problem:
-        raise RecordError(problem) from None
+        raise ValueError(f"{where}: it holds half a character, a lone \\ud800 to \\udfff") from None
     if not isinstance(row, dict):
-        raise RecordError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
+        raise ValueError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
     row = renamed(row, where, names or {})
     if not is_text(row.get("input")):
-        raise RecordError(f'{where}: "input" must be a text that is not blank, got {repr(row.get("input"))}')
+        raise ValueError(f'{where}: "input" must be a text that is not blank, got {repr(row.get("input"))}')
     found = {}
     for name, (kind, what) in KINDS.items():
         value = row.pop(name, None)
         if not isinstance(value, kind | None) or isinstance(value, list) and not (value and all(map(is_text, value))):
-            raise RecordError(f'{where}: "{name}" must be {what}, got {repr(value)}')
+            raise ValueError(f'{where}: "{name}" must be {what}, got {repr(value)}')
         blank = name in TEXTS and isinstance(value, str) and not value.strip()
         found[name] = None if blank else value
     found["id"] = default_id if found["id"] is None else found["id"]
@@ -84,7 +78,7 @@ def renamed(row, where, names):
     """The row with the keys of the record in place of the file's own. With names, an id or label may be a number."""
     for key, name in names.items():
         if name not in row and name != key:
-            raise RecordError(f'{where}: there is no "{name}"; the line has {", ".join(row) or "nothing"}')
+            raise ValueError(f'{where}: there is no "{name}"; the line has {", ".join(row) or "nothing"}')
     taken = {}
     for key, name in names.items():
         value = row.pop(name, None)
@@ -95,23 +89,23 @@ def renamed(row, where, names):
 def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, int, str]]:
     """Yield ("NAME:NUMBER", number, line without its end) for each line of a binary file, in UTF-8.
 
-    Raises RecordError for a line that is not, or too long to be a JSON text.
+    Raises ValueError for a line that is not, or too long to be a JSON text.
     """
     for number, line in enumerate(iter(lambda: file.readline(MOST_JSON + 1), b""), 1):
         where = f"{name}:{number}"
         if len(line) > MOST_JSON:
-            raise RecordError(f"{where}: longer than {MOST_JSON:,} bytes, too long for a line")
+            raise ValueError(f"{where}: longer than {MOST_JSON:,} bytes, too long for a line")
         try:
             yield where, number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as problem:
-            raise RecordError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
+            raise ValueError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
 
 
 def read_jsonl(path: str | PathLike, names: dict[str, str] | None = None) -> Iterator[Record]:
     """Yield the Records of a file, one at a time; blank lines are passed over. A row without an id gets STEM-LINE.
     `names` as in parse_record.
 
-    Raises RecordError for a line that is no record, OSError for a file that cannot be read.
+    Raises ValueError for a line that is no record, OSError for a file that cannot be read.
     """
     with open(path, "rb") as file:
         for where, number, line in read_lines(file, str(path)):

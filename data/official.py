@@ -19,7 +19,7 @@ from typing import NamedTuple
 from data import arguments
 from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
 from data.files import parse_json, read_json
-from data.jsonl import Record, RecordError, parse_record, read_lines, write_jsonl
+from data.jsonl import Record, parse_record, read_lines, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
 
@@ -60,18 +60,18 @@ def parse_output(output: str, form: Format, text: str = "") -> tuple[str | None,
 
 def import_split(path: Path, outputs: list, form: Format, teacher: str) -> list[Record]:
     """The Records of one split file. outputs: [(raw output, where it lies)], in the rows' order; the last rows may have
-    none. Raises RecordError, for one where the release holds something else than a text."""
+    none. Raises ValueError, for one where the release holds something else than a text."""
     records = []
     with open(path, "rb") as file:
         lines = [(place, line) for place, _, line in read_lines(file, str(path)) if line.strip()]
     if len(outputs) > len(lines):
-        raise RecordError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
+        raise ValueError(f"{path}: {len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row")
     for index, ((place, line), output) in enumerate(zip_longest(lines, outputs)):
         try:
             text, label = form.read(parse_json(line, place))
             rationale, answer = parse_output(output[0], form, text) if output else (None, None)
         except (ValueError, KeyError, TypeError) as error:
-            raise RecordError(f"{place}: not a row of this dataset ({error!r})") from None
+            raise ValueError(f"{place}: not a row of this dataset ({error!r})") from None
         provenance = {"model": teacher, "output": output[1]} if output else {}
         record = Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance)
         records.append(parse_record(record.to_json(), place, ""))
@@ -84,7 +84,7 @@ def read_outputs(files):
     for path in files:
         items = read_json(path, most=1 << 30)  # one file may hold the outputs for a whole split
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise RecordError(f"{path}: not a JSON list of texts")
+            raise ValueError(f"{path}: not a JSON list of texts")
         outputs += [(item, f"{path.name}:{index}") for index, item in enumerate(items)]
     return outputs
 
@@ -92,7 +92,7 @@ def read_outputs(files):
 def import_all(root: Path, out: Path) -> Iterator[str]:
     """Import every split below `root` into `out`; yield a line on each file written.
 
-    Raises FileNotFoundError if `root` holds none of the datasets, RecordError for a file that is not as released.
+    Raises FileNotFoundError if `root` holds none of the datasets, ValueError for a file that is not as released.
     """
     splits = [(path, form) for name, form in FORMATS.items() for path in sorted((root / name).glob(f"{name}_*.json"))]
     if not splits:

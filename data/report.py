@@ -14,7 +14,7 @@ import sentencepiece
 
 from data import arguments
 from data.answers import choose_label_type, same_label
-from data.jsonl import RecordError, read_jsonl
+from data.jsonl import read_jsonl
 
 PERCENTILES = (50, 90, 99, 100)
 PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py puts before the input, for each target
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = {path: list(read_jsonl(path)) for path in args.files}
         for path, records in rows.items():
             if not records:
-                raise RecordError(f"{path}: no row in it")
+                raise ValueError(f"{path}: no row in it")
             print(f"{path}: {len(records):,} rows", *describe(records, count, unit), "", sep="\n")
         inputs = {path: {normal(r.input) for r in records} for path, records in rows.items()}
         for a, b in combinations(inputs, 2):  # test rows among the training rows are the usual accident

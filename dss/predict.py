@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import arguments
 from data.answers import CHOICES, same_label
 from data.files import replacing
-from data.jsonl import Record, RecordError, parse_record, read_lines, to_line
+from data.jsonl import Record, parse_record, read_lines, to_line
 from dss.run.start import choose_device, choose_threads
 from dss.student import Student
 
@@ -100,10 +100,10 @@ def answer(student: Student, rows: list[Row], args: argparse.Namespace, judge: "
 
 
 def list_choices(record: Record) -> list[str]:
-    """The choices that a question lists, in order, one given twice once. Raises RecordError if it lists none."""
+    """The choices that a question lists, in order, one given twice once. Raises ValueError if it lists none."""
     choices = list(dict.fromkeys(choice for _, choice in CHOICES.findall(record.input)))
     if not choices:
-        raise RecordError(f'row {record.id}: --choices, but the input lists none, a line each: "(a) park"')
+        raise ValueError(f'row {record.id}: --choices, but the input lists none, a line each: "(a) park"')
     return choices
 
 
@@ -139,7 +139,7 @@ class Judge:
 
 
 def read_rows(source: io.BufferedIOBase, args: argparse.Namespace) -> Iterator[Row]:
-    """Yield (Record, its line of JSON or None) from a binary file. Raises RecordError for a line that is no record."""
+    """Yield (Record, its line of JSON or None) from a binary file. Raises ValueError for a line that is no record."""
     is_json, known = args.format == "jsonl", args.format != "auto"
     for where, _, text in read_lines(source, "standard input" if args.file == "-" else args.file):
         if not known and text.strip():

@@ -13,7 +13,7 @@ import torch
 from mutation import OPTIMIZERS, make_run, train_a_step
 
 from data.files import digest, parse_json, read_json, replacing
-from data.jsonl import RecordError, read_jsonl
+from data.jsonl import read_jsonl
 from dss.run.state import load_state, save_state
 
 
@@ -49,7 +49,7 @@ def test_json_of_ordinary_depth_and_size_is_read(tmp_path):
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr("data.jsonl.MOST_JSON", 20)
     (tmp_path / "x.jsonl").write_text('{"input": "a"}\n{"input": "' + "a" * 30)
-    with pytest.raises(RecordError, match=r"x.jsonl:2: longer than 20 bytes"):
+    with pytest.raises(ValueError, match=r"x.jsonl:2: longer than 20 bytes"):
         list(read_jsonl(tmp_path / "x.jsonl"))
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from data.files import parse_json
-from data.jsonl import RecordError, write_jsonl
+from data.jsonl import write_jsonl
 from data.teacher.endpoint import Reply, RequestError, Teacher, read_reply
 
 
@@ -35,7 +35,7 @@ class Replies:
     """The replies of batch files, asked for as a Teacher is. In memory is only where each lies."""
 
     def __init__(self, paths: list[str], teacher: Teacher):
-        """Raises OSError, or RecordError for a line that is no reply."""
+        """Raises OSError, or ValueError for a line that is no reply."""
         self.places, self.teacher = {}, teacher  # custom id -> (file, where its line begins)
         for path in paths:
             offset = 0
@@ -45,7 +45,7 @@ class Replies:
                         identity, status, _ = parse(line)
                     except (ValueError, LookupError, TypeError, AttributeError):
                         what = 'not a reply of a batch, which has a "custom_id" and a "response"'
-                        raise RecordError(f"{path}:{number}: {what}") from None
+                        raise ValueError(f"{path}:{number}: {what}") from None
                     if identity not in self.places or status == 200:  # no error hides an answer
                         self.places[identity] = path, offset
                     offset += len(line)

@@ -6,14 +6,13 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from data.files import replacing
-from data.jsonl import RecordError
 from data.teacher.tally import print_line
 
 BEGIN = b'{"id": '  # of every line
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
-    """Yield (FILE:LINE, row, line) of a file that extract.py wrote, but for a torn last line. Raises RecordError,
+    """Yield (FILE:LINE, row, line) of a file that extract.py wrote, but for a torn last line. Raises ValueError,
     naming file and line, for another file or a damaged one."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -26,7 +25,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
             teacher = row.get("teacher", "none") if isinstance(row, dict) and "id" in row else "none"
             if teacher is not None and not (isinstance(teacher, dict) and "request_sha256" in teacher):
                 what = "name another file" if number == 1 else "remove this line, and its row is asked again"
-                raise RecordError(f"{path}:{number}: not a row that extract.py wrote; {what}")
+                raise ValueError(f"{path}:{number}: not a row that extract.py wrote; {what}")
             if line.endswith(b"\n"):  # else it is torn, too
                 yield f"{path}:{number}", row, line
 
@@ -41,14 +40,14 @@ class Outcome(NamedTuple):
 
 def read_state(output: str, errors: str) -> dict[str, Outcome]:
     """{id: Outcome} of what the output and the errors file hold. A last line that a crash has torn is cut off. Raises
-    RecordError for files that are not extract.py's, and then leaves them as they are."""
+    ValueError for files that are not extract.py's, and then leaves them as they are."""
     state, sizes = {}, {}
     for path in filter(os.path.exists, (errors, output)):  # the output has the last word
         sizes[path] = 0
         for where, row, line in read_rows(path):
             name = row["id"]
             if name in state and not state[name].kind:
-                raise RecordError(f"{where}: the id {name!r} is there twice; remove one of the lines")
+                raise ValueError(f"{where}: the id {name!r} is there twice; remove one of the lines")
             kind = row.get("error", {}).get("kind", "unknown") if path == errors else None
             state[name] = Outcome(kind, row.get("correct"), (row["teacher"] or {}).get("request_sha256"))
             sizes[path] += len(line)
