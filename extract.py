@@ -35,12 +35,12 @@ import data
 from data import arguments
 from data.answers import split_thinking
 from data.files import locked, open_regular
-from data.interrupt import Stop
+from data.interrupt import Interrupted, Stop
 from data.jsonl import read_jsonl
 from data.teacher.batch import Replies, custom_id, write_requests
 from data.teacher.endpoint import PATHS, RAW, RequestError, Teacher, shown
 from data.teacher.output import Outcome, append, put_in_order, read_state, what_changed
-from data.teacher.pace import Pace, Stopped
+from data.teacher.pace import Pace
 from data.teacher.prompt import Answer, Prompt, load_prompt
 from data.teacher.settings import ExtractConfig
 from data.teacher.tally import bar_text, print_estimate, print_header, print_line, print_summary, warn
@@ -237,7 +237,7 @@ def work(run, jobs, results):
         question = "; is the teacher running there?" if error.kind == "disconnect" else ""
         run.aborted = run.aborted or f"{error}{question}"
         run.pace.stopped.set()
-    except (StopIteration, Stopped):
+    except (StopIteration, Interrupted):
         pass
     except Exception as error:
         results.put(error)
@@ -245,8 +245,8 @@ def work(run, jobs, results):
 
 
 def ask(run, teacher, record, body, number):
-    """Sample `number` of a row: ask until there is a reply, read it; None if a batch has none. Raises Stopped if the
-    run ends first, RequestError if it must end."""
+    """Sample `number` of a row: ask until there is a reply, read it; None if a batch has none. Raises Interrupted if
+    the run ends first, RequestError if it must end."""
     pace, attempts, seconds, usage = run.pace, 0, 0.0, Counter()
     identity, body = sample_request(run, record, body, number)
     while True:

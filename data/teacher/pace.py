@@ -11,12 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from data.interrupt import Interrupted
 from data.teacher.endpoint import RequestError
 from data.teacher.tally import print_line
-
-
-class Stopped(Exception):
-    """The run is ending: ask no more."""
 
 
 class Pace:
@@ -33,7 +30,7 @@ class Pace:
         self.passed = self.refused = 0  # requests that were let through, of late; 429s, ever
 
     def wait(self) -> float:
-        """Return when a request may go out, with the time. Raises Stopped if the run ends first."""
+        """Return when a request may go out, with the time. Raises Interrupted if the run ends first."""
         with self.turn:
             while (pause := max(self.open, self.sent + self.interval) - time.monotonic()) > 0:
                 self.sleep(pause)
@@ -96,4 +93,4 @@ class Pace:
 
     def sleep(self, seconds: float):
         if self.stopped.wait(seconds) if seconds > 0 else self.stopped.is_set():
-            raise Stopped
+            raise Interrupted
