@@ -27,7 +27,7 @@ class Pace:
         self.heard = self.since = time.monotonic()  # when the teacher answered last; since when `passed` is counted
         self.open = self.sent = 0.0  # no request goes out before `open`; the last one did at `sent`
         self.slowed = self.missed = 0.0  # when a 429 last changed the interval; when a search was last in vain
-        self.passed = self.refused = 0  # requests that were let through, of late; 429s, ever
+        self.passed = 0  # requests that were let through, of late
 
     def wait(self) -> float:
         """Return when a request may go out, with the time. Raises Interrupted if the run ends first."""
@@ -49,7 +49,6 @@ class Pace:
         """A 429 for the request that went out at time `sent`. Raises the error if nothing else came for too long."""
         with self.lock:
             now = time.monotonic()
-            self.refused += 1
             self.open = max(self.open, now + (error.wait or 0) * self.scale)
             if sent >= self.slowed:  # an earlier request tells nothing about the pace of now
                 took = now - self.since

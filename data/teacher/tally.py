@@ -28,8 +28,8 @@ def dollars(config, tokens_in, tokens_out):
 
 def bar_text(run) -> str:
     ok, out, retries = run.kinds[None], run.kinds.total() - run.kinds[None], run.spent["retries"]
-    slowed = run.pace.refused and run.pace.interval > 0.01
-    rate = f", {60 / run.pace.interval:,.0f}/min" if slowed else ""
+    slow = run.pace.slowed and run.pace.interval > 0.01
+    rate = f", {60 / run.pace.interval:,.0f}/min" if slow else ""
     speed = run.spent["completion"] / max(time.monotonic() - run.start, 1e-3)
     cost = dollars(run.config, run.spent["prompt"], run.spent["completion"])
     return f"{ok:,} ok, {out:,} left out, {retries:,} retries{rate}, {speed:,.0f} tok/s{cost}"
