@@ -36,8 +36,8 @@ from data import arguments
 from data.answers import split_thinking
 from data.files import locked, open_regular
 from data.interrupt import Interrupted, Stop
-from data.jsonl import read_jsonl
-from data.teacher.batch import Replies, custom_id, write_requests
+from data.jsonl import read_jsonl, write_jsonl
+from data.teacher.batch import Replies, custom_id
 from data.teacher.endpoint import PATHS, RAW, RequestError, Teacher, shown
 from data.teacher.output import Outcome, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace
@@ -182,12 +182,16 @@ def jobs_of(run):
 
 
 def write_batch(run):
-    """Write the requests that are to be made into files, and say how to go on."""
-    config = run.config
-    requests = (sample_request(run, *job, i) for job in jobs_of(run) if job[1] for i in range(config.n))
+    """Write the requests that are to be made into files, F.jsonl, F-2.jsonl, ..., and say how to go on."""
+    config, path, number = run.config, Path(run.config.batch_requests), 1
     url = "/v1" + PATHS[config.endpoint]
-    for path, count in write_requests(config.batch_requests, requests, url, config.batch_rows):
-        print_line(f"{path}: {count:,} requests")
+    requests = (sample_request(run, *job, i) for job in jobs_of(run) if job[1] for i in range(config.n))
+    lines = ({"custom_id": identity, "method": "POST", "url": url, "body": body} for identity, body in requests)
+    while part := list(islice(lines, config.batch_rows)):
+        name = path.with_stem(f"{path.stem}-{number}") if number > 1 else path
+        write_jsonl(name, part)
+        print_line(f"{name}: {len(part):,} requests")
+        number += 1
     print_line("next: the same command with --batch-replies REPLIES.jsonl in place of --batch-requests")
     return 0
 

@@ -7,28 +7,13 @@ HASH is the first 12 digits of the request's hash, so that replies to other requ
 """
 
 import json
-from collections.abc import Iterable
-from itertools import islice
-from pathlib import Path
 
 from data.files import parse_json
-from data.jsonl import write_jsonl
 from data.teacher.endpoint import Reply, RequestError, Teacher, read_reply
 
 
 def custom_id(name: str, request_hash: str, sample: int) -> str:
     return f"{name}-{request_hash[:12]}-{sample}"
-
-
-def write_requests(path: str, requests: Iterable[tuple[str, dict]], url: str, most: int) -> list[tuple[Path, int]]:
-    """Write (custom id, body) pairs, at most `most` a file: F.jsonl, F-2.jsonl, ... Returns files and row counts."""
-    path, files = Path(path), []
-    lines = ({"custom_id": identity, "method": "POST", "url": url, "body": body} for identity, body in requests)
-    while part := list(islice(lines, most)):
-        name = path.with_stem(f"{path.stem}-{len(files) + 1}") if files else path
-        write_jsonl(name, part)
-        files.append((name, len(part)))
-    return files
 
 
 class Replies:
