@@ -4,10 +4,12 @@ The paper's released outputs and the replies that extract.py collects are read b
 a text without a marker, or with two different answers, has no label.
 """
 
+import ast
+import math
+import operator
 import re
+import threading
 from collections.abc import Callable, Iterable
-
-from data.equation import same_value, value
 
 CHOICES = re.compile(r"^\((\w)\) *(.+?)\s*$", re.MULTILINE)  # the lines "(a) park" of a question
 SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
@@ -16,6 +18,12 @@ SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 THINKING = re.compile(r"\s*(<think(ing)?>|\[THINK\]|(<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>)")
 ANSWERING = re.compile(r"</think(ing)?>|\[/THINK\]|<\|channel\|>final<\|message\|>")
 TAGS = re.compile(r"</?think(ing)?>|\[/?THINK\]|(<\|start\|>assistant|<\|channel\|>\w+|<\|\w+\|>)+")
+
+LONGEST = 200  # characters of an equation
+LARGEST = 1e15  # magnitude of any number or intermediate result; beyond it floats no longer tell integers apart
+PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' parsing as one: SystemError, now and then
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+OPERATORS |= {ast.UAdd: operator.pos, ast.USub: operator.neg}
 Read, Same = Callable[[str], str | None], Callable[[str, str], bool]
 
 
@@ -64,6 +72,37 @@ def equation_answer(text: str) -> str | None:
     """` (84 / 2).` -> `(84 / 2)`; None unless it is arithmetic."""
     match = re.search(r"\(.*\)", text)
     return match[0] if match and value(match[0]) is not None else None
+
+
+def value(text):
+    """The value of an arithmetic expression as a float, or None if the text is not one, is too long or too large.
+
+    What a model wrote is never given to eval: it is parsed, and only numbers, + - * /, signs and parentheses are
+    computed.
+    """
+    if len(text) > LONGEST or not re.fullmatch(r"[0-9.+\-*/()\s]+", text):
+        return None
+    try:
+        with PARSING:
+            tree = ast.parse(text.strip(), mode="eval")
+        return compute(tree.body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def compute(node):
+    match node:
+        case ast.Constant(value=int() | float() as result):
+            pass
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            result = OPERATORS[type(op)](compute(left), compute(right))
+        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
+            result = OPERATORS[type(op)](compute(operand))
+        case _:
+            raise ValueError("not arithmetic")
+    if not abs(result) <= LARGEST:  # also refuses nan
+        raise ValueError("too large")
+    return float(result)
 
 
 def class_answer(text: str, labels: Iterable[str]) -> str | None:
@@ -116,7 +155,8 @@ def same_label(a: str, b: str, label_type: str, input: str = "") -> bool:
     `input` they name (`(c) park`, `c`, `(c)` and `park` are one) or as texts, classes in any case of letters, texts by
     their words."""
     if label_type == "equation":
-        return same_value(a, b)
+        x, y = value(a), value(b)
+        return x is not None and y is not None and math.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9)
     if label_type == "choice":
         choices = CHOICES.findall(input)
         a, b = pick(a, choices) or a, pick(b, choices) or b

@@ -46,7 +46,7 @@ def test_nothing_but_the_listed_packages_is_needed():
 
 def test_importing_the_data_tools_does_not_load_torch():
     """data is used on machines that only talk to a teacher; torch takes seconds to load."""
-    code = "import sys, data.jsonl, data.official, data.toy, data.equation, extract; sys.exit('torch' in sys.modules)"
+    code = "import sys, data.jsonl, data.official, data.toy, data.report, extract; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from running import ROOT
 
 from data import toy
-from data.answers import read_label
-from data.equation import value
+from data.answers import read_label, value
 from data.teacher.prompt import load_prompt
 
 FOLDER = ROOT / "data" / "prompts"
