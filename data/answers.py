@@ -19,15 +19,12 @@ THINKING = re.compile(r"\s*(<think(ing)?>|\[THINK\]|(<\|start\|>assistant)?<\|ch
 ANSWERING = re.compile(r"</think(ing)?>|\[/THINK\]|<\|channel\|>final<\|message\|>")
 TAGS = re.compile(r"</?think(ing)?>|\[/?THINK\]|(<\|start\|>assistant|<\|channel\|>\w+|<\|\w+\|>)+")
 
-LONGEST = 200  # characters of an equation
-LARGEST = 1e15  # magnitude of any number or intermediate result; beyond it floats no longer tell integers apart
 PARSING = threading.Lock()  # CPython 3.11 counts the depth of all threads' parsing as one: SystemError, now and then
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 OPERATORS |= {ast.UAdd: operator.pos, ast.USub: operator.neg}
-Read, Same = Callable[[str], str | None], Callable[[str, str], bool]
 
 
-def read_answer(output: str, next_examples: Iterable[str], markers: list[str], read: Read, same: Same) -> tuple:
+def read_answer(output: str, next_examples: Iterable[str], markers: list[str], read: Callable, same: Callable) -> tuple:
     """One raw output -> (rationale, label, the text behind the marker), each a text or None.
 
     What begins with one of `next_examples` is an invented next example and is cut off first. `markers` are in order of
@@ -80,7 +77,7 @@ def value(text):
     What a model wrote is never given to eval: it is parsed, and only numbers, + - * /, signs and parentheses are
     computed.
     """
-    if len(text) > LONGEST or not re.fullmatch(r"[0-9.+\-*/()\s]+", text):
+    if len(text) > 200 or not re.fullmatch(r"[0-9.+\-*/()\s]+", text):
         return None
     try:
         with PARSING:
@@ -100,7 +97,7 @@ def compute(node):
             result = OPERATORS[type(op)](compute(operand))
         case _:
             raise ValueError("not arithmetic")
-    if not abs(result) <= LARGEST:  # also refuses nan
+    if not abs(result) <= 1e15:  # beyond it floats no longer tell integers apart; also refuses nan
         raise ValueError("too large")
     return float(result)
 

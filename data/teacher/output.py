@@ -8,8 +8,6 @@ from typing import NamedTuple
 from data.files import replacing
 from data.teacher.tally import print_line
 
-BEGIN = b'{"id": '  # of every line
-
 
 def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
     """Yield (FILE:LINE, row, line) of a file that extract.py wrote, but for a torn last line. Raises ValueError,
@@ -19,8 +17,8 @@ def read_rows(path: str) -> Iterator[tuple[str, dict, bytes]]:
             try:
                 row = json.loads(line)
             except ValueError:
-                if not line.endswith(b"\n") and (number > 1 or line[:7] == BEGIN[: len(line)]):
-                    return  # the last line, torn
+                if not line.endswith(b"\n") and (number > 1 or b'{"id": '.startswith(line[:7])):
+                    return  # the last line, torn; every one begins so
                 row = None
             teacher = row.get("teacher", "none") if isinstance(row, dict) and "id" in row else "none"
             if teacher is not None and not (isinstance(teacher, dict) and "request_sha256" in teacher):
