@@ -37,8 +37,7 @@ from data.answers import split_thinking
 from data.files import locked, open_regular
 from data.interrupt import Interrupted, Stop
 from data.jsonl import read_jsonl, write_jsonl
-from data.teacher.batch import Replies, custom_id
-from data.teacher.endpoint import PATHS, RAW, RequestError, Teacher, shown
+from data.teacher.endpoint import PATHS, RAW, Replies, RequestError, Teacher, shown
 from data.teacher.output import Outcome, append, put_in_order, read_state, what_changed
 from data.teacher.pace import Pace
 from data.teacher.prompt import Answer, Prompt, load_prompt
@@ -155,7 +154,7 @@ def scan(run):
         run.kept += body is None and record.id not in state
         digest = request_hash(run, body)
         if run.replies and body:
-            expected.update(custom_id(record.id, digest, i) for i in range(config.n))
+            expected.update(sample_request(run, record, body, i)[0] for i in range(config.n))
         old = state.get(record.id)
         if old and old.request_hash != digest:
             del state[record.id]  # if it failed, then under other settings: these may do
@@ -222,9 +221,10 @@ def request_hash(run, body):
 
 
 def sample_request(run, record, body, number):
-    """(custom id, body) of one of the samples of a row: with a seed each sample has its own."""
+    """(custom id, body) of one of the samples of a row: with a seed each sample has its own. The id is for batch files:
+    with the request's hash in it, replies to other requests are known as such."""
     seed = {"seed": body["seed"] + number} if "seed" in body else {}
-    return custom_id(record.id, request_hash(run, body), number), body | seed
+    return f"{record.id}-{request_hash(run, body)[:12]}-{number}", body | seed
 
 
 def work(run, jobs, results):

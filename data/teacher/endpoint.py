@@ -1,4 +1,4 @@
-"""An OpenAI-compatible teacher over HTTP: one request, its reply, and what each way of failing means.
+"""An OpenAI-compatible teacher, over HTTP or as batch files: a request, its reply, what each way of failing means.
 
     stop    nothing further can succeed: 401, 402, 404, a redirect, no quota, an unsupported parameter, a certificate
             that is not trusted, a Retry-After of more than two minutes
@@ -26,6 +26,8 @@ from collections.abc import Iterable
 from http.client import HTTPConnection, HTTPSConnection
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+from data.files import parse_json
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 LONGEST_WAIT = 120  # seconds of Retry-After that are waited for
@@ -175,6 +177,42 @@ class Teacher:
         self.connection = None
 
 
+class Replies:
+    """The replies of batch files, in the form of OpenAI's batch API, asked for as a Teacher is. In memory is only where
+    each lies.
+
+        {"custom_id": "ID-HASH-SAMPLE", "response": {"status_code": 200, "body": {...}}, "error": null}
+    """
+
+    def __init__(self, paths: list[str], teacher: Teacher):
+        """Raises OSError, or ValueError for a line that is no reply."""
+        self.places, self.teacher = {}, teacher  # custom id -> (file, where its line begins)
+        for path in paths:
+            offset = 0
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        identity, status, _ = read_line(line)
+                    except (ValueError, LookupError, TypeError, AttributeError):
+                        what = 'not a reply of a batch, which has a "custom_id" and a "response"'
+                        raise ValueError(f"{path}:{number}: {what}") from None
+                    if identity not in self.places or status == 200:  # no error hides an answer
+                        self.places[identity] = path, offset
+                    offset += len(line)
+
+    def ask(self, body: dict, identity: str) -> Reply:
+        """The reply to one request. Raises RequestError."""
+        if identity not in self.places:
+            raise RequestError("missing", "the batch files have no reply", "retry")
+        path, offset = self.places[identity]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            _, status, content = read_line(file.readline())
+        if not status:
+            raise RequestError("missing", "the batch has no response", "retry")
+        return read_reply(status, {}, json.dumps(content), body, self.teacher)
+
+
 def read_url(base_url):
     """A base URL in its parts. Raises ValueError."""
     try:
@@ -289,3 +327,12 @@ def retry_after(headers):
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def read_line(line):
+    """(custom id, status, body) of a line; without a response the status is 0."""
+    row = parse_json(line, "a reply")
+    response = row.get("response") or {"status_code": 0, "body": None}
+    if not isinstance(row["custom_id"], str):
+        raise TypeError
+    return row["custom_id"], int(response["status_code"]), response["body"]
