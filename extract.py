@@ -34,8 +34,8 @@ from tqdm import tqdm
 import data
 from data import arguments
 from data.answers import split_thinking
+from data.arguments import Interrupted, Stop
 from data.files import locked, open_regular
-from data.interrupt import Interrupted, Stop
 from data.jsonl import read_jsonl, write_jsonl
 from data.teacher.endpoint import PATHS, RAW, Replies, RequestError, Teacher, shown
 from data.teacher.output import Outcome, append, put_in_order, read_state, what_changed

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import kernels
 from data import arguments
+from data.arguments import Stop
 from data.files import read_json, write_json
-from data.interrupt import Stop
 from data.jsonl import Record, write_jsonl
 from dss.batch import Examples, Step, ahead, count_tokens, make_step, sequences
 from dss.config import TrainConfig, parse_args

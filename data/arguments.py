@@ -1,7 +1,7 @@
-"""A command line made from a dataclass: a flag a field, its default and its comment from the declaration.
+"""How every program of ours begins and ends: its command line, interruption, one line on what is wrong.
 
-train.py and extract.py are both made so. A field reads `name: type = default  # help text`; a comment on a line of its
-own begins a group of the help page.
+A command line is made from a dataclass: a flag a field, its default and its comment from the declaration. A field reads
+`name: type = default  # help text`; a comment on a line of its own begins a group of the help page.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 import types
 from typing import Literal, get_args, get_origin
 
@@ -96,6 +97,44 @@ def run(program, main):
         what = problem if problem.filename else f"standard output: {problem.strerror}"
         status = 0 if isinstance(problem, BrokenPipeError) else fail(program, 2, what)
     sys.exit(status)
+
+
+class Interrupted(Exception):
+    """End now and keep what is there: after Ctrl-C, SIGTERM or, in extract.py, an abort."""
+
+
+class Stop:
+    """In a `with` block the first SIGINT, SIGTERM or SIGHUP sets `requested`, for a run to end cleanly, and prints the
+    line `notice`, if any; a second one ends the run where it is."""
+
+    def __init__(self, notice=""):
+        self.notice = notice
+
+    def __enter__(self):
+        self.requested = False
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+            heard.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self.handle) for number in heard}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, *_):
+        if self.requested:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() < self.since + 1:
+                return  # torchrun passes on the Ctrl-C that its processes have had from the terminal
+            raise KeyboardInterrupt
+        self.requested, self.since = True, time.monotonic()
+        with contextlib.suppress(RuntimeError):  # in the middle of another print
+            if self.notice:
+                print(f"\n{self.notice}", file=sys.stderr, flush=True)
+
+    def check(self):
+        if self.requested:
+            raise Interrupted
 
 
 def fail(program, status, problem):

@@ -16,8 +16,7 @@ from running import at_step, counting, prepare, result, run, same, weights, writ
 
 import tokenizer
 import train
-from data.arguments import guard_streams
-from data.interrupt import Interrupted, Stop
+from data.arguments import Interrupted, Stop, guard_streams
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows

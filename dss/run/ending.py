@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from data.arguments import one_line
+from data.arguments import Interrupted, one_line
 from data.files import write_json
-from data.interrupt import Interrupted
 from dss.config import TrainConfig
 from dss.model import T5
 from dss.run import parallel

@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
+from data.arguments import Stop
 from data.files import read_json
-from data.interrupt import Stop
 from dss.config import TrainConfig
 from dss.model import T5
 from dss.run import state

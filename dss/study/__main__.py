@@ -31,9 +31,8 @@ import torch
 from tqdm import tqdm
 
 from data import arguments
-from data.arguments import require
+from data.arguments import Interrupted, Stop, require
 from data.files import read_json
-from data.interrupt import Interrupted, Stop
 from data.jsonl import read_jsonl
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
 from dss.rows import Rows, load_rows
