@@ -91,8 +91,7 @@ class Run:
     start: float = field(default_factory=time.monotonic)
     warned: set = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)  # held by the one worker that takes the next row
-    interrupted: bool = False  # by a signal or, if `aborted` says why, by itself
-    aborted: str = ""
+    aborted: str = ""  # why, if the run ends by itself
 
 
 def prepare(config, scale):
@@ -240,7 +239,6 @@ def work(run, jobs, results):
     except RequestError as error:
         question = "; is the teacher running there?" if error.kind == "disconnect" else ""
         run.aborted = run.aborted or f"{error}{question}"
-        run.pace.stopped.set()
     except (StopIteration, Interrupted):
         pass
     except Exception as error:
@@ -376,8 +374,8 @@ def ask_all(run, stop):
     bar = tqdm(total=len(run.ids), initial=run.resumed, bar_format=layout, mininterval=interval, disable=not total)
     with bar:
         while workers:
-            if (stop.requested or run.aborted) and not run.interrupted:
-                run.interrupted = stop.requested = True
+            if (stop.requested or run.aborted) and not ending.is_set():
+                stop.requested = True
                 ending.set()
                 print_line("ending: waiting for the requests in flight; Ctrl-C ends at once")
             ready = []

@@ -73,7 +73,7 @@ def print_summary(run) -> tuple[int, str]:
         print_line(f"{config.errors_path}: {listed(kinds)}" + ("; --retry-failed asks again" if failed else ""))
     if run.aborted:
         return 3, f"aborted: {run.aborted}. What was finished is kept; the same command goes on"
-    if run.interrupted:
+    if run.pace.stopped.is_set():
         return 130, "interrupted; what was finished is kept, the same command goes on"
     if unasked and not run.replies:
         return 3, f"{unasked:,} rows were not asked: did {config.input} change meanwhile?"
