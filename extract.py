@@ -160,7 +160,7 @@ def scan(run):
             if not old.kind:
                 changed = what_changed(config.output, record.id, body and provenance(run))
                 raise ValueError(f"{config.output} was made with {changed}; name another --output")
-    if foreign := sorted(run.replies.places.keys() - expected) if run.replies else ():
+    if foreign := sorted(run.replies.texts.keys() - expected) if run.replies else ():
         what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
         raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
     if odd:

@@ -178,39 +178,35 @@ class Teacher:
 
 
 class Replies:
-    """The replies of batch files, in the form of OpenAI's batch API, asked for as a Teacher is. In memory is only where
-    each lies.
+    """The replies of batch files, asked for as a Teacher is. A line, in the form of OpenAI's batch API:
 
-        {"custom_id": "ID-HASH-SAMPLE", "response": {"status_code": 200, "body": {...}}, "error": null}
+    {"custom_id": "ID-HASH-SAMPLE", "response": {"status_code": 200, "body": {...}}, "error": null}
     """
 
     def __init__(self, paths: list[str], teacher: Teacher):
         """Raises OSError, or ValueError for a line that is no reply."""
-        self.places, self.teacher = {}, teacher  # custom id -> (file, where its line begins)
+        self.texts, self.teacher = {}, teacher  # custom id -> (status or, without a response, 0; the body's JSON)
         for path in paths:
-            offset = 0
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     try:
-                        identity, status, _ = read_line(line)
+                        row = parse_json(line, "a reply")
+                        identity, response = row["custom_id"], row.get("response") or {"status_code": 0, "body": None}
+                        status, text = int(response["status_code"]), json.dumps(response["body"])
+                        if not isinstance(identity, str):
+                            raise TypeError
                     except (ValueError, LookupError, TypeError, AttributeError):
                         what = 'not a reply of a batch, which has a "custom_id" and a "response"'
                         raise ValueError(f"{path}:{number}: {what}") from None
-                    if identity not in self.places or status == 200:  # no error hides an answer
-                        self.places[identity] = path, offset
-                    offset += len(line)
+                    if identity not in self.texts or status == 200:  # no error hides an answer
+                        self.texts[identity] = status, text
 
     def ask(self, body: dict, identity: str) -> Reply:
         """The reply to one request. Raises RequestError."""
-        if identity not in self.places:
-            raise RequestError("missing", "the batch files have no reply", "retry")
-        path, offset = self.places[identity]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            _, status, content = read_line(file.readline())
+        status, text = self.texts.get(identity, (0, ""))
         if not status:
-            raise RequestError("missing", "the batch has no response", "retry")
-        return read_reply(status, {}, json.dumps(content), body, self.teacher)
+            raise RequestError("missing", "the batch files have no reply", "retry")
+        return read_reply(status, {}, text, body, self.teacher)
 
 
 def read_url(base_url):
@@ -327,12 +323,3 @@ def retry_after(headers):
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError, OverflowError):
         return None
-
-
-def read_line(line):
-    """(custom id, status, body) of a line; without a response the status is 0."""
-    row = parse_json(line, "a reply")
-    response = row.get("response") or {"status_code": 0, "body": None}
-    if not isinstance(row["custom_id"], str):
-        raise TypeError
-    return row["custom_id"], int(response["status_code"]), response["body"]
