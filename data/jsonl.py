@@ -76,11 +76,10 @@ def is_text(value):
 
 def renamed(row, where, names):
     """The row with the keys of the record in place of the file's own. With names, an id or label may be a number."""
+    taken, keys = {}, list(row)
     for key, name in names.items():
-        if name not in row and name != key:
-            raise ValueError(f'{where}: there is no "{name}"; the line has {", ".join(row) or "nothing"}')
-    taken = {}
-    for key, name in names.items():
+        if name not in keys and name != key:
+            raise ValueError(f'{where}: there is no "{name}"; the line has {", ".join(keys) or "nothing"}')
         value = row.pop(name, None)
         taken[key] = str(value) if type(value) is int and key != "input" else value
     return {f"original_{key}" if key in taken else key: value for key, value in row.items()} | taken
