@@ -159,25 +159,18 @@ def guard_streams():
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where whoever started us has closed it
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-        setattr(sys, name, stream if name == "stdout" else Display(stream))
+        setattr(sys, name, stream)
+    sys.stderr.write, sys.stderr.flush = suppressed(sys.stderr.write), suppressed(sys.stderr.flush)
 
 
-class Display:
-    """A stream of messages. Failing to write them (full disk, closed terminal) must not stop the program."""
+def suppressed(method):
+    """A stream's method that does nothing where it fails (a full disk, a closed terminal)."""
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def attempt(*values):
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            return method(*values)
 
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
+    return attempt
 
 
 class OneLineParser(argparse.ArgumentParser):
