@@ -5,8 +5,7 @@
     python train.py --data out.jsonl
 
 Every input row without a rationale is asked about once. A usable answer is a row of --output, anything else a row of
-the errors file, with the raw text. The output is the state: the same command goes on where an earlier one ended,
-however it ended.
+the errors file, with the raw text. The output is the state: the same command goes on where an earlier one ended.
 
 One thread reads, counts and writes; --concurrency workers ask. The parts are in data/teacher/. With --batch-requests
 and --batch-replies files take the place of the asking.

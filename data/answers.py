@@ -72,11 +72,8 @@ def equation_answer(text: str) -> str | None:
 
 
 def value(text):
-    """The value of an arithmetic expression as a float, or None if the text is not one, is too long or too large.
-
-    What a model wrote is never given to eval: it is parsed, and only numbers, + - * /, signs and parentheses are
-    computed.
-    """
+    """The value of an arithmetic expression as a float, or None if the text is not one, is too long or too large. What
+    a model wrote is never given to eval."""
     if len(text) > 200 or not re.fullmatch(r"[0-9.+\-*/()\s]+", text):
         return None
     try:

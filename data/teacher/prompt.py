@@ -1,7 +1,5 @@
 """A prompt file: the few-shot exemplars of one task, how a question is put, and how an answer is read.
-
-data/prompts/ has five; data/README.md describes them and says how to write one.
-"""
+data/README.md says how to write one."""
 
 import re
 from collections import Counter
