@@ -14,7 +14,6 @@ Secrets go into headers and nowhere else: `hide` takes them out of whatever a se
 import base64
 import email.utils
 import functools
-import http.client
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import ssl
 import time
 import urllib.request
 from collections.abc import Iterable
-from http.client import HTTPConnection, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -62,7 +61,7 @@ class Reply(NamedTuple):
     usage: dict  # tokens: prompt, completion, cached (of the prompt)
 
 
-class Response(http.client.HTTPResponse):
+class Response(HTTPResponse):
     """A response of which everything must come before the time `until`, or TimeoutError."""
 
     def __init__(self, sock, *args, until, **options):
@@ -133,9 +132,9 @@ class Teacher:
         except ssl.SSLCertVerificationError as error:
             what = f"untrusted certificate ({error.verify_message}); SSL_CERT_FILE can name a file with those to trust"
             kind, then = "certificate", "stop"
-        except http.client.IncompleteRead:
+        except IncompleteRead:
             what = "the reply was cut off"
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, HTTPException) as error:
             what = self.hide(str(error) or type(error).__name__)
         self.close()  # a reply that comes later has nowhere to go
         raise RequestError(kind, f"{self.url}: {what}", then)
@@ -163,9 +162,9 @@ class Teacher:
         response = self.connection.getresponse()
         body = response.read(LARGEST_REPLY + 1)
         if len(body) > LARGEST_REPLY:
-            raise http.client.HTTPException(f"a reply of more than {LARGEST_REPLY >> 20} MB")
+            raise HTTPException(f"a reply of more than {LARGEST_REPLY >> 20} MB")
         if response.length:  # read() does not notice by itself
-            raise http.client.IncompleteRead(b"")
+            raise IncompleteRead(b"")
         response.close()
         if response.will_close or not 200 <= response.status < 300:  # after an error nothing that follows is trusted
             self.close()
