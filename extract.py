@@ -377,8 +377,11 @@ def ask_all(run, stop):
                 stop.requested = True
                 ending.set()
                 print_line("ending: waiting for the requests in flight; Ctrl-C ends at once")
-            ready = []
-            for result in drain(results):
+            arrived, ready = [], []  # all that is there is written to the disk at once
+            with suppress(queue.Empty):
+                arrived.append(results.get(timeout=0.5))  # without a timeout Windows would hold back Ctrl-C
+                arrived += [results.get_nowait() for _ in range(results.qsize())]
+            for result in arrived:
                 if isinstance(result, Exception):
                     raise result
                 workers -= result is None
@@ -402,14 +405,6 @@ def ask_all(run, stop):
     if not ending.is_set():
         put_in_order(config.output, run.ids)
         put_in_order(config.errors_path, run.ids, {name for name, outcome in run.state.items() if not outcome.kind})
-
-
-def drain(results):
-    """Yield what is in a queue, after a wait for the first: all of it is then written to the disk at once."""
-    with suppress(queue.Empty):
-        yield results.get(timeout=0.5)  # without a timeout Windows would hold back Ctrl-C
-        for _ in range(results.qsize()):
-            yield results.get_nowait()
 
 
 if __name__ == "__main__":
