@@ -95,7 +95,7 @@ class Run:
 
 def prepare(config, scale):
     """The Run, with what is done and what is to do. Raises OSError or ValueError, in one line, for what is wrong."""
-    open_regular(config.input).close()  # for it is read twice
+    open_regular(config.input).close()  # because it is read twice
     prompt = load_prompt(config.prompt)
     if config.rationalize and not (prompt.hint and "{hint}" in prompt.question):
         raise ValueError(f'{config.prompt}: --rationalize needs a "hint" and its place, {{hint}}, in "question"')
@@ -105,7 +105,7 @@ def prepare(config, scale):
     if not (teacher.url or config.batch_requests or config.batch_replies or config.dry_run):
         raise ValueError("give --base-url or set $OPENAI_BASE_URL; Ollama's is http://localhost:11434/v1")
     if teacher.hide(config.extra_body) != config.extra_body:
-        raise ValueError("--extra-body must not hold the key, for it is written into every row")
+        raise ValueError("--extra-body must not hold the key, because it is written into every row")
     run = Run(config, prompt, teacher, Pace(config.rpm, config.patience, scale))
     if config.sample:
         order = list(range(sum(1 for _ in read_input(run))))

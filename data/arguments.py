@@ -1,7 +1,7 @@
 """How every program of ours begins and ends: its command line, interruption, one line on what is wrong.
 
-A command line is made from a dataclass: a flag a field, its default and its comment from the declaration. A field reads
-`name: type = default  # help text`; a comment on a line of its own begins a group of the help page.
+A command line is made from a dataclass, one flag per field. A field reads `name: type = default  # help text`; a
+comment on a line of its own begins a group of the help page.
 """
 
 import argparse
@@ -79,7 +79,8 @@ def flag(name):
 def require(condition, name, what, config):
     """Raise ValueError, naming the flag of a config's field, what it must be and what it is, unless `condition`."""
     if not condition:
-        raise ValueError(f"{flag(name)} must be {what}, got {getattr(config, name)!r}")
+        value = getattr(config, name)
+        raise ValueError(f"{flag(name)} must be {what}" + (f", got {value!r}" if value not in ("", True) else ""))
 
 
 def run(program, main):
@@ -138,8 +139,8 @@ class Stop:
 
 
 def fail(program, status, problem):
-    """Print one line, `PROGRAM: what is wrong`, to stderr; returns the exit status for main() to return. A reader who
-    has left is no fault: that is raised again, for `run` to end quietly."""
+    """Print one line, `PROGRAM: what is wrong`, to stderr; returns the exit status for main() to return. A closed pipe
+    (`| head`) is not an error: it is raised again, and `run` ends quietly."""
     if isinstance(problem, BrokenPipeError):
         raise problem
     print(f"{program}: {one_line(problem)}", file=sys.stderr)
@@ -154,7 +155,7 @@ def one_line(problem):
 
 
 def guard_streams():
-    """Let no program end for what it cannot show: a character, or a message to a terminal that is gone."""
+    """Let no program fail because it cannot show a character, or a message on a terminal that is gone."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None where whoever started us has closed it
         if hasattr(stream, "reconfigure"):

@@ -104,7 +104,7 @@ def read_jsonl(path: str | PathLike, names: dict[str, str] | None = None) -> Ite
     """Yield the Records of a file, one at a time; blank lines are passed over. A row without an id gets STEM-LINE.
     `names` as in parse_record.
 
-    Raises ValueError for a line that is no record, OSError for a file that cannot be read.
+    Raises ValueError for an invalid record, OSError for a file that cannot be read.
     """
     with open(path, "rb") as file:
         for where, number, line in read_lines(file, str(path)):

@@ -19,7 +19,7 @@ from data.jsonl import read_jsonl
 PERCENTILES = (50, 90, 99, 100)
 PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py puts before the input, for each target
 LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
-CLASSES = 10  # that are shown, the commonest
+CLASSES = 10  # that are shown, the most frequent
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,8 +9,8 @@ bits a row; the rationale names the kind of every item, in order. It names no it
 teaches nothing (`--method dss-shuffled`).
 
 What makes the effect clear, two seeds each: many words for few rows (with 12 words a kind and 2,000 rows standard
-finetuning is right at 90 %, step-by-step at 96 %), and rationales in which every token is news, for L_rationale is a
-mean over tokens (with "they are fruit, tools, ... . most are fruit." the gain is 7 points, not 13).
+finetuning is right at 90 %, step-by-step at 96 %), and rationales in which every token is news, because L_rationale is
+a mean over tokens (in an early trial "they are fruit, tools, ... . most are fruit." gained 7 points instead of 13).
 """
 
 import random
@@ -62,7 +62,7 @@ def make_rows(seed=0):
 def main(argv=None):
     parser = arguments.OneLineParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
     parser.add_argument("--out", type=Path, required=True, help="where toy_train.jsonl and the others are written")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows [0]")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the rows [0]")
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,9 @@
     row     this row cannot succeed: the context exceeded, 413, 422, a content filter, another 4xx
     retry   the next attempt may: no connection, a reset, a timeout, 408, 409, 5xx, a reply that is cut off, is not
             JSON, is empty or ended in an error
-    pace    429: so it may, but later
+    pace    429: the next attempt may, at a slower rate
 
-Secrets go into headers and nowhere else: `hide` takes them out of whatever a server echoes.
+Secrets go into headers and nowhere else: `hide` takes them out of what a server echoes.
 """
 
 import base64
@@ -95,7 +95,7 @@ class Teacher:
             self.headers = {n: v for n, v in self.headers.items() if n.lower() != name.lower()} | {name: value}
             secrets += hidden
         if " " in key or not all(re.fullmatch("[ -~]*", value) for value in self.headers.values()):
-            raise ValueError("the key, or a header's value, has a space, a line end or another character that none has")
+            raise ValueError("the key, or a header's value, has a space, a line end or another forbidden character")
         self.parts = parts = read_url(base_url)
         self.url = parts.geturl()
         proxy = urlsplit(urllib.request.getproxies().get(parts.scheme, ""))

@@ -1,4 +1,4 @@
-"""A file that is written row by row and is its own state: what is in it is done, whatever happened to the writer."""
+"""A file that is written row by row and is its own state: what is in it is done, however the writer ended."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """When the next request may go out, for all workers together.
 
 A 429 is the server's pace and no row's failure. Requests then go out at an even interval, a little shorter than the
-time each answer has taken of late, and every answer shortens it: the stream follows the rate that the server allows,
-and a 429 now and then is what tells. A Retry-After stops all workers. A teacher that answers nobody any more is no
+time each answer has taken recently, and every answer shortens it: the stream follows the rate that the server allows,
+and an occasional 429 shows the limit. A Retry-After stops all workers. A teacher that answers nobody any more is no
 row's failure either: one worker looks for it while the others wait. Both waits end after `patience`.
 """
 
@@ -26,8 +26,8 @@ class Pace:
         self.search = threading.Lock()  # held by the one worker that looks for a teacher that is gone
         self.heard = self.since = time.monotonic()  # when the teacher answered last; since when `passed` is counted
         self.open = self.sent = 0.0  # no request goes out before `open`; the last one did at `sent`
-        self.slowed = self.missed = 0.0  # when a 429 last changed the interval; when a search was last in vain
-        self.passed = 0  # requests that were let through, of late
+        self.slowed = self.missed = 0.0  # when a 429 last changed the interval; when a search last found nobody
+        self.passed = 0  # requests that were let through recently
 
     def wait(self) -> float:
         """Return when a request may go out, with the time. Raises Interrupted if the run ends first."""
@@ -68,7 +68,7 @@ class Pace:
 
     def await_teacher(self, sent: float, error: RequestError, answers: Callable[[], bool]) -> bool:
         """After a request of time `sent` has failed: return when the teacher has answered since, another worker's
-        request or that of `answers`. Returns whether it was gone meanwhile. Raises the error if it is so for long."""
+        request or that of `answers`. Returns whether it was gone meanwhile. Raises the error after `patience`."""
         if self.heard >= sent:  # it answers others
             return False
         with self.search:

@@ -21,7 +21,7 @@ class ExtractConfig:
     # Each default stands here and nowhere else; each comment is the help text of its flag.
 
     # rows
-    input: str = ""  # rows to ask about, JSONL with "input", "id" (else FILE-LINE is it) and, if known, gold "label"
+    input: str = ""  # rows to ask about, JSONL: "input", "label" (gold, if known), "id" (if none, file name and line)
     output: str = ""  # where answered rows are written, JSONL; also the state that a second start goes on from
     prompt: str = ""  # prompt file, such as data/prompts/svamp.json
     errors: str = ""  # where rows without a usable answer are written; none: OUTPUT.errors.jsonl
@@ -47,10 +47,10 @@ class ExtractConfig:
     max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # newer models want the second
     no_stop: bool = False  # do not send the prompt file's stop texts, which some models refuse
-    seed: int | None = None  # sent with every request, plus the number of the sample
+    seed: int | None = None  # of --sample; also sent with every request, plus the number of the answer
     n: int = 1  # answers to each question, asked one by one; the majority's label is taken, ties go to the first
     # choice
-    keep: Literal["all", "correct", "samples"] = "all"  # all (the paper), only right ones, all samples' rationales
+    keep: Literal["all", "correct", "samples"] = "all"  # all (the paper), right ones, every rationale for the label
     rationalize: bool = False  # show the teacher the gold label and ask for the reasons
     reasoning: Literal["drop", "keep"] = "drop"  # a reasoning model's thoughts: not in the rationale, or before it
     # limits
@@ -80,10 +80,10 @@ class ExtractConfig:
         require(0 < self.timeout < 1e6, "timeout", "more than 0", self)
         require(0 <= self.patience < 1e6, "patience", "0 or more", self)
         require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
-        require(self.n > 1 or self.keep != "samples", "keep", "another without --n, which gives several samples", self)
-        require(not (self.overwrite and self.retry_failed), "retry_failed", "given without --overwrite", self)
+        require(self.n > 1 or self.keep != "samples", "keep", "all or correct unless --n is 2 or more", self)
+        require(not (self.overwrite and self.retry_failed), "retry_failed", "left out beside --overwrite", self)
         twice = self.batch_requests and self.batch_replies
-        require(not twice, "batch_replies", "given without --batch-requests", self)
+        require(not twice, "batch_replies", "left out beside --batch-requests", self)
         paths = [self.input, self.prompt, self.output, self.errors_path, self.batch_requests, *self.batch_replies]
         paths = [os.path.realpath(path) for path in paths if path]
         require(len(set(paths)) == len(paths), "output", "another file than --input, --errors, --prompt, ...", self)

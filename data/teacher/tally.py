@@ -72,14 +72,14 @@ def print_summary(run) -> tuple[int, str]:
     if kinds:
         print_line(f"{config.errors_path}: {listed(kinds)}" + ("; --retry-failed asks again" if failed else ""))
     if run.aborted:
-        return 3, f"aborted: {run.aborted}. What was finished is kept; the same command goes on"
+        return 3, f"aborted: {run.aborted} (what was finished is kept; the same command goes on)"
     if run.pace.stopped.is_set():
         return 130, "interrupted; what was finished is kept, the same command goes on"
     if unasked and not run.replies:
         return 3, f"{unasked:,} rows were not asked: did {config.input} change meanwhile?"
     if unasked:
         print_line(f"{unasked:,} rows have no reply yet; --batch-requests writes what is to be asked")
-    errors = f" {config.errors_path}  (its rows train the label task, by their gold labels)" if kinds.total() else ""
+    errors = f" {config.errors_path}  # whose rows train the label task, by their gold labels" if kinds.total() else ""
     print_line(f"next: python train.py --data {config.output}{errors}")
     return 1 if failed or unasked else 0, ""
 
