@@ -16,7 +16,6 @@ would launch on a GPU of that architecture is compiled. The figures come from th
 
 import argparse
 import json
-import pathlib
 import re
 import signal
 import subprocess
@@ -33,7 +32,6 @@ from .losses import cross_entropy_triton
 from .norms import rms_norm_triton
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TYPES = {FP32: "*fp32", torch.float16: "*fp16", BF16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 # ---- The cases ------------------------------------------------------------------------------------------------------
@@ -105,40 +103,29 @@ def launches_of(function, architecture):
 # ---- Compilation ----------------------------------------------------------------------------------------------------
 
 
+class NoGPU:
+    """What Triton asks of a driver before it compiles, for a GPU of compute capability `sm` / 10 that need not be."""
+
+    def __init__(self, sm):
+        self.get_current_target = lambda: launch.triton.backends.compiler.GPUTarget("cuda", sm, 32)
+        self.get_current_device = lambda: sm  # compilations are kept by device
+        self.get_current_stream = lambda device: 0
+
+
 def compile_launch(kernel, arguments, options, architecture):
     """The figures of one launch, as a dict; raises what Triton raises where it does not build."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    target = GPUTarget("cuda", int(architecture[3:]), 32)
-    built_with = {key: options[key] for key in ("num_warps", "num_stages", "maxnreg") if key in options}
-    constants = {key: value for key, value in options.items() if key not in built_with}
-    signature, attributes = dict.fromkeys(constants, "constexpr"), {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments)):  # as Triton specialises a call: on 1 and 16
-        fixed = kernel.params[i].do_not_specialize
-        if isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1 and not fixed:
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or not fixed and isinstance(value, int) and value % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    built = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=built_with)
-    with tempfile.TemporaryDirectory() as directory:
-        cubin = pathlib.Path(directory) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
-        tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.check_output([tool, "-res-usage", cubin], text=True, stderr=subprocess.STDOUT)
-        machine_code = subprocess.check_output([tool, "-sass", cubin], text=True, stderr=subprocess.DEVNULL)
-    registers, shared, warps = int(re.search(r"REG:(\d+)", usage)[1]), built.metadata.shared, options["num_warps"]
+    launch.triton.runtime.driver.set_active(NoGPU(int(architecture[3:])))
+    built = kernel.warmup(*arguments, grid=(1,), **options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        command = [launch.triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        said = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
+    registers, shared, warps = int(re.search(r"REG:(\d+)", said)[1]), built.metadata.shared, options["num_warps"]
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
     blocks = min(by_registers, (227 if architecture == "sm_90" else 99) * 1024 // (shared + 1024), 64 // warps)
     found = dict(registers=registers, shared=shared, blocks=blocks)
-    return found | inspect(machine_code, warps, options["BM"] * options["BN"] if "BM" in options else None)
+    return found | inspect(said, warps, options["BM"] * options["BN"] if "BM" in options else None)
 
 
 def inspect(machine_code, warps, scores):
