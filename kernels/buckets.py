@@ -38,13 +38,12 @@ def bucket_table(num_buckets, max_distance, bidirectional, device):
 
 
 @functools.cache
-def near_buckets(num_buckets, max_distance, bidirectional, device, margin=0):
+def near_buckets(num_buckets, max_distance, bidirectional, device, margin):
     """(reach, buckets): the least reach >= 1 such that all distances <= -reach share a bucket, and all >= reach
     another, and the buckets of the distances up to reach + margin each way, (2 * (reach + margin) + 1,) int32.
     """
     bucket = bucket_table(num_buckets, max_distance, bidirectional, torch.device("cpu"))
-    before, after = bucket[:max_distance].flip(0), bucket[max_distance + 1 :]  # at distance 1, 2, ...
-    own = ((before != before[-1]) | (after != after[-1])).nonzero()
-    reach = int(own.max()) + 2 if len(own) else 1  # own[i] is distance i + 1
+    before, after = bucket[:max_distance] != bucket[0], bucket[max_distance + 1 :] != bucket[-1]
+    reach = 1 + max(int(before.sum()), int(after.sum()))
     near = torch.arange(-reach - margin, reach + margin + 1, device="cpu").clamp(-max_distance, max_distance)
     return reach, bucket[near + max_distance].int().to(device)
