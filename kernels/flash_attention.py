@@ -46,7 +46,7 @@ from torch import Tensor
 from .attention_kernels import MARGIN, attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
-from .launch import architecture, check_tensors, launch, next_power_of_2, rows_together
+from .launch import architecture, check_tensors, launch, rows_together, triton
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class Attention(torch.autograd.Function):
         causal, *_, longest = ctx.setting
         buckets = ctx.num_buckets if wanted[3] else 0
         programs = (len(inputs[4]) - 1) * -(-longest[0] // tile(q, "dq", causal)[0]) if buckets else 1
-        partial = torch.empty(programs, q.shape[1], next_power_of_2(buckets), device=q.device)
+        partial = torch.empty(programs, q.shape[1], triton.next_power_of_2(max(buckets, 1)), device=q.device)
         dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=q.device)
         flags = dict(BUCKETS=partial.shape[2], TABLE_GRADIENT=buckets > 0)
         launch_tiles(attention_dq_kernel, "dq", 0, inputs, ctx.setting, lut, o, do, dq, lse, stats, partial, **flags)

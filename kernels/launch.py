@@ -100,7 +100,3 @@ def check_tensors(operation, **tensors):
 def rows_together(*tensors):
     """The tensors, copied where the numbers of a row do not lie side by side."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
-def next_power_of_2(n):
-    return 1 << max(n - 1, 0).bit_length()

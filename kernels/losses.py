@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import launch, next_power_of_2, rows_together, tl, triton
+from .launch import launch, rows_together, tl, triton
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk of logits: about 4k tokens of T5's vocabulary in bfloat16
@@ -191,7 +191,7 @@ def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
 def launch_rows(logits, gradient, labels, weights, losses, nll):
     """Fill losses and nll (T,) fp32 and, unless it is None, gradient (T, V), which may be `logits` itself."""
     T, V = logits.shape
-    block = min(max(next_power_of_2(V), 16), max(WARPS))
+    block = min(max(triton.next_power_of_2(V), 16), max(WARPS))
     target = logits if gradient is None else gradient
     tensors, strides = (logits, target, labels, weights, losses, nll), (logits.stride(0), target.stride(0))
     flags = dict(HAS_GRADIENT=gradient is not None, ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dropout import dropout_reference, kept, seed_on, threshold_of
-from .launch import INTERPRETED, check_tensors, launch, next_power_of_2, rows_together, tl, triton
+from .launch import INTERPRETED, check_tensors, launch, rows_together, tl, triton
 
 # {columns: (rows at a time, num_warps)}: 16 to 32 fp32 values a thread, which backward needs three times.
 TILES = {512: (4, 4), 1024: (2, 4), 2048: (1, 4), 4096: (1, 8), 16384: (1, 16)}
@@ -152,7 +152,7 @@ def rms_norm_backward_kernel(
 def tile(C):
     """{ROWS, BLOCK, num_warps} for rows of C columns."""
     rows, warps = next(TILES[size] for size in TILES if size >= C)
-    return dict(ROWS=32 if INTERPRETED else rows, BLOCK=max(next_power_of_2(C), 16), num_warps=warps)
+    return dict(ROWS=32 if INTERPRETED else rows, BLOCK=max(triton.next_power_of_2(C), 16), num_warps=warps)
 
 
 class RMSNorm(torch.autograd.Function):
