@@ -149,24 +149,20 @@ def rms_norm_backward_kernel(
     tl.store(partial_ptr + tl.program_id(0) * C + columns, d_weight, mask=columns < C)
 
 
-def tile(C):
-    """{ROWS, BLOCK, num_warps} for rows of C columns."""
-    rows, warps = next(TILES[size] for size in TILES if size >= C)
-    return dict(ROWS=32 if INTERPRETED else rows, BLOCK=max(triton.next_power_of_2(C), 16), num_warps=warps)
-
-
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual, dropout_p, seed, dtype):
         (T, C), threshold = x.shape, threshold_of(dropout_p)
-        flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0) | tile(C)
+        rows, warps = (32, 1) if INTERPRETED else next(TILES[size] for size in TILES if size >= C)
+        flags = dict(RESIDUAL=residual is not None, DROPOUT=threshold > 0)
+        flags |= dict(ROWS=rows, BLOCK=max(triton.next_power_of_2(C), 16), num_warps=warps)
         seed = seed_on(x.device, seed) if threshold else x  # without dropout nothing reads it
         beside = x if residual is None else residual
         wider = torch.promote_types(x.dtype, beside.dtype)
         s = x if residual is None else torch.empty(T, C, dtype=wider, device=x.device)
         y = torch.empty(T, C, dtype=dtype or wider, device=x.device)
         sizes = (T, C, x.stride(0), beside.stride(0), eps, threshold)
-        launch(rms_norm_forward_kernel, (-(-T // flags["ROWS"]),), x, beside, weight, s, y, seed, *sizes, **flags)
+        launch(rms_norm_forward_kernel, (-(-T // rows),), x, beside, weight, s, y, seed, *sizes, **flags)
         ctx.save_for_backward(s, weight, seed)
         ctx.rest = (eps, threshold), flags, x.dtype, None if residual is None else residual.dtype
         return y if residual is None else (s, y)
