@@ -13,14 +13,16 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware 
 #
 # Positions: query i of a sequence has position p = i + shift, key j position j; shift is N - M where causal, else 0.
 # A tile of queries [p0, p0 + BM) and keys [j0, j0 + BN) has distances j - p from j0 - p0 - BM + 1 to j0 + BN - 1 - p0.
+#
+# Plain tiles have a loop and edge tiles another, each over range(begin, end): tile t up to `stop`, then tile t + skip.
 
 
 @triton.jit
-def key_tiles(p0, N, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Which key tiles the queries from p0 on see: (left, right, first_right, edge).
+def key_tiles(EDGE, p0, N, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """(begin, stop, skip, end) of the key tiles that the queries from p0 on see.
 
-    Plain tiles, whole, visible and of one bias: the first `left`, and `right` more from first_right on. The `edge`
-    other ones lie between them and, where BN does not divide N, at the end.
+    Plain tiles, whole, visible and of one bias: the first `left`, and `right` more from first_right on. Edge tiles lie
+    between them and, where BN does not divide N, at the end.
     """
     whole = N // BN
     left, first_right, visible = whole, whole, N
@@ -31,28 +33,33 @@ def key_tiles(p0, N, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.con
     if CAUSAL:
         visible = tl.minimum(N, p0 + BM)
     right = whole - first_right
-    return left, right, first_right, (visible + BN - 1) // BN - left - right
+    if EDGE:
+        return left, first_right, right, (visible + BN - 1) // BN - right
+    return 0, left, first_right - left, left + right
 
 
 @triton.jit
-def query_tiles(j0, M, shift, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Which query tiles see the keys from j0 on: (early, first, late, whole, end).
+def query_tiles(
+    EDGE, j0, M, shift, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """(begin, stop, skip, end) of the query tiles that see the keys from j0 on.
 
     Plain tiles, whole, seeing all keys and of one bias: 0 .. early - 1 and late .. whole - 1. Edge tiles:
-    first .. late - 1 and, where BM does not divide M, the last one, whole .. end - 1.
+    first .. late - 1 and, where BM does not divide M, the last one.
     """
     whole = M // BM
     early, first, late = whole, whole, whole
     if BIAS or CAUSAL:
         late = tl.minimum((tl.maximum(j0 + BN - 1 + reach - shift, 0) + BM - 1) // BM, whole)
-        early = 0
-        first = 0
+        early, first = 0, 0
     if BIAS and not CAUSAL:
         early = tl.minimum(tl.maximum(j0 - reach - shift + 1, 0) // BM, late)
         first = early
     if CAUSAL:
         first = tl.minimum(tl.maximum(j0 - shift, 0) // BM, late)
-    return early, first, late, whole, (M + BM - 1) // BM
+    if EDGE:
+        return first, late, whole - late, late + (M + BM - 1) // BM - whole
+    return 0, early, late - early, early + whole - late
 
 
 @triton.jit
@@ -95,19 +102,6 @@ def edge_scores(s, diag_ptr, corner, keys_left, reach, CAUSAL: tl.constexpr, BIA
 # Dropout acts on P behind the softmax: l sums all weights, acc the kept ones, and 1 / keep enters once, at the end.
 
 
-@triton.jit
-def softmax_step(s, bias, v, acc, l, m, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr):
-    """acc, l and m after one more tile. s: q k^T; bias: of the whole tile, times log2 e."""
-    higher = tl.maximum(m, tl.max(s, 1) * LOG2E + bias)
-    p = tl.exp2(s * LOG2E - (higher - bias)[:, None])  # one multiplication and addition, fused
-    shrink = tl.exp2(m - higher)
-    l = l * shrink + tl.sum(p, 1)
-    if DROPOUT:
-        p = tl.where(kept(seed, rows, h, j0, threshold, s.shape[1]), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, l, higher
-
-
 @triton.jit(do_not_specialize=CHANGING)
 def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, diag_ptr,
@@ -133,7 +127,6 @@ def attention_forward_kernel(
     diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
     p0 = i0 + (N - M if CAUSAL else 0)
-    left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
     q = rows_of(q_ptr, i0, M, q_stride, BM, D, True)
     acc = tl.zeros([BM, D], tl.float32)
@@ -142,21 +135,24 @@ def attention_forward_kernel(
     before = tl.load(diag_ptr) * LOG2E if BIAS else 0.0
     after = tl.load(diag_ptr + 2 * (reach + MARGIN)) * LOG2E if BIAS else 0.0
 
-    for t in range(0, left + right):  # plain tiles
-        j0 = tl.where(t < left, t, t - left + first_right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False)
-        bias = tl.where(t < left, before, after)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        acc, l, m = softmax_step(s, bias, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT)
-
-    for t in range(left, left + edge):
-        j0 = tl.where(t < first_right, t, t + right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-        acc, l, m = softmax_step(s, 0.0, v, acc, l, m, seed, q_start + rows, h, j0, threshold, DROPOUT)
+    for EDGE in tl.static_range(2):  # plain tiles, then edge tiles
+        begin, stop, skip, end = key_tiles(EDGE, p0, N, reach, CAUSAL, BIAS, BM, BN)
+        for t in range(begin, end):
+            j0 = tl.where(t < stop, t, t + skip) * BN
+            k = rows_of(k_ptr, j0, N, k_stride, BN, D, EDGE)
+            v = rows_of(v_ptr, j0, N, v_stride, BN, D, EDGE)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if EDGE:
+                s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
+            bias = 0.0 if EDGE else tl.where(t < stop, before, after)  # of the whole tile, times log2 e
+            higher = tl.maximum(m, tl.max(s, 1) * LOG2E + bias)
+            p = tl.exp2(s * LOG2E - (higher - bias)[:, None])  # one multiplication and addition, fused
+            shrink = tl.exp2(m - higher)
+            l = l * shrink + tl.sum(p, 1)
+            m = higher
+            if DROPOUT:
+                p = tl.where(kept(seed, q_start + rows, h, j0, threshold, BN), p, 0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
     if DROPOUT:
         acc *= 256.0 / (256 - threshold)
@@ -181,16 +177,6 @@ def attention_forward_kernel(
 # top left corner of the tile), or on s - BN, s - 2 BN, ... where the column has wrapped round once, twice, ... The sums
 # are added to their buckets by comparison with 0, 1, 2, ... A program writes the sums of its query tile, PyTorch adds
 # those of all tiles, all in fp32. A bucket that no distance has gets exactly 0.
-
-
-@triton.jit
-def score_gradient(s, do, v, lse, delta, seed, rows, h, j0, threshold, DROPOUT: tl.constexpr):
-    """dS of a tile (BM, BN) from its scores s; 0 where s is -inf. lse: in base 2, less the bias of the whole tile."""
-    p = tl.exp2(s * LOG2E - lse[:, None])
-    dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-    if DROPOUT:
-        dp = tl.where(kept(seed, rows, h, j0, threshold, s.shape[1]), dp * (256.0 / (256 - threshold)), 0.0)
-    return p * (dp - delta[:, None])
 
 
 @triton.jit
@@ -243,7 +229,6 @@ def attention_dq_kernel(
     diag_ptr += h * (2 * (reach + MARGIN) + 1)
     rows = i0 + tl.arange(0, BM)
     p0 = i0 + (N - M if CAUSAL else 0)
-    left, right, first_right, edge = key_tiles(p0, N, reach, CAUSAL, BIAS, BM, BN)
 
     q = rows_of(q_ptr, i0, M, q_stride, BM, D, True)
     do = rows_of(do_ptr + here, i0, M, H * D, BM, D, True)
@@ -260,29 +245,29 @@ def attention_dq_kernel(
     sum_after = tl.zeros([BM], tl.float32)
     sums = tl.zeros([1, BUCKETS], tl.float32)
 
-    for t in range(0, left + right):  # plain tiles
-        j0 = tl.where(t < left, t, t - left + first_right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, False)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, False)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        unbiased = lse - tl.where(t < left, before, after)
-        ds = score_gradient(s, do, v, unbiased, delta, seed, q_start + rows, h, j0, threshold, DROPOUT)
-        if TABLE_GRADIENT:
-            of_row = tl.sum(ds, 1)
-            sum_before += tl.where(t < left, of_row, 0.0)
-            sum_after += tl.where(t < left, 0.0, of_row)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-
-    for t in range(left, left + edge):
-        j0 = tl.where(t < first_right, t, t + right) * BN
-        k = rows_of(k_ptr, j0, N, k_stride, BN, D, True)
-        v = rows_of(v_ptr, j0, N, v_stride, BN, D, True)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-        ds = score_gradient(s, do, v, lse, delta, seed, q_start + rows, h, j0, threshold, DROPOUT)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        if TABLE_GRADIENT:
-            sums = add_diagonals(sums, ds, lut_ptr, j0 - p0, reach)
+    for EDGE in tl.static_range(2):  # plain tiles, then edge tiles
+        begin, stop, skip, end = key_tiles(EDGE, p0, N, reach, CAUSAL, BIAS, BM, BN)
+        for t in range(begin, end):
+            j0 = tl.where(t < stop, t, t + skip) * BN
+            k = rows_of(k_ptr, j0, N, k_stride, BN, D, EDGE)
+            v = rows_of(v_ptr, j0, N, v_stride, BN, D, EDGE)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if EDGE:
+                s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
+            bias = 0.0 if EDGE else tl.where(t < stop, before, after)
+            p = tl.exp2(s * LOG2E - (lse - bias)[:, None])  # 0 where s is -inf
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            if DROPOUT:
+                mask = kept(seed, q_start + rows, h, j0, threshold, BN)
+                dp = tl.where(mask, dp * (256.0 / (256 - threshold)), 0.0)
+            ds = p * (dp - delta[:, None])
+            if TABLE_GRADIENT and not EDGE:
+                of_row = tl.sum(ds, 1)
+                sum_before += tl.where(t < stop, of_row, 0.0)
+                sum_after += tl.where(t < stop, 0.0, of_row)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            if TABLE_GRADIENT and EDGE:
+                sums = add_diagonals(sums, ds, lut_ptr, j0 - p0, reach)
 
     dq_ptr += here
     dq = dq.to(dq_ptr.dtype.element_ty)
@@ -292,55 +277,6 @@ def attention_dq_kernel(
         sums += tl.where(bucket == tl.load(lut_ptr), tl.sum(sum_before, 0), 0.0)
         sums += tl.where(bucket == tl.load(lut_ptr + 2 * (reach + MARGIN)), tl.sum(sum_after, 0), 0.0)
         tl.store(partial_ptr, sums)
-
-
-@triton.jit
-def stats_of(ptr, first, count, ROWS: tl.constexpr, MASK: tl.constexpr):
-    """(lse, delta) of ROWS queries; MASK: from query `count` on lse is inf, so that P = 0.
-
-    They lie side by side: loads from two arrays would be 32 copies of 4 bytes a thread (triton 3.6).
-    """
-    r = tl.arange(0, ROWS)
-    place = ptr + 2 * first + (2 * r[:, None] + tl.arange(0, 2)[None, :])
-    lse, delta = tl.split(tl.load(place, mask=first + r[:, None] < count, other=0.0) if MASK else tl.load(place))
-    return tl.where(first + r < count, lse, float("inf")) if MASK else lse, delta
-
-
-@triton.jit
-def dkdv_step(
-    i0, bias, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, do_stride, j0, M, shift, reach, seed,
-    q_start, h, threshold, EDGE: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    BM: tl.constexpr,
-):  # fmt: skip
-    """dk and dv with the queries from i0 on added. Scores are transposed here, (BN, BM), as both products want them.
-
-    bias: of the whole tile, times log2 e; an EDGE tile looks it up.
-    """
-    BN: tl.constexpr = k.shape[0]
-    q = rows_of(q_ptr, i0, M, q_stride, BM, k.shape[1], EDGE)
-    do = rows_of(do_ptr, i0, M, do_stride, BM, k.shape[1], EDGE)
-    lse, delta = stats_of(stats_ptr, i0, M, BM, EDGE)
-    s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    if EDGE:
-        r, c = tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None]
-        if BIAS:
-            s = add_bias(s, r, c, diag_ptr, j0 - i0 - shift, reach)
-        if CAUSAL:
-            s = tl.where(c - r <= i0 + shift - j0, s, float("-inf"))
-    else:
-        lse -= bias
-    p = tl.exp2(s * LOG2E - lse[None, :])
-    dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-    dropped = p
-    if DROPOUT:
-        mask = tl.trans(kept(seed, q_start + i0 + tl.arange(0, BM), h, j0, threshold, BN))
-        scale = 256.0 / (256 - threshold)
-        dropped = tl.where(mask, p * scale, 0.0)
-        dp = tl.where(mask, dp * scale, 0.0)
-    dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -371,7 +307,6 @@ def attention_dkdv_kernel(
     diag_ptr += h * (2 * (reach + MARGIN) + 1)
     keys = j0 + tl.arange(0, BN)
     shift = N - M if CAUSAL else 0
-    early, first, late, whole, end = query_tiles(j0, M, shift, reach, CAUSAL, BIAS, BM, BN)
 
     k = rows_of(k_ptr, j0, N, k_stride, BN, D, True)
     v = rows_of(v_ptr, j0, N, v_stride, BN, D, True)
@@ -380,19 +315,35 @@ def attention_dkdv_kernel(
     before = tl.load(diag_ptr) * LOG2E if BIAS else 0.0
     after = tl.load(diag_ptr + 2 * (reach + MARGIN)) * LOG2E if BIAS else 0.0
 
-    for t in range(0, early + whole - late):  # plain tiles; for early queries the keys lie far after
-        i0 = tl.where(t < early, t, t - early + late) * BM
-        bias = tl.where(t < early, after, before)
-        dk, dv = dkdv_step(
-            i0, bias, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, H * D, j0, M, shift, reach, seed,
-            q_start, h, threshold, False, CAUSAL, BIAS, DROPOUT, BM,
-        )  # fmt: skip
-    for t in range(first, late + end - whole):
-        i0 = tl.where(t < late, t, whole) * BM
-        dk, dv = dkdv_step(
-            i0, 0.0, k, v, dk, dv, q_ptr, do_ptr, diag_ptr, stats_ptr, q_stride, H * D, j0, M, shift, reach, seed,
-            q_start, h, threshold, True, CAUSAL, BIAS, DROPOUT, BM,
-        )  # fmt: skip
+    for EDGE in tl.static_range(2):  # plain tiles, then edge tiles
+        begin, stop, skip, end = query_tiles(EDGE, j0, M, shift, reach, CAUSAL, BIAS, BM, BN)
+        for t in range(begin, end):
+            i0 = tl.where(t < stop, t, t + skip) * BM
+            rows = i0 + tl.arange(0, BM)
+            q = rows_of(q_ptr, i0, M, q_stride, BM, D, EDGE)
+            do = rows_of(do_ptr, i0, M, H * D, BM, D, EDGE)
+            stats = rows_of(stats_ptr, i0, M, 2, BM, 2, EDGE)  # two loads would be 32 copies of 4 bytes (triton 3.6)
+            lse, delta = tl.split(stats)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM), as both products want it
+            if EDGE:
+                lse = tl.where(rows < M, lse, float("inf"))  # P = 0 past the end
+                r, c = tl.arange(0, BM)[None, :], tl.arange(0, BN)[:, None]
+                if BIAS:
+                    s = add_bias(s, r, c, diag_ptr, j0 - i0 - shift, reach)
+                if CAUSAL:
+                    s = tl.where(c - r <= i0 + shift - j0, s, float("-inf"))
+            bias = 0.0 if EDGE else tl.where(t < stop, after, before)  # for early queries the keys lie far after
+            p = tl.exp2(s * LOG2E - (lse - bias)[None, :])
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            dropped = p
+            if DROPOUT:
+                mask = tl.trans(kept(seed, q_start + rows, h, j0, threshold, BN))
+                scale = 256.0 / (256 - threshold)
+                dropped = tl.where(mask, p * scale, 0.0)
+                dp = tl.where(mask, dp * scale, 0.0)
+            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
     here = k_start.to(tl.int64) * H * D + h * D + keys[:, None] * (H * D) + tl.arange(0, D)[None, :]
     tl.store(dk_ptr + here, dk.to(dk_ptr.dtype.element_ty), mask=keys[:, None] < N)
