@@ -94,6 +94,8 @@ def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
         raise ValueError(f"cross_entropy: logits, labels and weights must be (T, V), (T,) and (T,), got {shapes}")
     if not logits.is_floating_point() or labels.dtype != torch.int64:
         raise ValueError(f"cross_entropy: logits must be float and labels int64, got {logits.dtype}, {labels.dtype}")
+    if weights.requires_grad:
+        raise ValueError("cross_entropy: weights must not require a gradient, for they get none")
     V = logits.shape[1]
     if labels.device.type == "cpu":  # reading values from a GPU would make the host wait
         wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= V))]
@@ -229,7 +231,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros(V, C, device=hidden.device) if of_weight and T == 0 else None
         matrix = weight.to(hidden.dtype)
         losses, nll = (torch.empty(T, device=hidden.device) for _ in range(2))
-        rows = chunk_rows(T, V * hidden.element_size(), logits_bytes)
+        chunks = -(-T * V * hidden.element_size() // logits_bytes)
+        rows = max(-(-T // max(chunks, 1)), 1)  # of each chunk but the last, which may be smaller
         for chunk in (slice(start, start + rows) for start in range(0, T, rows)):
             logits = hidden[chunk] @ matrix.T  # (rows, V)
             gradient = logits if of_hidden or of_weight else None
@@ -251,12 +254,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *scaled(ctx, upstream, ctx.multiply), None, None, None, None
 
 
-def chunk_rows(T, row_bytes, logits_bytes):
-    """Tokens in a chunk: as few chunks as logits_bytes allows, all of one size but for the last, which is smaller."""
-    chunks = -(-T * row_bytes // logits_bytes)
-    return max(-(-T // max(chunks, 1)), 1)
-
-
 def product_in_fp32(a, b):
     """a @ b as fp32, never rounded to the dtype of a and b on the way."""
     if a.dtype == torch.float32:
@@ -267,9 +264,7 @@ def product_in_fp32(a, b):
 def scaled(ctx, upstream, multiply):
     """The gradients that the forward pass left in ctx, times upstream; they are given out once."""
     if ctx.gradients is None:
-        raise RuntimeError(
-            "cross_entropy: the gradient was scaled in place; a second backward pass needs a new forward"
-        )
+        raise RuntimeError("cross_entropy: the gradient is scaled in place; a second backward needs a new forward")
     gradients, ctx.gradients = ctx.gradients, None
     return [g if g is None else multiply(g, upstream) for g in gradients]
 
@@ -282,7 +277,7 @@ def cross_entropy_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy_reference` with the row kernel."""
     check_arguments(logits, labels, weights)
-    loss, nll = CrossEntropy.apply(*rows_together(logits), labels.contiguous(), fp32_weights(weights))
+    loss, nll = CrossEntropy.apply(*rows_together(logits), labels.contiguous(), weights.float().contiguous())
     return (loss, nll) if return_token_losses else loss
 
 
@@ -303,12 +298,6 @@ def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses,
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden = (hidden * scale).to(dtype).contiguous()
-        arguments = (hidden, weight, labels.contiguous(), fp32_weights(weights), logits_bytes, fill)
+        arguments = (hidden, weight, labels.contiguous(), weights.float().contiguous(), logits_bytes, fill)
         loss, nll = LinearCrossEntropy.apply(*arguments)
     return (loss, nll) if return_token_losses else loss
-
-
-def fp32_weights(weights):
-    if weights.requires_grad:
-        raise ValueError("cross_entropy: weights must not require a gradient, for they get none")
-    return weights.float().contiguous()
