@@ -52,9 +52,9 @@ class Case:
         """{name: (function, inputs)} of ours, the peers, and ours again."""
         ours, eager = (partial(getattr(kernels, f"{self.kernel}_{x}"), **self.rest) for x in ("triton", "reference"))
         compiled = torch.compile(lambda **inputs: eager(**inputs), dynamic=False)
-        own = {"ours": ours, "eager": eager, "torch.compile": compiled, "ours, again": ours}
+        own = {"eager": eager, "torch.compile": compiled, "ours, again": ours}
         own = {name: (function, self.inputs) for name, function in own.items()}
-        return {"ours": own.pop("ours"), **self.peers, **own}
+        return {"ours": (ours, self.inputs), **self.peers, **own}
 
 
 # ---- The cases, on PyTorch's default device -------------------------------------------------------------------------
@@ -121,17 +121,15 @@ def attention(use, B, N, H, D, dtype):
 def flex_attention(N, causal):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = (
-        create_block_mask(lambda b, h, i, j: j <= i, None, None, N, N, torch.get_default_device()) if causal else None
-    )
+    visible, device = lambda b, h, i, j: j <= i, torch.get_default_device()
+    mask = create_block_mask(visible, None, None, N, N, device) if causal else None
     return torch.compile(flex_attention, dynamic=False), mask
 
 
 def cross_entropy(T, V, dtype):
     inputs, each = dict(logits=leaf(T, V, dtype=dtype)), T * V * dtype.itemsize  # one read, one write
-    return Case(
-        "cross_entropy", inputs, dict(labels=torch.randint(0, V, (T,)), weights=torch.rand(T)), "GB/s", each, each
-    )
+    rest = dict(labels=torch.randint(0, V, (T,)), weights=torch.rand(T))
+    return Case("cross_entropy", inputs, rest, "GB/s", each, each)
 
 
 def linear_cross_entropy(T, C, V, dtype):
@@ -244,30 +242,27 @@ def measure(name, case, best):
     """Yields a row for each implementation; one that fails is reported and not timed."""
     torch.compiler.reset()  # peers are compiled for each case; past a number of shapes they would not be any more
     for implementation, (function, inputs) in case.todo().items():
-        row = dict(case=name, implementation=implementation)
-        try:
-            row |= timings(case, function, inputs, best)
-        except Exception as problem:  # out of memory, unsupported, no compiler: none of it may end the run
-            row["failed"] = failure(problem)
-        yield row
+        yield attempt(dict(case=name, implementation=implementation), timings, case, function, inputs, best)
         torch.cuda.empty_cache()
 
 
-def failure(problem):
-    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:80]}"
+def attempt(row, measure, *arguments):
+    """The row with what measure(*arguments) finds, or why it failed, which may not end the run."""
+    try:
+        return row | measure(*arguments)
+    except Exception as problem:  # out of memory, unsupported, no compiler
+        return row | dict(failed=f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0][:80]}")
 
 
 def bench_cases(args, keep):
-    """Measure the cases that --only names until --minutes are over; keep(row) each row."""
-    best = roofline()
-    keep(dict(roofline=best))
-    end = time.monotonic() + 60 * args.minutes
-    print(f"roofline of this run: {best['TF/s']:.0f} TF/s (bf16 product), {best['GB/s']:.0f} GB/s (copy)\n")
+    """Measure the cases that --only names until --minutes are over; keep(row, text) each row."""
+    best, end = roofline(), time.monotonic() + 60 * args.minutes
+    text = f"roofline of this run: {best['TF/s']:.0f} TF/s (bf16 product), {best['GB/s']:.0f} GB/s (copy)\n"
+    keep(dict(roofline=best), text)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name, make in cases().items():
         for row in measure(name, make(), best) if any(text in name for text in args.only) else ():
-            keep(row)
-            print(show(row), flush=True)
+            keep(row, show(row))
             if args.minutes and time.monotonic() > end:
                 return print(f"--minutes {args.minutes:g} are over")
 
@@ -282,18 +277,14 @@ def bench_tiles(keep):
     """Forward and backward of the encoder at N = 1024, D = 64, dropout 0.1, with one kernel in other tiles."""
     function, inputs = attention("encoder", 64, 1024, 12, 64, torch.bfloat16).peers["ours with dropout 0.1"]
     upstream, leaves = torch.randn_like(inputs["q"]), list(inputs.values())
+    step = lambda _: torch.autograd.grad(function(**inputs), leaves, upstream)
     table = CONFIGURATIONS[launch.architecture(torch.device("cuda"))]
     for kernel, tile in itertools.product(("forward", "dq", "dkdv"), TILES):
-        shipped, row = table[kernel, 2][64], dict(kernel=f"attention {kernel}", tile=tile)
-        table[kernel, 2][64] = tile
-        try:
-            row["both ms"], _ = timed(lambda _: torch.autograd.grad(function(**inputs), leaves, upstream))
-            row["shipped"] = tile == shipped
-        except Exception as problem:
-            row["failed"] = failure(problem)
+        shipped, table[kernel, 2][64] = table[kernel, 2][64], tile
+        row = dict(kernel=f"attention {kernel}", tile=tile, shipped=tile == shipped)
+        row = attempt(row, lambda: {"both ms": timed(step)[0]})
         table[kernel, 2][64] = shipped
-        keep(row)
-        print(row, flush=True)
+        keep(row, row)
 
 
 COUNTERS = ",".join((
@@ -306,7 +297,7 @@ COUNTED = ["kernels.bench", "--only", "attention encoder N=1024 D=64"]
 
 def bench_all(args, keep):
     if run_beside(["pytest", "-q", "-m", "gpu"]):
-        keep(dict(implementation="ours", failed="pytest -m gpu"))
+        keep(dict(implementation="ours", failed="pytest -m gpu"), "== tests failed")
     bench_tiles(keep)
     bench_cases(args, keep)
     run_beside(STEPS)
@@ -344,17 +335,17 @@ def main(argv=None):
     torch.set_default_device("cuda")
     failed = False
 
-    def keep(row):
+    def keep(row, text):
         nonlocal failed
         failed |= "failed" in row and row.get("implementation", "").startswith("ours")
         if args.json:
             with open(args.json, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        print(text, flush=True)
 
     here = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=launch.triton.__version__)
     here |= dict(date=time.strftime("%Y-%m-%d"), command=" ".join(["python -m kernels.bench", *sys.argv[1:]]))
-    keep(here)
-    print(", ".join(f"{key} {value}" for key, value in here.items()))
+    keep(here, ", ".join(f"{key} {value}" for key, value in here.items()))
     (bench_all if args.all else bench_cases)(args, keep)
     return int(failed)
 
