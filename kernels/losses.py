@@ -134,50 +134,44 @@ def cross_entropy_row_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    weight = tl.load(weights_ptr + row)
+    ignored = label == IGNORED
+    weight = tl.where(ignored, 0.0, tl.load(weights_ptr + row))
     logits_ptr += row * logits_stride
     gradient_ptr += row * gradient_stride
     columns = tl.arange(0, BLOCK)
 
-    if label == IGNORED:
-        tl.store(losses_ptr + row, 0.0)
-        tl.store(nll_ptr + row, 0.0)
-        if HAS_GRADIENT:
-            for start in range(0, V, BLOCK):
-                zero = tl.zeros([BLOCK], gradient_ptr.dtype.element_ty)
-                tl.store(gradient_ptr + start + columns, zero, mask=start + columns < V)
+    known = (label >= 0) & (label < V)
+    y = label.to(tl.int32)  # comparing in 64 bits takes more registers
+    # 1. lse = log sum exp z, and z[label], which is read before the first reduction: no warp writes its gradient
+    #    before all have met there.
+    z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
+    if ONE_BLOCK:
+        z = load_logits(logits_ptr, columns, V)
+        top = tl.max(z, 0)
+        total = tl.sum(tl.exp(z - top), 0)
     else:
-        known = (label >= 0) & (label < V)
-        y = label.to(tl.int32)  # comparing in 64 bits takes more registers
-        # 1. lse = log sum exp z, and z[label], which is read before the first reduction: no warp writes its gradient
-        #    before all have met there.
-        z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        for start in range(0, V, BLOCK):
+            z = load_logits(logits_ptr, start + columns, V)
+            higher = tl.maximum(top, tl.max(z, 0))
+            total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
+            top = higher
+    lse = top + tl.log(total)
+
+    # 2. The loss; NaN for a label that is no column.
+    nll = tl.where(ignored, 0.0, lse - z_label)
+    tl.store(nll_ptr + row, nll)
+    tl.store(losses_ptr + row, weight * nll)
+
+    # 3. The gradient.
+    if HAS_GRADIENT:
         if ONE_BLOCK:
-            z = load_logits(logits_ptr, columns, V)
-            top = tl.max(z, 0)
-            total = tl.sum(tl.exp(z - top), 0)
+            store_gradient(gradient_ptr, z, lse, weight, y, columns, V)
         else:
-            top = tl.full([], float("-inf"), tl.float32)
-            total = tl.full([], 0.0, tl.float32)
             for start in range(0, V, BLOCK):
                 z = load_logits(logits_ptr, start + columns, V)
-                higher = tl.maximum(top, tl.max(z, 0))
-                total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
-                top = higher
-        lse = top + tl.log(total)
-
-        # 2. The loss; NaN for a label that is no column.
-        tl.store(nll_ptr + row, lse - z_label)
-        tl.store(losses_ptr + row, weight * (lse - z_label))
-
-        # 3. The gradient.
-        if HAS_GRADIENT:
-            if ONE_BLOCK:
-                store_gradient(gradient_ptr, z, lse, weight, y, columns, V)
-            else:
-                for start in range(0, V, BLOCK):
-                    z = load_logits(logits_ptr, start + columns, V)
-                    store_gradient(gradient_ptr, z, lse, weight, y, start + columns, V)
+                store_gradient(gradient_ptr, z, lse, weight, y, start + columns, V)
 
 
 @triton.jit
