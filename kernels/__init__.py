@@ -41,13 +41,13 @@ def choice(device: torch.device) -> str:
         raise ValueError("DSS_KERNELS=triton: Triton is not installed here; unset it to use the references")
     if value == "triton" and not gpu and not launch.INTERPRETED:
         raise ValueError(f"DSS_KERNELS=triton: Triton needs a GPU, not {device.type}, or TRITON_INTERPRET=1 as well")
-    if value:
-        return value
-    if gpu and launch.INSTALLED and launch.architecture(device) is None:
+    if value or not (gpu and launch.INSTALLED):
+        return value or "reference"
+    if launch.architecture(device) is None:
         text = "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or more; the references compute instead"
         warnings.warn(f"{device}: {text}", stacklevel=2)
         return "reference"
-    return "triton" if gpu and launch.INSTALLED else "reference"
+    return "triton"
 
 
 def use_triton(x: Tensor) -> bool:
