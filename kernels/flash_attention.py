@@ -268,5 +268,4 @@ def attention_triton(
     q, k, v = rows_together(q, k, v)
     threshold = threshold_of(dropout_p)
     seed = seed_on(q.device, seed) if threshold else None
-    rest = (seed, causal, threshold, max_distance, longest)
-    return Attention.apply(q, k, v, table, cu_seqlens_q, cu_seqlens_k, *rest)
+    return Attention.apply(q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest)
