@@ -155,18 +155,16 @@ def unpad(x, slot):
 # {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`. In half
 # precision a chain of two products puts all warps along the rows of a tile, 16 to each: more warps than that compute
 # the same scores twice. Among the others, large tiles that do not spill inside a loop; smaller ones for wider heads,
-# and for fp32, whose products do without tensor cores to keep its digits. Decoding has one query a sequence, and 16 is
-# the least that a product takes. "causal" rows are exceptions: masks need registers too.
+# and for fp32, whose products do without tensor cores to keep its digits. "causal" rows are exceptions: masks need
+# registers too.
 FP32 = {
     ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-    ("decode", 4): dict.fromkeys((32, 64, 128), (16, 32, 4, 2)),
     ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
     ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
 }
 CONFIGURATIONS = {
     "sm_90": {
         ("forward", 2): dict.fromkeys((32, 64, 128), (64, 64, 4, 2)),
-        ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 128, 4, 2), 128: (16, 64, 4, 2)},
         ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
         ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
         ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
@@ -175,15 +173,14 @@ CONFIGURATIONS = {
     },
     "sm_80": {
         ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-        ("decode", 2): {32: (16, 128, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 2)},
         ("dq", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
         ("dkdv", 2): {32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (32, 64, 4, 2)},
         **FP32,
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
     },
     "interpreter": {
-        (kernel, size): dict.fromkeys((32, 64, 128), (16 if kernel == "decode" else 128, 128, 1, 1))
-        for kernel in ("forward", "decode", "dq", "dkdv")
+        (kernel, size): dict.fromkeys((32, 64, 128), (128, 128, 1, 1))
+        for kernel in ("forward", "dq", "dkdv")
         for size in (2, 4)
     },
 }
@@ -226,9 +223,7 @@ class Attention(torch.autograd.Function):
         inputs = (q, k, v, diag, cu_seqlens_q, cu_seqlens_k, q if seed is None else seed)
         ctx.setting = causal, table is not None, threshold, reach, longest
         o, lse = q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], device=q.device)
-        decoding = len(q) <= 16 * (len(cu_seqlens_q) - 1)  # sequences of up to 16 queries on average: small tiles
-        name = "decode" if decoding else "forward"
-        launch_tiles(attention_forward_kernel, name, 0, inputs, ctx.setting, o, lse)
+        launch_tiles(attention_forward_kernel, "forward", 0, inputs, ctx.setting, o, lse)
         ctx.save_for_backward(*inputs, lut, o, lse)
         return o
 
