@@ -202,21 +202,30 @@ def multiply_(x, factor):
     return x
 
 
-class CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, labels, weights):
-        losses, nll = (torch.empty(len(labels), device=logits.device) for _ in range(2))
-        ctx.gradients = [torch.empty_like(logits)] if ctx.needs_input_grad[0] else []
-        launch_rows(logits, next(iter(ctx.gradients), None), labels, weights, losses, nll)
-        ctx.mark_non_differentiable(nll)
-        return losses.sum(), nll
+class WithGradients(torch.autograd.Function):
+    """The forward pass leaves the first inputs' gradients in ctx.gradients, and in ctx.multiply what scales them."""
 
     @staticmethod
     def backward(ctx, upstream, _):
-        return *scaled(ctx, upstream, multiply_), None, None
+        if ctx.gradients is None:
+            raise RuntimeError("cross_entropy: the gradient is scaled in place; a second backward needs a new forward")
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [g if g is None else ctx.multiply(g, upstream) for g in gradients]
+        return *scaled, *[None] * (len(ctx.needs_input_grad) - len(scaled))
 
 
-class LinearCrossEntropy(torch.autograd.Function):
+class CrossEntropy(WithGradients):
+    @staticmethod
+    def forward(ctx, logits, labels, weights):
+        losses, nll = (torch.empty(len(labels), device=logits.device) for _ in range(2))
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        launch_rows(logits, gradient, labels, weights, losses, nll)
+        ctx.gradients, ctx.multiply = [gradient], multiply_
+        ctx.mark_non_differentiable(nll)
+        return losses.sum(), nll
+
+
+class LinearCrossEntropy(WithGradients):
     @staticmethod
     def forward(ctx, hidden, weight, labels, weights, logits_bytes, fill):
         (T, C), V = hidden.shape, len(weight)
@@ -243,24 +252,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(nll)
         return losses.sum(), nll
 
-    @staticmethod
-    def backward(ctx, upstream, _):
-        return *scaled(ctx, upstream, ctx.multiply), None, None, None, None
-
 
 def product_in_fp32(a, b):
     """a @ b as fp32, never rounded to the dtype of a and b on the way."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-
-
-def scaled(ctx, upstream, multiply):
-    """The gradients that the forward pass left in ctx, times upstream; they are given out once."""
-    if ctx.gradients is None:
-        raise RuntimeError("cross_entropy: the gradient is scaled in place; a second backward needs a new forward")
-    gradients, ctx.gradients = ctx.gradients, None
-    return [g if g is None else multiply(g, upstream) for g in gradients]
 
 
 # ---- The public functions -------------------------------------------------------------------------------------------
