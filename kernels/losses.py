@@ -115,12 +115,6 @@ def load_logits(ptr, columns, V):
 
 
 @triton.jit
-def store_gradient(ptr, z, lse, weight, y, columns, V):
-    g = tl.exp(z - lse) * weight - tl.where(columns == y, weight, 0.0)
-    tl.store(ptr + columns, g.to(ptr.dtype.element_ty), mask=columns < V)
-
-
-@triton.jit
 def cross_entropy_row_kernel(
     logits_ptr,
     gradient_ptr,  # may be logits_ptr: a thread writes what it has read
@@ -166,12 +160,12 @@ def cross_entropy_row_kernel(
 
     # 3. The gradient.
     if HAS_GRADIENT:
-        if ONE_BLOCK:
-            store_gradient(gradient_ptr, z, lse, weight, y, columns, V)
-        else:
-            for start in range(0, V, BLOCK):
-                z = load_logits(logits_ptr, start + columns, V)
-                store_gradient(gradient_ptr, z, lse, weight, y, start + columns, V)
+        for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
+            here = start + columns
+            if not ONE_BLOCK:
+                z = load_logits(logits_ptr, here, V)
+            g = tl.exp(z - lse) * weight - tl.where(here == y, weight, 0.0)
+            tl.store(gradient_ptr + here, g.to(gradient_ptr.dtype.element_ty), mask=here < V)
 
 
 @triton.jit
