@@ -53,13 +53,9 @@ def cross_entropy_case(V, dtype=BF16):
     cross_entropy_triton(meta(64, V, dtype=dtype), labels, weights).backward()
 
 
-def norm_case(C, residual=True):
-    """With a residual as under autocast: a bf16 branch beside an fp32 stream."""
-    x, weight = meta(64, C), meta(C, dtype=FP32)
-    if residual:
-        sum(rms_norm_triton(x, weight, 1e-6, meta(64, C, dtype=FP32), 0.1, 7)).sum().backward()
-    else:
-        rms_norm_triton(x, weight).sum().backward()
+def norm_case(C):
+    """As under autocast: a bf16 branch beside an fp32 stream."""
+    sum(rms_norm_triton(meta(64, C), meta(C, dtype=FP32), 1e-6, meta(64, C, dtype=FP32), 0.1, 7)).sum().backward()
 
 
 USES = {
@@ -75,7 +71,7 @@ CASES = {use.format(D): partial(attention_case, D, **USES[use]) for D in (64, 12
     "cross_entropy V=32128": partial(cross_entropy_case, 32128),
     "cross_entropy V=32128, fp32": partial(cross_entropy_case, 32128, FP32),
     "cross_entropy V=250112": partial(cross_entropy_case, 250112),
-    "rms_norm C=768": partial(norm_case, 768, residual=False),
+    "rms_norm C=768": lambda: rms_norm_triton(meta(64, 768), meta(768, dtype=FP32)).sum().backward(),
     "rms_norm + residual + dropout C=768": partial(norm_case, 768),
     "rms_norm + residual + dropout C=2048": partial(norm_case, 2048),
     "rms_norm + residual + dropout C=4096": partial(norm_case, 4096),
@@ -124,8 +120,8 @@ def compile_launch(kernel, arguments, options, architecture):
 
 def inspect(machine_code, warps, scores):
     """{loops, slots, exp2, barriers, spills} of machine code; scores: BM * BN of a kernel that has such tiles."""
-    code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", machine_code, re.M)
-    code = [(int(address, 16), text) for address, text in code]
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?(.*?);", machine_code, re.M)
+    code = [(int(address, 16), text) for address, text in lines]
     count = lambda pattern, part: sum(bool(re.match(pattern, text)) for _, text in part)
     loops, seen = [], set()
     for i, (address, text) in enumerate(code):
