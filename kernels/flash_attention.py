@@ -29,9 +29,6 @@ tile whose distances are all beyond adds one number to all its scores ("plain").
 of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need a mask. Plain tiles and
 edge tiles have a loop each: a branch inside one loop would put both bodies into it.
 
-**Determinism.** No atomics: every number is written by one program, which adds in a fixed order. Dropout's mask
-(kernels/dropout.py) depends on the query's place in the stream, the head, the key's place in its sequence and the seed.
-
 **No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k; programs past the end of a sequence return at once.
 On a GPU nobody reads cu_seqlens: there a sequence without keys gives NaN, as does M > N with causal, which CPU tensors
 have refused.
@@ -81,8 +78,7 @@ def attention_reference(
     i = torch.arange(M, device=q.device)[:, None]
     j = torch.arange(N, device=q.device)[None, :]
     if causal and cu_seqlens_k is not cu_seqlens_q:
-        alike = slot_q is None and slot_k is None  # then one offset serves all sequences
-        i = i + (N - M if alike else (len_k - len_q)[:, None, None])  # (B, M, 1): queries are the last positions
+        i = i + (len_k - len_q)[:, None, None]  # (B, M, 1): queries are the last positions
     if table is not None:
         bucket = relative_position_bucket(j - i, table.shape[0], max_distance, bidirectional=not causal)
         bias = F.embedding(bucket, table.float())  # (M, N, H), or (B, M, N, H) where the offset differs by sequence
