@@ -34,7 +34,7 @@ On a GPU nobody reads cu_seqlens: there a sequence without keys gives NaN, as do
 have refused.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -175,9 +175,7 @@ CONFIGURATIONS = {
         ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
     },
     "interpreter": {
-        (kernel, size): dict.fromkeys((32, 64, 128), (128, 128, 1, 1))
-        for kernel in ("forward", "dq", "dkdv")
-        for size in (2, 4)
+        key: dict.fromkeys((32, 64, 128), (128, 128, 1, 1)) for key in product(("forward", "dq", "dkdv"), (2, 4))
     },
 }
 
