@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 
@@ -93,18 +94,15 @@ def launches_of(function, architecture):
 # ---- Compilation ----------------------------------------------------------------------------------------------------
 
 
-class NoGPU:
-    """What Triton asks of a driver before it compiles, for a GPU of compute capability `sm` / 10 that need not be."""
-
-    def __init__(self, sm):
-        self.get_current_target = lambda: launch.triton.backends.compiler.GPUTarget("cuda", sm, 32)
-        self.get_current_device = lambda: sm  # compilations are kept by device
-        self.get_current_stream = lambda device: 0
-
-
 def compile_launch(kernel, arguments, options, architecture):
     """The figures of one launch, as a dict; raises what Triton raises where it does not build."""
-    launch.triton.runtime.driver.set_active(NoGPU(int(architecture[3:])))
+    sm = int(architecture[3:])
+    driver = SimpleNamespace(  # all that Triton asks of one before it compiles; compilations are kept by device
+        get_current_target=lambda: launch.triton.backends.compiler.GPUTarget("cuda", sm, 32),
+        get_current_device=lambda: sm,
+        get_current_stream=lambda device: 0,
+    )
+    launch.triton.runtime.driver.set_active(driver)
     built = kernel.warmup(*arguments, grid=(1,), **options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
