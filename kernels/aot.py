@@ -9,7 +9,7 @@ would launch on a GPU of that architecture is compiled. The figures come from th
     blocks      of the kernel that fit on a multiprocessor at once, by registers and shared memory
     loops       instructions a warp executes for one tile, of each loop with matrix products (plain, then edge tiles)
     slots       the same in issue slots of a quarter of a multiprocessor, for 8192 scores: comparable between tiles
-    exp2        powers of two a score, in the first loop; 2 means that warps compute the same scores twice
+    exp2        powers of two per score, in the first loop; 2 means that warps compute the same scores twice
     barriers    in the first loop
     spills      loads from and stores to local memory, inside loops and outside
 """

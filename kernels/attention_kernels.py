@@ -21,8 +21,8 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware 
 def key_tiles(EDGE, p0, N, reach, CAUSAL: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """(begin, stop, skip, end) of the key tiles that the queries from p0 on see.
 
-    Plain tiles, whole, visible and of one bias: the first `left`, and `right` more from first_right on. Edge tiles lie
-    between them and, where BN does not divide N, at the end.
+    Plain tiles are full and visible and have one bias: the first `left`, and `right` more from first_right on. Edge
+    tiles lie between them and, where BN does not divide N, at the end.
     """
     whole = N // BN
     left, first_right, visible = whole, whole, N
@@ -44,7 +44,7 @@ def query_tiles(
 ):
     """(begin, stop, skip, end) of the query tiles that see the keys from j0 on.
 
-    Plain tiles, whole, seeing all keys and of one bias: 0 .. early - 1 and late .. whole - 1. Edge tiles:
+    Plain tiles are full, see all the keys and have one bias: 0 .. early - 1 and late .. whole - 1. Edge tiles are
     first .. late - 1 and, where BM does not divide M, the last one.
     """
     whole = M // BM
@@ -76,7 +76,7 @@ def add_bias(s, r, c, diag_ptr, corner, reach):
     """s plus the bias of the distances corner + c - r; r, c: places in the tile, one (n, 1), the other (1, m).
 
     A tile far out is moved to where all its distances are still past `reach`, and diag goes on for a MARGIN, so that
-    no distance needs a limit of its own.
+    no distance needs to be clamped.
     """
     corner = tl.minimum(tl.maximum(corner, -reach - MARGIN // 2), reach + MARGIN // 2)
     return s + tl.load(diag_ptr + (corner + reach + MARGIN) + (c.to(tl.int64) - r.to(tl.int64)))
@@ -99,7 +99,7 @@ def edge_scores(s, diag_ptr, corner, keys_left, reach, CAUSAL: tl.constexpr, BIA
 #
 # Per query: m the largest score so far, l = sum 2^(s - m), acc = sum 2^(s - m) v, s the score times log2 e. A tile with
 # a larger score first shrinks l and acc by 2^(old m - new m). At the end o = acc / l, lse = m + log2 l.
-# Dropout acts on P behind the softmax: l sums all weights, acc the kept ones, and 1 / keep enters once, at the end.
+# Dropout acts on P after the softmax: l sums all weights, acc the kept ones, and 1 / keep enters once, at the end.
 
 
 @triton.jit(do_not_specialize=CHANGING)

@@ -2,9 +2,9 @@
 
     python -m kernels.bench                                    every kernel and size, most wanted first
     python -m kernels.bench --only "attention encoder" --minutes 9
-    python -m kernels.bench --all --json results.jsonl         all of a GPU's checks and figures, a line of JSON a row
+    python -m kernels.bench --all --json results.jsonl         all of a GPU's checks and figures, one line of JSON per row
 
-Times are medians of CUDA events with a cold L2 cache, behind a kernel that spins while the host enqueues what is timed;
+Times are medians of CUDA events with a cold L2 cache, after a kernel that spins while the host enqueues what is timed;
 "spread" is the distance between the quartiles. Ours is timed first and last. What fails is reported, and the next one
 runs. Forward is timed as training runs it: that of the cross-entropies makes their gradient too. TF/s and GB/s count
 what the mathematics needs; the percentage is of a matrix product or a copy timed in the same run.
@@ -322,7 +322,7 @@ def main(argv=None):
         prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one of these")
-    parser.add_argument("--minutes", type=float, default=0.0, help="end after so many [when all is done]")
+    parser.add_argument("--minutes", type=float, default=0.0, help="stop after this many minutes [no limit]")
     parser.add_argument("--all", action="store_true", help="all of a GPU's checks and figures")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="append a line of JSON for each row to FILE")
     args = parser.parse_args(argv)

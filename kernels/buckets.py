@@ -24,7 +24,7 @@ def bucket_table(num_buckets, max_distance, bidirectional, device):
     """(2 * max_distance + 1,) int64: the bucket of every distance from -max_distance to max_distance.
 
     It is made on the host, where the logarithm is exact at powers of two: a rounding error would move a bucket's edge.
-    Bucket num_buckets / 2 of a bidirectional table is never used, for it would be "after, by nothing". In a causal
+    Bucket num_buckets / 2 of a bidirectional table is never used: it would be "after, by nothing". In a causal
     table later keys fall into bucket 0; they are masked anyway.
     """
     distance = torch.arange(-max_distance, max_distance + 1, device="cpu")

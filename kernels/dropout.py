@@ -24,7 +24,7 @@ from .launch import tl, triton
 
 
 def dropout_reference(x: Tensor, p: float, seed: int | Tensor | None = None) -> Tensor:
-    """x with each element 0, with probability p rounded to a multiple of 1/256, or scaled so that its mean stays.
+    """Inverted dropout: each element of x is 0 with probability p, rounded to a multiple of 1/256, or scaled up.
 
     seed: what the mask is a function of; None draws one from torch's generator.
     """

@@ -30,8 +30,8 @@ of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do t
 edge tiles have a loop each: a branch inside one loop would put both bodies into it.
 
 **No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k; programs past the end of a sequence return at once.
-On a GPU nobody reads cu_seqlens: there a sequence without keys gives NaN, as does M > N with causal, which CPU tensors
-have refused.
+On a GPU cu_seqlens are not checked: a sequence without keys gives NaN, and so does M > N with causal. On the CPU both
+raise ValueError.
 """
 
 from itertools import pairwise, product

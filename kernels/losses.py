@@ -95,7 +95,7 @@ def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
     if not logits.is_floating_point() or labels.dtype != torch.int64:
         raise ValueError(f"cross_entropy: logits must be float and labels int64, got {logits.dtype}, {labels.dtype}")
     if weights.requires_grad:
-        raise ValueError("cross_entropy: weights must not require a gradient, for they get none")
+        raise ValueError("cross_entropy: weights get no gradient and must not require one")
     V = logits.shape[1]
     if labels.device.type == "cpu":  # reading values from a GPU would make the host wait
         wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= V))]
