@@ -6,7 +6,6 @@ a time, while it computes that layer, so every pass through a layer is a pass of
 
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import distribute_tensor
 
 from data.arguments import one_line
-from data.jsonl import Record
 from dss.batch import segments
 from dss.model import T5
 from dss.run.parallel import highest, is_first, layers, size, wait_for_all
@@ -78,14 +76,8 @@ class ShardedStudent(Student):
                 whole = whole.to(mine.device, mine.dtype)
                 mine.copy_(distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None))
 
-    def evaluate(self, rows: Sequence[Record]) -> tuple[list[bool], list[tuple[str, str | None]]]:
-        return self.in_step(lambda: super(ShardedStudent, self).evaluate(rows))
-
-    def explain(self, inputs: Sequence[str]) -> list[str]:
-        return self.in_step(lambda: super(ShardedStudent, self).explain(inputs))
-
-    def in_step(self, work: Callable) -> object:
-        """work(), in which each process calls encoder and decoder as often as it needs.
+    def write(self, *asked: object) -> list[list[int]]:
+        """`Student.write`, in which each process calls encoder and decoder as often as it needs.
 
         Before every pass the processes agree on what it is. One that wants another, or is done, takes part with a token
         of no importance.
@@ -105,14 +97,14 @@ class ShardedStudent(Student):
             wait_to(wanted)
             return passes[wanted](*inputs)
 
-        def work_and_wait() -> object:
-            result = work()
+        def write_and_wait() -> list[list[int]]:
+            result = super(ShardedStudent, self).write(*asked)
             wait_to(DONE)
             return result
 
         model.encode, model.decode = partial(in_turn, ENCODE), partial(in_turn, DECODE)
         try:
-            return model.gathered(work_and_wait)  # what lies outside the layers is gathered once
+            return model.gathered(write_and_wait)  # what lies outside the layers is gathered once
         finally:
             del model.encode, model.decode
 
