@@ -89,12 +89,10 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
     try:
-        with contextlib.ExitStack() as stack:
-            if mine:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
+        with open(os.devnull, "w") as nowhere:
+            out, err = (nowhere, nowhere) if mine else (sys.stdout, sys.stderr)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                yield
         leave()
     except BaseException as error:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun's are on their way where another process has ended
