@@ -206,17 +206,12 @@ def place(student: Student, device: torch.device, config: TrainConfig) -> Studen
         last = student.method == config.method[-1]
         student = replace(student, model=(student.model if last else copy.deepcopy(student.model)).to(device))
     for layer in layers(student.model) if config.checkpoint_activations else ():
-        layer.forward = partial(recomputed, layer, layer.forward)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # which computes it once more
     return student
 
 
 def layers(model: T5) -> list[torch.nn.Module]:
     return [*model.encoder.layers, *model.decoder.layers]
-
-
-def recomputed(layer: torch.nn.Module, forward: Callable, *inputs: object) -> torch.Tensor:
-    """forward(*inputs), of which nothing is kept for the backward pass: it computes the layer once more."""
-    return checkpoint(forward, *inputs, use_reentrant=False) if layer.training else forward(*inputs)
 
 
 def load_weights(student: Student, directory: Path, config: TrainConfig) -> None:
