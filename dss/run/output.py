@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -68,23 +68,21 @@ def claimed(out: Path, config: TrainConfig, identity: dict) -> Iterator[None]:
     BlockingIOError if another process trains there.
     """
     parallel.wait_for_all()  # all have looked at what is there
-    if not parallel.is_first():
-        parallel.wait_for_all()
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / "run"):
-        if config.resume:
-            for method in METHODS:
-                require_same(out / method, identity)
-            if not any((out / method / "config.json").exists() for method in config.method):
-                print(f"--resume: nothing to resume in {out}; starting", file=sys.stderr)
-        for method in config.method:
-            if config.overwrite and (out / method).exists():
-                shutil.rmtree(out / method)
-            (out / method).mkdir(exist_ok=True)
-            if (out / method / "result.json").exists():
-                forget_state(out / method)
+    with ExitStack() as held:
+        if parallel.is_first():
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out / "run"))
+            if config.resume:
+                for method in METHODS:
+                    require_same(out / method, identity)
+                if not any((out / method / "config.json").exists() for method in config.method):
+                    print(f"--resume: nothing to resume in {out}; starting", file=sys.stderr)
+            for method in config.method:
+                if config.overwrite and (out / method).exists():
+                    shutil.rmtree(out / method)
+                (out / method).mkdir(exist_ok=True)
+                if (out / method / "result.json").exists():
+                    forget_state(out / method)
         parallel.wait_for_all()
         yield
 
