@@ -19,8 +19,7 @@ from tokenizer import T5Tokenizer
 
 # What a resumed run may change: the machine, the place of its output, and that of its rows if they are the same rows.
 FREE = {"data", "eval_data", "test_data", "spiece", "method", "device", "threads", "out", "resume", "overwrite"}
-FREE |= {"checkpoint_activations", "save_minutes", "plan", "processes", "device_gb"}
-FREE |= {"lr"}  # learning_rate says what it came to
+FREE |= {"checkpoint_activations", "save_minutes", "plan", "processes", "device_gb", "lr"}  # identify() has lr's value
 
 
 def find_output(config: TrainConfig, name: str) -> Path:
@@ -99,11 +98,9 @@ def require_same(directory: Path, identity: dict) -> None:
 
 
 def same_setting(key: str, before: object, now: object) -> bool:
-    if key == "dtype" and now == "auto":
-        return True
-    if key != "weights" or not before or not now:
-        return before == now
-    return Path(before) == Path(now) or (Path(now).is_dir() and Path(before).resolve() == Path(now).resolve())
+    if key == "weights" and before and now:
+        return Path(before).resolve() == Path(now).resolve()
+    return before == now or (key == "dtype" and now == "auto")
 
 
 def setting(key: str, value: object) -> str:
