@@ -75,22 +75,18 @@ class StudyConfig(TrainConfig):
         students = [dict(weights=w) for w in self.weights] or [dict(size=s) for s in self.size]
         grid = itertools.product(self.labels, students, self.subsample, self.seed)
         shared = {f.name: getattr(self, f.name) for f in fields(TrainConfig)}
-        files = {name: self.located(shared[name]) for name in ("data", "eval_data", "test_data")}
+        if self.preset:  # whose files are below --data-dir
+            below = Path(self.data_dir)
+            shared["data"] = tuple(str(below / name) for name in self.data)
+            shared |= {name: str(below / shared[name]) for name in ("eval_data", "test_data") if shared[name]}
         cells = {}
         for labels, student, share, seed in grid:
             (which,) = student.values()  # two students may be called .../student, so the whole path names a run
             name = f"{labels}-{which.strip('./').replace('/', '--')}-{share:g}-seed{seed}"
             own = dict(weights="", size=TrainConfig.size) | student | dict(labels=labels, subsample=share, seed=seed)
             place = dict(out=str(self.directory / name), resume=True, overwrite=False)
-            cells[name] = TrainConfig(**shared | files | own | place)
+            cells[name] = TrainConfig(**shared | own | place)
         return cells
-
-    def located(self, files: tuple[str, ...] | str) -> tuple[str, ...] | str:
-        """A preset's file names, several or a single one, below --data-dir."""
-        if not self.preset or not files:
-            return files
-        below = tuple(str(Path(self.data_dir) / name) for name in ([files] if isinstance(files, str) else files))
-        return below[0] if isinstance(files, str) else below
 
     @property
     def directory(self) -> Path:
