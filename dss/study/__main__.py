@@ -214,17 +214,14 @@ def start(config: StudyConfig, name: str, cell: TrainConfig, slot: int) -> subpr
 
 
 def command_line(cell: TrainConfig) -> list[str]:
-    """The arguments that give train.py this TrainConfig."""
-    flags = []
+    """The arguments that give train.py this TrainConfig: a flag for each value that is not the default."""
+    words = []
     for field in fields(TrainConfig):
         value = getattr(cell, field.name)
-        if value is True:
-            flags.append(arguments.flag(field.name))
-        elif isinstance(value, list | tuple):
-            flags += [arguments.flag(field.name), *map(str, value)] if value else []
-        elif value is not None and value is not False and value != "":  # 0 is a value
-            flags += [arguments.flag(field.name), str(value)]
-    return flags
+        if value != field.default:
+            values = value if isinstance(value, list | tuple) else [value] if value is not True else []
+            words += [arguments.flag(field.name), *map(str, values)]
+    return words
 
 
 def summary(name: str, cell: TrainConfig, status: int, out: Path) -> str:
