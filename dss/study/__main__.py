@@ -35,7 +35,7 @@ from data.arguments import Interrupted, Stop, require
 from data.files import read_json
 from data.jsonl import read_jsonl
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
-from dss.rows import Rows, load_rows
+from dss.rows import load_rows
 from dss.run.output import find_output, identify, require_free, require_same
 from dss.study.presets import PRESETS
 from dss.study.report import levels, write_report
@@ -120,11 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as problem:
         return fail(2, problem)
-    print(
-        f"{out}: {len(cells)} runs of {', '.join(config.method)}"
-        + (f", {len(done)} of them done before" if done else "")
-        + f"; {config.parallel} at a time"
-    )
+    before = f", {len(done)} of them done before" if done else ""
+    print(f"{out}: {len(cells)} runs of {', '.join(config.method)}{before}; {config.parallel} at a time")
     with Stop("stopping; the runs under way save their state") as stop:
         try:
             failed = run_all(config, {name: cell for name, cell in cells.items() if name not in done}, stop)
@@ -140,25 +137,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def look_at_rows(config: StudyConfig, cells: dict[str, TrainConfig]) -> tuple[dict[str, dict], set[str]]:
-    """{name of a run: what its students are compared with} and the names of those that are done.
+    """{name of a run: what its students are compared with} and the names of those whose students are all tested.
 
     One run's rows at a time, and one copy of each file's: a study of any number of runs needs the memory of one.
+    Raises ValueError if --resume finds a student that was trained with other settings or rows.
     """
     read, found, done = cache(lambda path: list(read_jsonl(path))), {}, set()
     for name, cell in cells.items():
         rows = load_rows(cell, read)
         found[name] = levels(rows)
-        if config.resume and is_done(cell, rows):
-            done.add(name)
+        if config.resume:
+            identity, students = identify(cell, rows), [Path(cell.out) / method for method in cell.method]
+            for directory in students:
+                require_same(directory, identity)
+            if all((directory / "result.json").exists() for directory in students):
+                done.add(name)
     return found, done
-
-
-def is_done(cell: TrainConfig, rows: Rows) -> bool:
-    """Whether every student of a run is tested. Raises ValueError if one was trained with other settings or rows."""
-    identity, students = identify(cell, rows), [Path(cell.out) / method for method in cell.method]
-    for directory in students:
-        require_same(directory, identity)
-    return all((directory / "result.json").exists() for directory in students)
 
 
 def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> list[str]:
