@@ -118,19 +118,16 @@ def main(argv: list[str] | None = None) -> int:
             for name in filter(os.path.isdir, (out / name for name in cells)):
                 shutil.rmtree(name)
         out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as problem:
-        return fail(2, problem)
-    before = f", {len(done)} of them done before" if done else ""
-    print(f"{out}: {len(cells)} runs of {', '.join(config.method)}{before}; {config.parallel} at a time")
-    with Stop("stopping; the runs under way save their state") as stop:
-        try:
+        before = f", {len(done)} of them done before" if done else ""
+        print(f"{out}: {len(cells)} runs of {', '.join(config.method)}{before}; {config.parallel} at a time")
+        with Stop("stopping; the runs under way save their state") as stop:
             failed = run_all(config, {name: cell for name, cell in cells.items() if name not in done}, stop)
             if finished := {name: cell for name, cell in cells.items() if name not in failed}:
                 print("\n" + write_report(out, finished, levels))
-        except Interrupted:
-            return fail(130, f"interrupted; {out} keeps what is done, --resume goes on")
-        except (OSError, ValueError) as problem:
-            return fail(2, problem)
+    except Interrupted:
+        return fail(130, f"interrupted; {out} keeps what is done, --resume goes on")
+    except (OSError, ValueError) as problem:
+        return fail(2, problem)
     for name in failed:
         print(f"dss.study: {name} failed; see {out / name}.log", file=sys.stderr)
     return 1 if failed else 0
