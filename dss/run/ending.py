@@ -1,6 +1,7 @@
 """What is kept of training while it goes on and where it ends early, and the one line that says why it did."""
 
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class Ended(Exception):
         self.status = status
 
 
-class Keeper:
+class Keeper(AbstractContextManager):
     """In a `with` block of training: keeps the best student so far, and from time to time the state to go on from.
 
     The block ends early with Ended, which says what is kept, or with what a mistake of the program's raises.
@@ -50,9 +51,6 @@ class Keeper:
         if parallel.anyone(due or at_once) and self.saved != self.progress.step:
             parallel.save_state(self.out, self.student, self.optimizer, self.progress, self.config)
             self.saved, self.clock = self.progress.step, time.monotonic()
-
-    def __enter__(self) -> "Keeper":
-        return self
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
         if isinstance(error, Interrupted):

@@ -65,7 +65,7 @@ def say_what_was_cut(method: str, cut: Counter, config: TrainConfig) -> None:
         print(f"{method}: {', '.join(parts)}; see --max-input-length, --max-target-length", file=sys.stderr)
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """metrics.jsonl: a line for every `log_every` steps, with means over them, and one for each evaluation.
 
     What has been summed since the last line is `progress.window`, which state.pt holds, so that the line after an
@@ -83,9 +83,6 @@ class Log:
         self.clock = time.monotonic()
         if not progress.window:
             self.restart()
-
-    def __enter__(self) -> "Log":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # each line was flushed; what could not be has been reported
