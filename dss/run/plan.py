@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 
 from dss.batch import Batch, count_tokens, pack, sequences
-from dss.config import SIZES, T5Config, TrainConfig
+from dss.config import TrainConfig
 from dss.loss import distillation_loss
 from dss.model import T5
 from dss.rows import Rows, load_rows, single_rationales
 from dss.run import parallel
-from dss.run.start import choose_device, choose_dtype, make_tokenizer
-from dss.weights import locate, read_config
+from dss.run.start import choose_device, choose_dtype, make_tokenizer, shape_of
 from tokenizer import T5Tokenizer
 
 GB = 1e9
@@ -109,12 +108,6 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
         remedy=f"{smaller} takes less",
         saver=f"{saver} takes less",
     )
-
-
-def shape_of(config: TrainConfig, tokenizer: T5Tokenizer) -> T5Config:
-    shape = read_config(locate(config.weights, weights=False) / "config.json") if config.weights else SIZES[config.size]
-    dropout = shape.dropout_rate if config.dropout is None else config.dropout
-    return replace(shape, vocab_size=shape.vocab_size or tokenizer.vocab_size, dropout_rate=dropout)
 
 
 def pass_of(config: TrainConfig, method: str, rows: Rows, tokenizer: T5Tokenizer, n: int) -> Batch:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR
-from dss.config import SIZES, TrainConfig
+from dss.config import SIZES, T5Config, TrainConfig
 from dss.model import T5
 from dss.rows import Rows, as_list
-from dss.weights import load_t5, locate
+from dss.weights import load_t5, locate, read_config
 from tokenizer import T5Tokenizer, train
 
 
@@ -79,15 +79,20 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
     return tokenizer
 
 
+def shape_of(config: TrainConfig, tokenizer: T5Tokenizer) -> T5Config:
+    """The shape of the student, of which no weights need be there yet."""
+    shape = read_config(locate(config.weights, weights=False) / "config.json") if config.weights else SIZES[config.size]
+    dropout = shape.dropout_rate if config.dropout is None else config.dropout
+    return replace(shape, vocab_size=shape.vocab_size or tokenizer.vocab_size, dropout_rate=dropout)
+
+
 def make_model(config: TrainConfig, tokenizer: T5Tokenizer) -> T5:
     """--weights, or a T5 of --size with random weights. Raises ValueError for a tokenizer with too many ids."""
     if config.weights:
         model = load_t5(config.weights, config.dropout, mapped=config.shard)
     else:
         torch.manual_seed(config.seed)
-        shape = SIZES[config.size]
-        shape = replace(shape, vocab_size=shape.vocab_size or tokenizer.vocab_size)
-        model = T5(shape if config.dropout is None else replace(shape, dropout_rate=config.dropout))
+        model = T5(shape_of(config, tokenizer))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids, but {config.weights or config.size} embeds "
