@@ -42,33 +42,21 @@ class Plan:
     activations: float  # with what --shard gathers of other devices' weights for the time
     peak: float  # of all these together
     device: float  # GB that there are
-    remedy: str  # where weights, gradients and optimiser alone do not fit
-    saver: str  # where activations may not
+    problem: str  # why the run cannot begin, if it cannot
+    warning: str  # why it may end before long, if it may
 
     def __str__(self) -> str:
         parts = ("weights", "gradients", "optimizer", "activations", "peak")
         numbers = "\n".join(f"{name:>14} {getattr(self, name):9.2f} GB" for name in parts)
-        verdict = self.problem() or self.warning() or "it fits"
+        verdict = self.problem or self.warning or "it fits"
         return f"plan: {self.what}; on each device\n{numbers}\nof {self.device:.2f} GB: {verdict}"
-
-    def problem(self) -> str:
-        """Why the run cannot begin, if it cannot."""
-        least = self.weights + self.gradients + self.optimizer
-        if least <= self.device:
-            return ""
-        return f"weights, gradients and optimiser alone take {least:.1f} GB of {self.device:.1f}; {self.remedy}"
-
-    def warning(self) -> str:
-        if self.peak <= self.device:
-            return ""
-        return f"activations may bring the total to {self.peak:.1f} GB of {self.device:.1f}; {self.saver}"
 
     def require_fit(self) -> None:
         """Raise ValueError for a run that cannot begin; warn of one that may end before long."""
-        if self.problem():
-            raise ValueError(f"{self.what}: {self.problem()}")
-        if self.warning():
-            print(f"train.py: warning: {self.warning()}", file=sys.stderr)
+        if self.problem:
+            raise ValueError(f"{self.what}: {self.problem}")
+        if self.warning:
+            print(f"train.py: warning: {self.warning}", file=sys.stderr)
 
 
 def plan_of(config: TrainConfig) -> Plan:
@@ -92,10 +80,14 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
     passes = [pass_of(config, method, rows, tokenizer, n) for method in config.method]
     kept = max(activations(model, batch, config, gpu, parts) for batch in passes)
     waiting = 0 if gpu or config.shard or len(config.method) == 1 else 4 * P  # the first weights, for the next method
+    least = (8 * P + state) / parts / GB  # weights, gradients and optimiser
+    peak, there = least + (kept + waiting) / GB, config.device_gb or memory_of(device) / GB
     smaller = "" if config.shard else "--shard with more processes or " if n == 1 else "--shard or "
     smaller += "--optimizer adafactor" if adam and not config.shard else "a smaller student"
     saver = "" if config.micro_batch == 1 else "a smaller --micro-batch or "
     saver += "a smaller student" if config.checkpoint_activations else "--checkpoint-activations"
+    alone = f"weights, gradients and optimiser alone take {least:.1f} GB of {there:.1f}; {smaller} takes less"
+    together = f"activations may bring the total to {peak:.1f} GB of {there:.1f}; {saver} takes less"
     return Plan(
         what=f"{config.weights or config.size}, {P:,} parameters, {config.optimizer}, {config.dtype}, "
         f"{n} {'device' if n == 1 else 'devices'}{', sharded' * config.shard}",
@@ -103,10 +95,10 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
         gradients=4 * P / parts / GB,
         optimizer=state / parts / GB,
         activations=kept / GB,
-        peak=((8 * P + state) / parts + kept + waiting) / GB,
-        device=config.device_gb or memory_of(device) / GB,
-        remedy=f"{smaller} takes less",
-        saver=f"{saver} takes less",
+        peak=peak,
+        device=there,
+        problem=alone if least > there else "",
+        warning=together if peak > there else "",
     )
 
 
