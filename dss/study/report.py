@@ -150,10 +150,7 @@ def percent(share: float | None) -> str:
 def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
     """The pictures that the grid allows. Returns ([file names], a line that says what is missing or "")."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        import matplotlib.figure
     except ImportError:
         return [], "No pictures: pip install matplotlib, then the same command with --resume draws them."
     most = max(g["share"] for g in groups)
@@ -166,24 +163,24 @@ def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
     for name, x, panels in (("share", "share", shares), ("size", "parameters", sizes)):
         if len({g["student" if name == "size" else x] for g in groups}) == 1:  # a tokenizer changes the parameters
             continue
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(6.4 * len(panels), 5), squeeze=False, sharey=True)
-        for axis, (title, mine) in zip(axes[0], panels.items()):
+        figure = matplotlib.figure.Figure(figsize=(6.4 * len(panels), 5))
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axis, (title, mine) in zip(axes, panels.items()):
             curves(axis, mine, x, lines)
             axis.set_title(title, fontsize=10)
-            axis.set_xscale("log")
-            axis.set_xlabel("parameters of the student" if x == "parameters" else "share of the training rows, %")
+            label = "parameters of the student" if x == "parameters" else "share of the training rows, %"
+            axis.set(xscale="log", xlabel=label)
             if x == "share":
                 ticks = sorted({g[x] for g in mine})
                 axis.set_xticks(ticks, [f"{100 * share:g}" for share in ticks])
                 axis.minorticks_off()
-        axes[0][0].set_ylabel("label accuracy on the test rows, %")
-        legend = list(zip(*axes[0][0].get_legend_handles_labels()))
+        axes[0].set_ylabel("label accuracy on the test rows, %")
+        legend = list(zip(*axes[0].get_legend_handles_labels()))
         legend.sort(key=lambda entry: all(entry[1] != name for *_, name in LOOKS.values()))  # methods, then levels
         figure.legend(*zip(*legend), loc="lower center", ncols=2, fontsize=9)
         figure.tight_layout(rect=(0, 0.05 * ((len(legend) + 1) // 2) + 0.01, 1, 1))
         with replacing(out / f"accuracy_by_{name}.png") as file:
             figure.savefig(file, dpi=150, format="png")
-        pyplot.close(figure)
         made.append(f"accuracy_by_{name}.png")
     return made, "" if made else "No pictures: the grid has one share and one student."
 
