@@ -94,16 +94,12 @@ def seeds_needed(gain: float, low: float, high: float, seeds: int) -> int | None
 
 
 def levels(rows: Rows) -> dict[str, float | None]:
-    """What the students of these rows are compared with."""
-    return {"teacher": teacher_accuracy(rows), "commonest label": commonest_label(rows)[1]}
-
-
-def teacher_accuracy(rows: Rows) -> float | None:
-    """The teacher's own accuracy on the test rows, no answer being wrong; None where it has answered none of them."""
-    test = rows.test or rows.validation
-    if all(r.teacher_label is None for r in test):
-        return None
-    return mean(same_label(r.teacher_label or "", r.label, rows.metric, r.input) for r in test)
+    """What the students are compared with: the accuracies of the teacher, no answer being wrong (None where it has
+    answered none of the questions), and of always giving the commonest label."""
+    asked = rows.test or rows.validation
+    answered = any(r.teacher_label is not None for r in asked)
+    right = (same_label(r.teacher_label or "", r.label, rows.metric, r.input) for r in asked)
+    return {"teacher": mean(right) if answered else None, "commonest label": commonest_label(rows)[1]}
 
 
 def mean(values: Iterable) -> float | None:
