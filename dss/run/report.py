@@ -27,7 +27,8 @@ RESAMPLES = 10_000
 
 
 def introduce(rows: Rows, student: Student, config: TrainConfig, device: torch.device) -> None:
-    """Print what is trained where, what there is to train, select and test it on, and what of that is in two places."""
+    """Print what is trained where, and what there is to train, select and test it on. On stderr: which inputs are in
+    two places, and what a run may do, but hardly on purpose."""
     where = f"{parallel.size()} x {device.type}" if parallel.size() > 1 else str(device)
     where += f", {student.dtype}"
     where += " (--dtype bfloat16 is faster)" if device.type == "cuda" and student.dtype == "float32" else ""
@@ -41,11 +42,6 @@ def introduce(rows: Rows, student: Student, config: TrainConfig, device: torch.d
     shared = [f"{n:,} of {len(part):,} {name} inputs" for name, n, part in places if n]
     if shared:
         print(f"{rows.name}: {' and '.join(shared)} are training inputs too", file=sys.stderr)
-    warn(rows, config)
-
-
-def warn(rows: Rows, config: TrainConfig) -> None:
-    """Say on stderr what a run may do, but hardly on purpose."""
     if config.warmup >= config.steps:
         line = f"--warmup {config.warmup:,} is not over within --steps {config.steps:,}: the learning rate only rises"
         print(f"train.py: warning: {line}", file=sys.stderr)
