@@ -77,15 +77,10 @@ class Log(contextlib.AbstractContextManager):
             file.writelines(line.encode() for line in lines if is_before(line, progress.step))
         self.file = open(path, "a", encoding="utf-8")
         self.clock = time.monotonic()
-        if not progress.window:
-            self.restart()
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # each line was flushed; what could not be has been reported
             self.file.close()
-
-    def restart(self) -> None:
-        self.progress.window = dict(losses=torch.zeros(3, dtype=torch.float64), steps=0, tokens=0, seconds=0.0)
 
     def add(self, losses: torch.Tensor, tokens: int) -> None:
         """losses: (3,) tensor of one step, left on its device until they are asked for."""
@@ -115,7 +110,7 @@ class Log(contextlib.AbstractContextManager):
         speed = round(self.progress.window["tokens"] / max(self.progress.window["seconds"], 1e-9))
         losses = dict(loss=loss, label_loss=label, rationale_loss=rationale)
         self.write(step, **losses, learning_rate=rate, gradient_norm=norm.item(), tokens_per_second=speed)
-        self.restart()
+        self.progress.window = Progress().window  # a new one
         return f"loss {loss:.3f}, {speed:,} tokens/s"
 
     def write_accuracy(self, step: int, accuracy: float) -> None:

@@ -28,7 +28,9 @@ class Progress:
     best_accuracy: float = -1.0
     seconds: float = 0.0  # of training and evaluation
     tokens: int = 0  # trained on, inputs and targets
-    window: dict = field(default_factory=dict)  # what the log has summed since its last line
+    window: dict = field(  # what the log has summed since its last line
+        default_factory=lambda: dict(losses=torch.zeros(3, dtype=torch.float64), steps=0, tokens=0, seconds=0.0)
+    )
 
 
 def save_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
