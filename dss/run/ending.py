@@ -67,7 +67,7 @@ class Keeper(AbstractContextManager):
         if isinstance(error, Exception):
             if line := describe(error):
                 raise Ended(1, f"{line}; {self.kept()}") from None
-            if isinstance(lost := parallel.cause(error), parallel.Lost):
+            if lost := parallel.lost(error):
                 raise Ended(1, f"{lost}; {self.kept()}, --resume goes on from step {self.saved:,}") from None
 
     def kept(self) -> str:

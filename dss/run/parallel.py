@@ -41,13 +41,6 @@ MOMENT = 3.0  # seconds in which a process ends by itself when another has died
 STORE: list[dist.Store] = []  # torchrun's, of the run that this process has joined
 
 
-class Lost(Exception):
-    """Another process has ended, and with it the run."""
-
-    def __init__(self, number: str = "") -> None:
-        super().__init__(f"process {number} has ended" if number else "another process has ended")
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -115,7 +108,7 @@ def watch(neighbour: int, words: dist.ProcessGroup, terminal: TextIO) -> None:
         time.sleep(2 * MOMENT)  # the main thread ends by itself, unless it waits for a GPU that waits for the dead
         if speaks_first(mine):
             kept = "if a state was saved, --resume goes on from it"
-            print(f"train.py: {Lost(str(neighbour))}; {kept}", file=terminal, flush=True)
+            print(f"train.py: process {neighbour} has ended; {kept}", file=terminal, flush=True)
         os._exit(1)
 
 
@@ -127,13 +120,14 @@ def speaks_first(mine: str) -> bool:
         return False
 
 
-def cause(error: Exception) -> Exception:
-    """`error`, or a Lost if it followed from the end of another process."""
+def lost(error: Exception) -> str:
+    """If `error` followed from the end of another process, a line that says so, else nothing."""
     for _ in range(int(10 * MOMENT)) if size() > 1 and isinstance(error, RuntimeError) else ():
         if STORE[0].check(["ended"]):
-            return Lost(*STORE[0].get("ended").decode().split()[1:])
+            _, *number = STORE[0].get("ended").decode().split()
+            return f"process {number[0]} has ended" if number else "another process has ended"
         time.sleep(0.1)
-    return error
+    return ""
 
 
 # ---- What all processes do together ---------------------------------------------------------------------------------
