@@ -188,8 +188,7 @@ def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> l
 def start(config: StudyConfig, name: str, cell: TrainConfig, slot: int) -> subprocess.Popen:
     """One run: train.py with its output in a file and its share of the cores, on a GPU of its own where there are any,
     or with --processes on as many."""
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.parallel)))
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.parallel))} | os.environ
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
     if config.gpus and not config.processes:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % config.gpus)

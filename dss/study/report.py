@@ -39,13 +39,10 @@ def write_report(out: Path, cells: dict[str, TrainConfig], compared: dict[str, d
     groups = summarise(runs)
     lines = {level: mean(compared[name][level] for name in cells) for level in ("teacher", "commonest label")}
     pictures, why_not = draw(out, groups, lines)
-    about = dict(
-        date=time.strftime("%Y-%m-%d"), machine=machine(), command="python -m dss.study " + shlex.join(sys.argv[1:])
-    )
-    write_json(
-        out / "study.json",
-        about | dict(lines=lines, groups=groups, runs=[{k: r[k] for k in r if k != "answers"} for r in runs]),
-    )
+    command = "python -m dss.study " + shlex.join(sys.argv[1:])
+    about = dict(date=time.strftime("%Y-%m-%d"), machine=machine(), command=command)
+    kept = [{key: value for key, value in run.items() if key != "answers"} for run in runs]
+    write_json(out / "study.json", about | dict(lines=lines, groups=groups, runs=kept))
     text = f"{markdown(groups, lines, about)}\nWritten to {out}: {', '.join(['study.md', 'study.json', *pictures])}.\n"
     text += f"{why_not}\n" if why_not else ""
     with replacing(out / "study.md") as file:
@@ -125,22 +122,19 @@ def markdown(groups: list[dict], lines: dict, about: dict) -> str:
             row += [f"{100 * g['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{g['p']:.2g}"]
         table.append(row + [""] * (len(head) - len(row)))
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
+    teacher = "unknown" if lines["teacher"] is None else f"{lines['teacher']:.1%}"
     notes = [
         "Label accuracy in %, mean over seeds ± standard deviation between seeds; beside it the difference from",
         "standard finetuning on the same rows and questions, its 95 % bootstrap interval over seeds and questions, and",
         "the two-sided p-value from the same bootstrap, not corrected for the number of comparisons.",
-        f"On the same questions the teacher's own accuracy is {percent(lines['teacher'])}; always giving the commonest",
-        f"training label, {percent(lines['commonest label'])}.",
+        f"On the same questions the teacher's own accuracy is {teacher}; always giving the commonest",
+        f"training label, {lines['commonest label']:.1%}.",
     ]
     for g in groups:
         if g.get("seeds_needed"):
             where = f"{g['method']} ({g['labels']}, {g['student']}, {g['share']:.4g})"
             notes.append(f"{where}: not resolved; it takes about {g['seeds_needed']:,} seeds.")
     return "\n".join([text, "", *notes, "", f"{about['date']}, {about['machine']}: `{about['command']}`", ""])
-
-
-def percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{share:.1%}"
 
 
 def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
