@@ -49,7 +49,10 @@ class Keeper(AbstractContextManager):
         minutes = self.config.save_minutes
         due = time.monotonic() - self.clock > 60 * minutes if minutes else self.progress.evaluated == self.progress.step
         if parallel.anyone(due or at_once) and self.saved != self.progress.step:
-            parallel.save_state(self.out, self.student, self.optimizer, self.progress, self.config)
+            path, files = parallel.state_of(self.out, self.config)
+            if self.config.shard or parallel.is_first():
+                files.save_state(path, self.student.model, self.optimizer, vars(self.progress))
+            parallel.wait_for_all()
             self.saved, self.clock = self.progress.step, time.monotonic()
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:

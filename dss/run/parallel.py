@@ -223,18 +223,8 @@ def save_student(student: Student, directory: Path, config: TrainConfig) -> None
     wait_for_all()
 
 
-def save_state(
-    out: Path, student: Student, optimizer: torch.optim.Optimizer, progress: Progress, config: TrainConfig
-) -> None:
-    """Write OUT/METHOD/state.pt, or with --shard the directory state/, to which each process writes its part."""
-    if config.shard or is_first():
-        path, files = state_of(out, config)
-        files.save_state(path, student.model, optimizer, vars(progress))
-    wait_for_all()
-
-
 def load_state(out: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Progress:
-    """Put back what `save_state` wrote, if anything, on whatever number of processes."""
+    """Put back the state that was saved, if any, on whatever number of processes."""
     path, files = state_of(out, config)
     progress = files.load_state(path, student.model, optimizer)
     if progress and (out / "best.json").exists():  # newer than the state, or as old
@@ -245,7 +235,8 @@ def load_state(out: Path, student: Student, optimizer: torch.optim.Optimizer, co
 
 
 def state_of(out: Path, config: TrainConfig) -> tuple[Path, ModuleType]:
-    """Where a run's state is, and the module that knows its form."""
+    """Where a run's state is, and the module that knows its form: OUT/METHOD/state.pt, or with --shard the directory
+    state/, to which each process writes its part."""
     if not config.shard:
         return out / "state.pt", state
     from dss.run import shards  # a second of imports, only where it is needed
