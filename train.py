@@ -138,7 +138,8 @@ def train_step(
             L, L_label, L_rationale = distillation_loss(model, batch, work.n_label, work.n_rationale, config.lam)
         L.backward()
         total += torch.stack([L.detach(), L_label, L_rationale])
-    parallel.sum_up([total, *parallel.gradients(model, config)])  # over processes: each had a part of the rows
+    gradients = [] if config.shard else [parameter.grad for parameter in model.parameters()]  # FSDP2 has summed its own
+    parallel.sum_up([total, *gradients])  # over processes: each had a part of the rows
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
     norm = norm.full_tensor() if config.shard else norm
     for group in optimizer.param_groups:
@@ -217,12 +218,11 @@ def prepare(config: TrainConfig) -> Run:
     tok = make_tokenizer(config, rows, out)
     make_plan(config, rows, tok, device).require_fit()
     model = make_model(config, tok)
-    identity = identify(config, rows, tok)
     choose_threads(config.threads, model)
     lengths = {name: getattr(config, name) for name in ("max_input_length", "max_target_length", "max_new_tokens")}
     student = Student(model, tok, metric=rows.metric, labels=rows.labels, dtype=config.dtype, **lengths)
     introduce(rows, student, config, device)
-    return Run(config, rows, student, device, out, identity)
+    return Run(config, rows, student, device, out, identify(config, rows, tok))
 
 
 # ---- What a step needs ----------------------------------------------------------------------------------------------

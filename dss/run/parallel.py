@@ -164,11 +164,6 @@ def seed(number: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([number, step, rank()]).generate_state(1, np.uint64)[0]))
 
 
-def gradients(model: T5, config: TrainConfig) -> list[torch.Tensor]:
-    """Those that are still to be summed over the processes: FSDP2 has summed its own."""
-    return [] if config.shard else [parameter.grad for parameter in model.parameters()]
-
-
 def sum_up(tensors: list[torch.Tensor]) -> None:
     """Replace each tensor by its sum over all processes."""
     for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors] if size() > 1 else ():
