@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -164,7 +165,7 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
         print(f"\n  question   {indent(sample['input'])}")
         print(f"  predicted  {indent(sample['prediction']) or '(nothing)'}   ({gold}: {sample['label']})")
         if sample["rationale"]:
-            print(f"  because    {indent(shortened(sample['rationale']))}")
+            print(f"  because    {textwrap.shorten(sample['rationale'], 400, placeholder=' ...')}")
     print(f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, for transformers too.")
     trained, left = ([m for m in METHODS if (out / m / "result.json").exists() == done] for done in (True, False))
     if left:
@@ -225,10 +226,6 @@ def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[flo
 def in_short(n: int) -> str:
     """Of at most five characters: 950, 3.2K, 1.9M."""
     return f"{n / 1e6:.1f}M" if n >= 999_950 else f"{n / 1e3:.1f}K" if n >= 1000 else str(n)
-
-
-def shortened(text: str, longest: int = 400) -> str:
-    return text if len(text) <= longest else text[: longest - 4] + " ..."
 
 
 def indent(text: str) -> str:
