@@ -50,12 +50,11 @@ def identify(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer | None = No
     digest = hashlib.sha256()
     for record in chain(rows.train, rows.validation, rows.test):
         digest.update(json.dumps([record.input, record.label, record.rationale]).encode())
-    identity = asdict(config) | {
-        "learning_rate": config.learning_rate,
-        "metric": rows.metric,
-        "rows_sha256": digest.hexdigest(),
-    }
-    return identity | ({"tokenizer_sha256": hashlib.sha256(tokenizer.model).hexdigest()} if tokenizer else {})
+    identity = asdict(config) | dict(learning_rate=config.learning_rate, metric=rows.metric)
+    identity["rows_sha256"] = digest.hexdigest()
+    if tokenizer:
+        identity["tokenizer_sha256"] = hashlib.sha256(tokenizer.model).hexdigest()
+    return identity
 
 
 @contextmanager

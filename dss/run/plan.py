@@ -141,13 +141,12 @@ def activations(model: T5, batch: Batch, config: TrainConfig, gpu: bool, parts: 
         hook.remove()
 
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    half = (
-        2 * sum(sizes) if config.dtype == "bfloat16" and not config.shard and not config.checkpoint_activations else 0
-    )
+    whole = not config.shard and not config.checkpoint_activations  # then autocast keeps a copy of each layer
+    half = 2 * sum(sizes) if config.dtype == "bfloat16" and whole else 0
     gathered = 4 * (model.num_parameters() - sum(sizes) + 3 * max(sizes)) if parts > 1 else 0  # two layers, a gradient
-    tokens, width = (len(batch.input_ids), len(batch.labels)), 4 * model.config.d_model
-    inputs = [width * tokens[i >= model.config.num_layers] for i in range(len(layers))]
-    if config.checkpoint_activations:  # a layer at a time is computed once more
+    tokens = (len(batch.input_ids), len(batch.labels))
+    if config.checkpoint_activations:  # the layers' inputs are kept; a layer at a time is computed once more
+        inputs = [4 * model.config.d_model * tokens[i >= model.config.num_layers] for i in range(len(layers))]
         kept[1:] = [*inputs, max(kept[1:])]
     logits = LOGITS if gpu else 2 * 4 * tokens[1] * model.config.vocab_size  # their gradients
     return sum(kept) + logits + half + gathered
