@@ -40,7 +40,9 @@ def write_report(out: Path, cells: dict[str, TrainConfig], compared: dict[str, d
     lines = {level: mean(compared[name][level] for name in cells) for level in ("teacher", "commonest label")}
     pictures, why_not = draw(out, groups, lines)
     command = "python -m dss.study " + shlex.join(sys.argv[1:])
-    about = dict(date=time.strftime("%Y-%m-%d"), machine=machine(), command=command)
+    cores = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    machine = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cores}, torch {torch.__version__}"
+    about = dict(date=time.strftime("%Y-%m-%d"), machine=machine, command=command)
     kept = [{key: value for key, value in run.items() if key != "answers"} for run in runs]
     write_json(out / "study.json", about | dict(lines=lines, groups=groups, runs=kept))
     text = f"{markdown(groups, lines, about)}\nWritten to {out}: {', '.join(['study.md', 'study.json', *pictures])}.\n"
@@ -102,12 +104,6 @@ def levels(rows: Rows) -> dict[str, float | None]:
 def mean(values: Iterable) -> float | None:
     values = list(values)
     return None if None in values else float(np.mean(values))
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}"
 
 
 def markdown(groups: list[dict], lines: dict, about: dict) -> str:
