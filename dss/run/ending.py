@@ -14,8 +14,6 @@ from dss.run import parallel
 from dss.run.state import Progress
 from dss.student import Student
 
-BEST = ("best_step", "best_accuracy")  # of Progress; best.json keeps them beside the student that they are of
-
 
 class Ended(Exception):
     """Training ended early. The message says why and what is kept; `status` is the program's exit status."""
@@ -40,9 +38,10 @@ class Keeper(AbstractContextManager):
     def keep_best(self, accuracy: float) -> None:
         """Keep the student as the best so far, with this accuracy on the validation rows."""
         parallel.save_student(self.student, self.out / "student", self.config)
-        self.progress.best_accuracy, self.progress.best_step = accuracy, self.progress.step
+        best = dict(best_step=self.progress.step, best_accuracy=accuracy)
+        vars(self.progress).update(best)
         if parallel.is_first():
-            write_json(self.out / "best.json", {name: getattr(self.progress, name) for name in BEST})
+            write_json(self.out / "best.json", best)
 
     def keep_state(self, at_once: bool = False) -> None:
         """Save the state if it is time to, after --save-minutes or an evaluation, or `at_once`."""
