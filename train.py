@@ -94,13 +94,13 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
     keeper = Keeper(out, student, optimizer, progress, config)
 
     def validate() -> None:
-        log.means(progress.step)  # raises if the loss is no number
+        log.means()  # raises if the loss is no number
         require_finite(student.model, progress.step)  # a diverged student is never the best, and never saved
         right, _ = evaluate(student, rows.validation, stop, "validation")
         accuracy, progress.evaluated = sum(right) / len(right), progress.step
         if accuracy >= progress.best_accuracy:  # a tie goes to the weights that have learned longer
             keeper.keep_best(accuracy)
-        log.write_accuracy(progress.step, accuracy)
+        log.write_accuracy(accuracy)
         bar.write(f"{method}: step {progress.step:,}, validation accuracy {accuracy:.1%}", file=sys.stderr)
 
     with keeper, log, bar:  # where training ends early, the keeper saves its state and says what is kept
@@ -115,7 +115,7 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
             log.add(losses, work.tokens)
             bar.update()
             if progress.step % config.log_every == 0 or progress.step == config.steps:
-                bar.set_postfix_str(log.write_means(progress.step, rate, norm), refresh=False)
+                bar.set_postfix_str(log.write_means(rate, norm), refresh=False)
             if is_due(progress.step, config):
                 validate()
             keeper.keep_state()

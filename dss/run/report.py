@@ -97,30 +97,30 @@ class Log(contextlib.AbstractContextManager):
         self.progress.seconds += self.clock - before
         self.progress.window["seconds"] += self.clock - before if training else 0.0
 
-    def means(self, step: int) -> list[float]:
+    def means(self) -> list[float]:
         """The mean losses since the last line. Waits for the device. Raises FloatingPointError if one is no number."""
         means = (self.progress.window["losses"] / max(self.progress.window["steps"], 1)).tolist()
         if not math.isfinite(means[0]):
-            raise diverged(f"the loss is {means[0]}", step)
+            raise diverged(f"the loss is {means[0]}", self.progress.step)
         return means
 
-    def write_means(self, step: int, rate: float, norm: torch.Tensor) -> str:
+    def write_means(self, rate: float, norm: torch.Tensor) -> str:
         """Write the means of the steps since the last time. Returns what the progress bar shows of them."""
-        loss, label, rationale = self.means(step)
+        loss, label, rationale = self.means()
         self.tick(training=True)
         speed = round(self.progress.window["tokens"] / max(self.progress.window["seconds"], 1e-9))
         losses = dict(loss=loss, label_loss=label, rationale_loss=rationale)
-        self.write(step, **losses, learning_rate=rate, gradient_norm=norm.item(), tokens_per_second=speed)
+        self.write(**losses, learning_rate=rate, gradient_norm=norm.item(), tokens_per_second=speed)
         self.progress.window = Progress().window  # a new one
         return f"loss {loss:.3f}, {speed:,} tokens/s"
 
-    def write_accuracy(self, step: int, accuracy: float) -> None:
+    def write_accuracy(self, accuracy: float) -> None:
         """Write what an evaluation, which has just ended, found."""
         self.tick(training=False)
-        self.write(step, validation_accuracy=accuracy)
+        self.write(validation_accuracy=accuracy)
 
-    def write(self, step: int, **figures: float) -> None:
-        self.file.write(json.dumps({"step": step} | figures) + "\n")
+    def write(self, **figures: float) -> None:
+        self.file.write(json.dumps({"step": self.progress.step} | figures) + "\n")
         self.file.flush()
 
 
