@@ -255,10 +255,9 @@ def take_turns(functions: dict[str, Callable], given: Callable[[int], object], r
     rows = {}
     for name, (_, *seconds) in times.items():  # the first turn warms up
         ratios = [theirs / ours for theirs, ours in zip(seconds, times[OURS][1:])]
+        low, middle, high = statistics.quantiles(ratios, method="inclusive")
         rows[name] = {"seconds": statistics.median(seconds), "least": min(seconds)}
-        rows[name] |= zip(
-            ("x ours, quartile 1", "x ours", "x ours, quartile 3"), statistics.quantiles(ratios, method="inclusive")
-        )
+        rows[name] |= {"x ours, quartile 1": low, "x ours": middle, "x ours, quartile 3": high}
     return rows
 
 
