@@ -144,7 +144,7 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
         test = "-" if r["test_accuracy"] is None else f"{r['test_accuracy']:.1%}"
         print(
             f"{r['method']:<18}{r['rows']:>7,}{r['steps']:>8,}{r['best_step']:>9,}{r['validation_accuracy']:>12.1%}"
-            f"{test:>8}{in_short(r['tokens']):>9}{r['seconds'] // 60:>6.0f}m{r['seconds'] % 60:02.0f}s"
+            f"{test:>8}{tqdm.format_sizeof(r['tokens']):>9}{r['seconds'] // 60:>6.0f}m{r['seconds'] % 60:02.0f}s"
         )
     label, accuracy = commonest_label(rows)
     print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
@@ -221,11 +221,6 @@ def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[flo
     low, high = np.percentile(means, [2.5, 97.5])
     p = min(1.0, 2 * min(np.sum(means <= 0) + 1, np.sum(means >= 0) + 1) / (RESAMPLES + 1))
     return float(np.mean([d.mean() for d in differences])), float(low), float(high), float(p)
-
-
-def in_short(n: int) -> str:
-    """Of at most five characters: 950, 3.2K, 1.9M."""
-    return f"{n / 1e6:.1f}M" if n >= 999_950 else f"{n / 1e3:.1f}K" if n >= 1000 else str(n)
 
 
 def indent(text: str) -> str:
