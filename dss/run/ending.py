@@ -66,25 +66,22 @@ class Keeper(AbstractContextManager):
             best = "the best so far" if self.progress.best_step else "the current one, none was evaluated yet"
             line = f"interrupted at step {self.progress.step:,} of {self.out.name}; {self.out}/student is {best}"
             raise Ended(130, f"{line}, --resume goes on") from None
-        if isinstance(error, Exception):
-            if line := describe(error):
-                raise Ended(1, f"{line}; {self.kept()}") from None
-            if lost := parallel.lost(error):
-                raise Ended(1, f"{lost}; {self.kept()}, --resume goes on from step {self.saved:,}") from None
+        if not isinstance(error, Exception):
+            return
+        line, kept = one_line(error), self.kept()
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in line:
+            line = "out of memory; --micro-batch N computes the same steps N rows at a time"
+        elif lost := parallel.lost(error):
+            line, kept = lost, f"{kept}, --resume goes on from step {self.saved:,}"
+        elif not isinstance(error, (FloatingPointError, OSError)):
+            return  # only a mistake of the program's raises anything else, and keeps its traceback
+        raise Ended(1, f"{line}; {kept}") from None
 
     def kept(self) -> str:
         """What there is of the best student, in words."""
         if not self.progress.best_step:
             return f"{self.out} has no student, because none was evaluated"
         return f"{self.out}/student is the best so far"
-
-
-def describe(error: Exception) -> str | None:
-    """One line for what can end a run under way, None for what only a mistake of the program's raises."""
-    line = one_line(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in line:
-        return "out of memory; --micro-batch N computes the same steps N rows at a time"
-    return line if isinstance(error, (FloatingPointError, OSError)) else None
 
 
 def diverged(what: str, step: int) -> FloatingPointError:
