@@ -88,31 +88,20 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """T5's initialisation: it does not divide by sqrt(D), but starts with smaller query weights instead.
+        """T5's initialisation: a matrix (N, C) has deviation 1/sqrt(C). Attention does not divide by sqrt(D), so query
+        weights are smaller by that.
 
         An untied output matrix gets 1/sqrt(C), as in T5's own code (transformers draws it with deviation 1, and
         training from random weights then starts at a loss of about sqrt(C)).
         """
         c, factor = self.config, self.config.initializer_factor
-        inner = c.num_heads * c.d_kv
-        deviation = {
-            "embedding": 1.0,
-            "lm_head": c.d_model**-0.5,
-            "bias_table": c.d_model**-0.5,
-            "q": (c.d_model * c.d_kv) ** -0.5,
-            "k": c.d_model**-0.5,
-            "v": c.d_model**-0.5,
-            "o": inner**-0.5,
-            "gate": c.d_model**-0.5,
-            "up": c.d_model**-0.5,
-            "down": c.d_ff**-0.5,
-        }
+        other = {"embedding": 1.0, "bias_table": c.d_model**-0.5, "q": (c.d_model * c.d_kv) ** -0.5}
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(factor)
             else:
                 key = name.removesuffix(".weight").rsplit(".", 1)[-1]
-                parameter.normal_(0.0, factor * deviation[key])
+                parameter.normal_(0.0, factor * other.get(key, parameter.shape[1] ** -0.5))
 
 
 class Stack(nn.Module):
