@@ -52,7 +52,7 @@ class SelfCache:
         self.bias, self.t = bias, 0
 
     def attend(self, attention, q, x):
-        self.k[:, :, self.t], self.v[:, :, self.t] = attention.keys_values(x)
+        self.k[:, :, self.t], self.v[:, :, self.t] = (attention.heads(part(x)) for part in (attention.k, attention.v))
         self.t += 1
         k, v = self.k[:, :, : self.t], self.v[:, :, : self.t]
         weights = (q[:, :, None] @ k.mT + self.bias[..., -self.t :]).softmax(-1)  # (B, H, 1, t)

@@ -75,11 +75,10 @@ class T5(nn.Module):
             raise ValueError("logits: give as many inputs as decoder inputs, at least one token in each")
         if not input_ids:
             return []
-        device = self.embedding.weight.device
-        batch = pack([Sequence(i, [*d[1:], 0], LABEL) for i, d in zip(input_ids, decoder_input_ids)], device)
-        decoder_ids = torch.tensor([token for ids in decoder_input_ids for token in ids], device=device)
+        pairs = [Sequence(i, d, LABEL) for i, d in zip(input_ids, decoder_input_ids)]
+        batch = pack(pairs, self.embedding.weight.device)
         memory = self.encode(batch.input_ids, batch.inputs)
-        hidden = self.decode(decoder_ids, batch.targets, memory, batch.inputs)
+        hidden = self.decode(batch.labels, batch.targets, memory, batch.inputs)  # not shifted: they begin with pad
         return list(self.read_out(hidden).split([len(d) for d in decoder_input_ids]))
 
     def read_out(self, hidden: Tensor) -> Tensor:
@@ -204,9 +203,6 @@ class Attention(nn.Module):
             max_seqlen_k=keys.max_seqlen,
         )
         return self.o(y.flatten(1))
-
-    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads(self.k(memory)), self.heads(self.v(memory))
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.d_kv))  # (T, H * D) -> (T, H, D)
