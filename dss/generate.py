@@ -11,7 +11,7 @@ given a new packed stream of them in every step.
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from dss.batch import LABEL, Batch, Sequence, pack, segments
+from dss.batch import LABEL, Sequence, pack, segments
 from dss.model import T5
 from kernels.buckets import relative_position_bucket
 
@@ -127,25 +127,17 @@ def score(
     """The log-likelihood of every candidate output of every input, natural logarithm, summed over its tokens.
 
     inputs: lists of ids, ending in </s>; candidates[i]: the outputs to compare for inputs[i], each a list of ids, with
-    the token that ends it. At most batch_size candidates are computed at a time, but one input's are never split.
-    Returns a list of lists of floats, shaped as candidates. Raises ValueError for an empty input, candidate or list.
+    the token that ends it. At most batch_size candidates are computed at a time. Returns a list of lists of floats,
+    shaped as candidates. Raises ValueError for an empty input, candidate or list.
     """
     if not all(map(len, inputs)) or not all(map(len, candidates)) or not all(len(c) for cs in candidates for c in cs):
         raise ValueError("score: every input needs a token and a candidate, every candidate a token")
-    device, scores, start = model.embedding.weight.device, [], 0
-    while start < len(inputs):
-        end, pairs = start, []
-        while end < len(inputs) and (not pairs or len(pairs) + len(candidates[end]) <= batch_size):
-            pairs += [Sequence(inputs[end], candidate, LABEL) for candidate in candidates[end]]
-            end += 1
-        likelihood = iter(sequence_likelihoods(model, pack(pairs, device, model.config.decoder_start_token_id)))
-        scores += [[next(likelihood) for _ in row] for row in candidates[start:end]]
-        start = end
-    return scores
-
-
-def sequence_likelihoods(model: T5, batch: Batch) -> list[float]:
-    """The log-likelihood of each target of a Batch, as a list of floats."""
-    token = model.read_out(model(batch)).float().log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]  # (T,)
-    lengths = batch.targets.cu_seqlens.diff().tolist()
-    return [float(part.sum()) for part in token.double().cpu().split(lengths)]
+    pairs = [Sequence(ids, candidate, LABEL) for ids, some in zip(inputs, candidates) for candidate in some]
+    scores = []
+    for start in range(0, len(pairs), batch_size):
+        some = pairs[start : start + batch_size]
+        batch = pack(some, model.embedding.weight.device, model.config.decoder_start_token_id)
+        token = model.read_out(model(batch)).float().log_softmax(-1).gather(1, batch.labels[:, None])[:, 0]  # (T,)
+        scores += [float(part.sum()) for part in token.double().cpu().split([len(s.target_ids) for s in some])]
+    each = iter(scores)
+    return [[next(each) for _ in some] for some in candidates]
