@@ -1,13 +1,6 @@
 """A trained student: what it answers, how it explains, and how likely it finds each label of a closed set.
 
-    from dss.student import Student
-
-    student = Student.load("runs/toy/dss/student")
-    question = "Mia packed plum, hammer, fox, pear, sofa. Mostly what?"
-    print(student.answer([question]), student.explain([question]))
-    print(student.score([question], [["fruit", "tools", "animals"]]))
-
-train.py evaluates with it while it trains, and `python -m dss.predict` is its command line.
+train.py evaluates with it while it trains, and `python -m dss.predict` is its command line. README.md has an example.
 """
 
 import math
@@ -64,8 +57,7 @@ class Student:
         """Write weights, configuration and tokenizer in Hugging Face's layout, and dss.json."""
         save_t5(self.model, directory)
         self.tokenizer.save(directory)
-        about = {name: getattr(self, name) for name in KEYS}
-        write_json(Path(directory) / ABOUT, about)
+        write_json(Path(directory) / ABOUT, {name: getattr(self, name) for name in KEYS})
 
     def answer(self, inputs: Sequence[str]) -> list[str]:
         """The label for each input, decoded greedily."""
