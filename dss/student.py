@@ -3,7 +3,6 @@
 train.py evaluates with it while it trains, and `python -m dss.predict` is its command line. README.md has an example.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,8 @@ class Student:
         self.model.eval()
         with self.autocast():
             likelihoods = score(self.model, self.encode("predict", inputs), candidates, self.batch_size)
-        return [normalise(row, logs) for row, logs in zip(labels, likelihoods)]
+        shares = (torch.tensor(logs, dtype=torch.float64).softmax(0).tolist() for logs in likelihoods)
+        return [dict(sorted(zip(row, some), key=lambda pair: -pair[1])) for row, some in zip(labels, shares)]
 
     def evaluate(self, rows: Sequence[Record]) -> tuple[list[bool], list[tuple[str, str | None]]]:
         """(right or not, (label, rationale)) of the student's answer to each row with a label."""
@@ -145,10 +145,3 @@ def split(ids: list[int], separator: int) -> tuple[list[int], list[int]]:
     """Token ids before and behind the first separator; all of them before it where there is none."""
     cut = ids.index(separator) if separator in ids else len(ids)
     return ids[:cut], ids[cut + 1 :]
-
-
-def normalise(labels: Sequence[str], logs: list[float]) -> dict[str, float]:
-    """Log-likelihoods -> {label: probability}, likeliest first; of equal ones the first named."""
-    ranked = sorted(zip(logs, labels), key=lambda pair: -pair[0])
-    odds = [math.exp(log - ranked[0][0]) for log, _ in ranked]
-    return {label: share / sum(odds) for (_, label), share in zip(ranked, odds)}
