@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             args.labels = student.labels
             if not args.labels:
                 raise ValueError(f"{args.student}: no closed set of labels is stored with it; name them after --labels")
-        judge = Judge(student.metric)
+        judged = Counter()  # (gold label, predicted, right or not)
         is_file = os.path.isfile(args.file)
         with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(sys.stdin.buffer) as source:
             total = check(source, args) if is_file else None
@@ -64,18 +64,21 @@ def main(argv: list[str] | None = None) -> int:
             bar = tqdm(total=total, unit="row", disable=not is_file, delay=1)
             with bar, replacing(args.output) if args.output else contextlib.nullcontext(sys.stdout.buffer) as sink:
                 for part in parts:
-                    for line in answer(student, part, args, judge):
+                    for line in answer(student, part, args, judged):
                         sink.write(line.encode() + b"\n")
                     sink.flush()
                     bar.update(len(part))
-        judge.print_report()
+        print_report(judged)
     except (OSError, ValueError) as error:
         return arguments.fail("dss.predict", 2, error)
     return 0
 
 
-def answer(student: Student, rows: list[Row], args: argparse.Namespace, judge: "Judge") -> Iterator[str]:
-    """A line of output for each (record, its JSON or None), in order. A blank line has a blank answer."""
+def answer(student: Student, rows: list[Row], args: argparse.Namespace, judged: Counter) -> Iterator[str]:
+    """A line of output for each (record, its JSON or None), in order. A blank line has a blank answer.
+
+    judged: counts (gold label, predicted, right or not) of the records that have a label; of a right one the gold text.
+    """
     records = [record for record, _ in rows if record.input.strip()]
     inputs = [record.input for record in records]
     if args.labels or args.choices:
@@ -90,7 +93,9 @@ def answer(student: Student, rows: list[Row], args: argparse.Namespace, judge: "
     left = iter(found)
     for record, line in rows:
         result = next(left) if record.input.strip() else dict(prediction="")
-        judge.add(record, result["prediction"])
+        if record.label is not None:
+            right = same_label(result["prediction"], record.label, student.metric, record.input)
+            judged[record.label, record.label if right else result["prediction"], right] += 1
         if line is not None:
             yield to_line(json.loads(line) | result)
         elif args.explain or args.scores:
@@ -107,35 +112,23 @@ def list_choices(record: Record) -> list[str]:
     return choices
 
 
-class Judge:
-    """Predictions beside gold labels, for rows that have one."""
-
-    def __init__(self, metric: str) -> None:
-        self.metric, self.right, self.pairs = metric, Counter(), Counter()  # pairs: (gold, predicted)
-
-    def add(self, record: Record, prediction: str) -> None:
-        if record.label is not None:
-            right = same_label(prediction, record.label, self.metric, record.input)
-            self.right[record.label] += right
-            self.pairs[record.label, record.label if right else prediction] += 1
-
-    def print_report(self, most: int = 12) -> None:
-        """Accuracy and, for at most `most` classes, a row each: how many are right, and what was predicted instead."""
-        n, say = self.pairs.total(), partial(print, file=sys.stderr)
-        if not n:
-            return
-        say(f"right on {self.right.total():,} of {n:,} rows with a label ({self.right.total() / n:.1%})")
-        classes = sorted({gold for gold, _ in self.pairs})
-        if not 1 < len(classes) <= most:
-            return
-        numbers = [f"({i})" for i in range(1, len(classes) + 1)]
-        heads = "".join(f"{head:>7}" for head in [*numbers, "other"])
-        say(f"{'label':<24}{'rows':>7}{'right':>8}  predicted as{heads}")
-        for number, gold in zip(numbers, classes):
-            row = [self.pairs[gold, c] for c in classes]
-            rows = sum(count for (label, _), count in self.pairs.items() if label == gold)
-            cells = "".join(f"{x:>7,}" for x in [*row, rows - sum(row)])
-            say(f"{number:>4} {gold[:18]:<19}{rows:>7,}{self.right[gold] / rows:>8.1%}{'':>14}{cells}")
+def print_report(judged: Counter) -> None:
+    """Accuracy and, for at most 12 classes, a row each: how many are right, and what was predicted instead."""
+    classes, n, say = sorted({gold for gold, _, _ in judged}), judged.total(), partial(print, file=sys.stderr)
+    if not n:
+        return
+    right = sum(judged[gold, gold, True] for gold in classes)
+    say(f"right on {right:,} of {n:,} rows with a label ({right / n:.1%})")
+    if not 1 < len(classes) <= 12:
+        return
+    numbers = [f"({i})" for i in range(1, len(classes) + 1)]
+    heads = "".join(f"{head:>7}" for head in [*numbers, "other"])
+    say(f"{'label':<24}{'rows':>7}{'right':>8}  predicted as{heads}")
+    for number, gold in zip(numbers, classes):
+        row = [judged[gold, c, c == gold] for c in classes]
+        rows = sum(count for (label, _, _), count in judged.items() if label == gold)
+        cells = "".join(f"{x:>7,}" for x in [*row, rows - sum(row)])
+        say(f"{number:>4} {gold[:18]:<19}{rows:>7,}{judged[gold, gold, True] / rows:>8.1%}{'':>14}{cells}")
 
 
 def read_rows(source: io.BufferedIOBase, args: argparse.Namespace) -> Iterator[Row]:
