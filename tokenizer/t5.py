@@ -26,7 +26,7 @@ class T5Tokenizer:
     Raises FileNotFoundError if there is no such file, ValueError if it is no SentencePiece model with T5's ids.
     """
 
-    def __init__(self, path: str | os.PathLike, extra_ids: int = 100):
+    def __init__(self, path: str | os.PathLike):
         path = Path(path)
         path = path / SPIECE if path.is_dir() else path
         if not path.is_file():
@@ -41,11 +41,9 @@ class T5Tokenizer:
             raise ValueError(f"{path}: pad, </s> and unknown have ids {ids}; T5's are {(PAD, EOS, UNK)}")
         if not self.pieces.normalize("①").endswith("1"):  # NFKC, whose rules stand at the end of the file
             raise ValueError(f"{path}: it does not normalize texts as T5's does; it may have been cut short")
-        extra_ids = configured_extra_ids(path.with_name(CONFIG), extra_ids, self.pieces.id_to_piece)
-        first = self.pieces.vocab_size()
-        self.vocab_size = first + extra_ids
-        self.extra_ids = extra_ids
-        self.special = {f"<extra_id_{k}>": self.vocab_size - 1 - k for k in range(extra_ids)}
+        self.extra_ids = configured_extra_ids(path.with_name(CONFIG), self.pieces.id_to_piece)
+        self.vocab_size = self.pieces.vocab_size() + self.extra_ids
+        self.special = {f"<extra_id_{k}>": self.vocab_size - 1 - k for k in range(self.extra_ids)}
         self.special |= {self.pieces.id_to_piece(i): i for i in (PAD, EOS, UNK)}
         self.split = re.compile("(" + "|".join(map(re.escape, self.special)) + ")").split
 
@@ -77,11 +75,11 @@ class T5Tokenizer:
         write(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def configured_extra_ids(path, default, id_to_piece):
+def configured_extra_ids(path, id_to_piece):
     """`extra_ids` of a tokenizer_config.json, where there is one, whose special tokens must be those of the model."""
     try:
         config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        value = config.get("extra_ids", default)
+        value = config.get("extra_ids", 100)
     except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}: not a tokenizer configuration") from None
     if type(value) is not int or not 0 <= value <= 1000:
