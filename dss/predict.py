@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
         judged = Counter()  # (gold label, predicted, right or not)
         is_file = os.path.isfile(args.file)
         with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(sys.stdin.buffer) as source:
-            total = check(source, args) if is_file else None
+            total = None
+            if is_file:  # a bad line is found here, before the first answer
+                total = sum(1 for _ in read_rows(source, args))
+                source.seek(0)
             if args.file == "-" and sys.stdin.isatty():
                 print("dss.predict: an input a line; Ctrl-D ends", file=sys.stderr)
             rows, many = read_rows(source, args), 8 * args.batch_size  # enough to sort by length
@@ -143,16 +146,6 @@ def read_rows(source: io.BufferedIOBase, args: argparse.Namespace) -> Iterator[R
             yield parse_record(text, where, where), text
 
 
-def check(source: io.BufferedIOBase, args: argparse.Namespace) -> int:
-    """The number of rows of a file that can be read twice. A bad line is found here, before the first answer."""
-    if args.format == "auto" and args.file.endswith((".csv", ".tsv")):
-        how = "give JSONL or an input a line; --format lines labels its lines as they are"
-        raise ValueError(f"{args.file}: a table; {how}")
-    rows = sum(1 for _ in read_rows(source, args))
-    source.seek(0)
-    return rows
-
-
 def as_they_come(rows: Iterator, most: int) -> Iterator[list]:
     """The rows of a pipe or terminal: those that come within a moment of one another, at most `most` at a time."""
     waiting = queue.Queue(maxsize=4 * most)
@@ -207,6 +200,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{arguments.flag(name)} must be at least {least}, got {value}")
     if args.scores and args.labels is None and not args.choices:
         parser.error("--scores needs a closed set: --labels A B C, or --choices for those that each input lists")
+    if args.format == "auto" and args.file.endswith((".csv", ".tsv")):
+        parser.error(f"{args.file}: a table; give JSONL or an input a line; --format lines labels lines as they are")
     if args.file == "-" and args.labels and os.path.exists(args.labels[-1]):
         parser.error(f"{args.labels[-1]} would be a label; the file stands before --labels")
     if args.labels and (len(set(args.labels)) < len(args.labels) or not all(label.strip() for label in args.labels)):
