@@ -58,9 +58,8 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
     if tied:
         tensors.pop(HEAD, None)
     tensors.pop(UNUSED, None)
-    config = dataclasses.replace(config, tie_word_embeddings=tied)
-    if dropout_rate is not None:
-        config = dataclasses.replace(config, dropout_rate=dropout_rate)
+    dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
+    config = dataclasses.replace(config, tie_word_embeddings=tied, dropout_rate=dropout_rate)
 
     with torch.device("meta"):
         model = T5(config)
@@ -68,10 +67,8 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
     for key, shape in shapes.items():
         if key not in tensors:
             raise ValueError(f"{directory}: the weights lack {key}")
-        if tensors[key].shape != shape:
-            raise ValueError(
-                f"{directory}: {key} is {list(tensors[key].shape)}, but config.json makes it {list(shape)}"
-            )
+        if (found := tensors[key].shape) != shape:
+            raise ValueError(f"{directory}: {key} is {list(found)}, but config.json makes it {list(shape)}")
     if homeless := sorted(tensors.keys() - shapes):
         raise ValueError(f"{directory}: {len(homeless)} tensors have no place in this T5: {', '.join(homeless[:3])}")
     if mapped:
@@ -218,9 +215,8 @@ def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
     try:
-        if (zipped := zipfile.is_zipfile(path)) and any(
-            entry.compress_type for entry in zipfile.ZipFile(path).infolist()
-        ):
+        zipped = zipfile.is_zipfile(path)
+        if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is a compressed archive, which cannot be memory-mapped")
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_dense(t) for n, t in tensors.items()):
