@@ -160,14 +160,11 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
-        positive = ("steps", "batch_size", "eval_every", "log_every", "max_new_tokens", "vocab_size")
-        for name in positive:
-            require(getattr(self, name) >= 1, name, "at least 1", self)
-        least = ("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed")
-        for name in (*least, "save_minutes", "processes", "device_gb"):
-            require(getattr(self, name) >= 0, name, "0 or more", self)
-        for name in ("max_input_length", "max_target_length"):
-            require(getattr(self, name) >= 2, name, "at least 2", self)
+        least = dict.fromkeys(("steps", "batch_size", "eval_every", "log_every", "max_new_tokens", "vocab_size"), 1)
+        least |= dict.fromkeys(("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed"), 0)
+        least |= dict(save_minutes=0, processes=0, device_gb=0, max_input_length=2, max_target_length=2)
+        for name, bound in least.items():
+            require(getattr(self, name) >= bound, name, f"at least {bound}", self)
         require(self.batch_size <= 2**20, "batch_size", f"at most {2**20:,} rows", self)
         require(0 < self.subsample <= 1, "subsample", "more than 0 and at most 1", self)
         require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
