@@ -145,16 +145,8 @@ class Layer(nn.Module):
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        part: Tensor | None,
-        positions: Segments,
-        bias_table: Tensor,
-        memory: Tensor | None,
-        inputs: Segments | None,
-        cache: Any,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x, part, positions, bias_table, memory, inputs, cache):
+        """x, part: (T, C), the sum of which goes into the layer (no part: x alone); the rest is as `Stack` has it."""
         x, y = self.self_attention_norm(x, part)
         own, across = cache or (None, None)
         part = self.self_attention(y, positions, y, positions, bias_table, own)
