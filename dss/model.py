@@ -181,19 +181,10 @@ class Attention(nn.Module):
         else:
             q = self.heads(self.q(x))
             k, v = map(self.heads, products(memory, self.k, self.v))
-        y = kernels.attention(
-            q,
-            k,
-            v,
-            bias_table,
-            queries.cu_seqlens,
-            keys.cu_seqlens,
-            causal=self.causal,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            max_distance=self.max_distance,
-            max_seqlen_q=queries.max_seqlen,
-            max_seqlen_k=keys.max_seqlen,
-        )
+        p = self.dropout_p if self.training else 0.0
+        options = dict(causal=self.causal, dropout_p=p, max_distance=self.max_distance)
+        options |= dict(max_seqlen_q=queries.max_seqlen, max_seqlen_k=keys.max_seqlen)
+        y = kernels.attention(q, k, v, bias_table, queries.cu_seqlens, keys.cu_seqlens, **options)
         return self.o(y.flatten(1))
 
     def heads(self, x: Tensor) -> Tensor:
