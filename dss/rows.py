@@ -35,8 +35,8 @@ def load_rows(config: TrainConfig, read: Callable[[str], Iterable[Record]] = rea
     if config.data:
         name = Path(config.data[0]).stem
         rows = [record for path in config.data for record in read(path)]
-        validation = list(read(config.eval_data)) if config.eval_data else []
-        test = list(read(config.test_data)) if config.test_data else []
+        validation = labelled(read(config.eval_data), config.eval_data, "evaluate on") if config.eval_data else []
+        test = labelled(read(config.test_data), config.test_data, "test on") if config.test_data else []
     elif config.eval_data or config.test_data:
         raise ValueError("--eval-data and --test-data go with --data")
     else:
@@ -44,12 +44,7 @@ def load_rows(config: TrainConfig, read: Callable[[str], Iterable[Record]] = rea
     files, everything = ", ".join(config.data) or name, rows
     if config.labels == "teacher":
         rows = [by_teacher(record) for record in rows]
-    kind = "teacher" if config.labels == "teacher" else "gold"
-    rows = labelled(rows, f"{files}: no row has a {kind} label to train on")
-    if config.eval_data:
-        validation = labelled(validation, f"{config.eval_data}: no row has a label to evaluate on")
-    if config.test_data:
-        test = labelled(test, f"{config.test_data}: no row has a label to test on")
+    rows = labelled(rows, files, "train on", "teacher" if config.labels == "teacher" else "gold")
 
     order = np.random.default_rng(config.seed).permutation(len(rows))
     share = max(1, round(config.subsample * len(rows)))
@@ -63,9 +58,8 @@ def load_rows(config: TrainConfig, read: Callable[[str], Iterable[Record]] = rea
         added = [by_teacher(record) for record in left if record.teacher_label is not None]
         rows, unlabelled = rows + added, len(left) - len(added)
     if not rows:
-        raise ValueError(
-            f"{files}: one usable row cannot both train and validate; see --eval-fraction, --eval-data, --subsample"
-        )
+        flags = "--eval-fraction, --eval-data, --subsample"
+        raise ValueError(f"{files}: one usable row cannot both train and validate; see {flags}")
     require_rationales(files, rows, config)
     metric = config.metric if config.metric != "auto" else choose_label_type(rows + validation + test)
     return Rows(name, rows, validation, test, metric, closed_set(rows, metric), unlabelled)
@@ -97,11 +91,11 @@ def by_teacher(record: Record) -> Record:
     return replace(record, label=record.teacher_label)
 
 
-def labelled(rows: list[Record], problem: str) -> list[Record]:
-    rows = [record for record in rows if record.label is not None]
-    if not rows:
-        raise ValueError(problem)
-    return rows
+def labelled(rows: Iterable[Record], files: str, use: str, kind: str = "gold") -> list[Record]:
+    """Those that have a label. Raises ValueError if there are none."""
+    if rows := [record for record in rows if record.label is not None]:
+        return rows
+    raise ValueError(f"{files}: no row has a {kind} label to {use}")
 
 
 def rows_for(method: str, rows: list[Record], seed: int) -> list[Record]:
