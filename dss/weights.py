@@ -188,10 +188,7 @@ def read_config(path: str | os.PathLike) -> T5Config:
     else:
         given.setdefault("scale_decoder_outputs", given.get("tie_word_embeddings", True))
     config = T5Config(**given)
-    try:
-        config.check()
-    except ValueError as problem:
-        raise ValueError(f"{path}: {problem}") from None
+    config.check(path)
     gated = config.feed_forward_proj == "gated-gelu"  # transformers says the same thing up to three times
     for key, value in dict(dense_act_fn="gelu_new" if gated else "relu", is_gated_act=gated).items():
         if raw.get(key, value) != value:
