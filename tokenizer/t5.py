@@ -16,6 +16,7 @@ from pathlib import Path
 import sentencepiece
 
 PAD, EOS, UNK = 0, 1, 2
+TOKENS = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNK}  # as a tokenizer_config.json names them
 SPIECE, CONFIG = "spiece.model", "tokenizer_config.json"
 LONGEST_TEXT, LONGEST_WORD = 20_000, 100  # characters that `train` looks at: a word of a million letters takes minutes
 
@@ -64,13 +65,8 @@ class T5Tokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write spiece.model and the configuration by which transformers loads it, to an existing directory."""
-        config = {
-            "tokenizer_class": "T5Tokenizer",
-            "extra_ids": self.extra_ids,
-            "pad_token": self.pieces.id_to_piece(PAD),
-            "eos_token": self.pieces.id_to_piece(EOS),
-            "unk_token": self.pieces.id_to_piece(UNK),
-        }
+        config = {"tokenizer_class": "T5Tokenizer", "extra_ids": self.extra_ids}
+        config |= {key: self.pieces.id_to_piece(i) for key, i in TOKENS.items()}
         write(Path(directory) / SPIECE, self.model)
         write(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -84,7 +80,7 @@ def configured_extra_ids(path, id_to_piece):
         raise ValueError(f"{path}: not a tokenizer configuration") from None
     if type(value) is not int or not 0 <= value <= 1000:
         raise ValueError(f"{path}: extra_ids is {value!r}, not from 0 to 1000")
-    for key, i in (("pad_token", PAD), ("eos_token", EOS), ("unk_token", UNK)):
+    for key, i in TOKENS.items():
         token = config.get(key, id_to_piece(i))
         if id_to_piece(i) not in (token, isinstance(token, dict) and token.get("content")):
             raise ValueError(f"{path}: {key} is {token!r}, but {SPIECE} has {id_to_piece(i)!r}")
