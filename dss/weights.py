@@ -51,10 +51,10 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
     shared, *copies = [tensors.pop(name) for name in EMBEDDING if name in tensors] or [None]
     if shared is None:
         raise ValueError(f"{directory}: the weights lack shared.weight")
-    if not all(same(copy, shared) for copy in copies):
+    if not all(torch.equal(copy, shared) for copy in copies):
         raise ValueError(f"{directory}: embed_tokens.weight is not shared.weight; one shared embedding is supported")
     tensors["shared.weight"] = shared
-    tied = same(tensors.get(HEAD, shared), shared)
+    tied = torch.equal(tensors.get(HEAD, shared), shared)
     if tied:
         tensors.pop(HEAD, None)
     tensors.pop(UNUSED, None)
@@ -81,10 +81,6 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
             if not all(map(math.isfinite, parameter.aminmax())):  # takes no memory, as isfinite() of all would
                 raise ValueError(f"{directory}: {key} holds a number that is not finite")
     return model.eval()
-
-
-def same(one, other):
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def save_t5(model: T5, directory: str | os.PathLike) -> None:
