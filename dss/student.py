@@ -135,7 +135,7 @@ def read_about(path: Path) -> dict:
         good = method in METHODS and metric in METRICS and isinstance(prefixes, dict) and isinstance(labels, list)
         good = good and prefixes.keys() == {"predict", "explain"}
         good = good and all(isinstance(text, str) for text in [*prefixes.values(), *labels])
-        good = good and all(type(n) is int and 2 <= n < 2**20 for n in lengths)
+        good = good and all(type(n) is int and 1 <= n < 2**31 for n in lengths)
     if not good:
         raise ValueError(f"{path}: not a valid {ABOUT}; delete it to use the defaults")
     return about
