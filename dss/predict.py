@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             args.labels = student.labels
             if not args.labels:
                 raise ValueError(f"{args.student}: no closed set of labels is stored with it; name them after --labels")
-        judged = Counter()  # (gold label, predicted, right or not)
+        judged = Counter()  # (gold label, predicted, right or not) of rows with a label
         is_file = os.path.isfile(args.file)
         with open(args.file, "rb") if args.file != "-" else contextlib.nullcontext(sys.stdin.buffer) as source:
             total = None
@@ -78,10 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def answer(student: Student, rows: list[Row], args: argparse.Namespace, judged: Counter) -> Iterator[str]:
-    """A line of output for each (record, its JSON or None), in order. A blank line has a blank answer.
-
-    judged: counts (gold label, predicted, right or not) of the records that have a label; of a right one the gold text.
-    """
+    """A line of output for each (record, its JSON or None), in order. A blank line has a blank answer."""
     records = [record for record, _ in rows if record.input.strip()]
     inputs = [record.input for record in records]
     if args.labels or args.choices:
