@@ -73,17 +73,11 @@ SIZES = {  # the public family; Flan-T5 and the LM-adapted checkpoints have the 
     "t5-large": t5(1024, 4096, 24, 16),
     "t5-3b": t5(1024, 16384, 24, 32, d_kv=128),
     "t5-11b": t5(1024, 65536, 24, 128, d_kv=128),
-    "t5-v1_1-small": t5(512, 1024, 8, 6, **V1_1),
-    "t5-v1_1-base": t5(768, 2048, 12, 12, **V1_1),
-    "t5-v1_1-large": t5(1024, 2816, 24, 16, **V1_1),
-    "t5-v1_1-xl": t5(2048, 5120, 24, 32, **V1_1),
-    "t5-v1_1-xxl": t5(4096, 10240, 24, 64, **V1_1),
-    "mt5-small": t5(512, 1024, 8, 6, **MT5),
-    "mt5-base": t5(768, 2048, 12, 12, **MT5),
-    "mt5-large": t5(1024, 2816, 24, 16, **MT5),
-    "mt5-xl": t5(2048, 5120, 24, 32, **MT5),
-    "mt5-xxl": t5(4096, 10240, 24, 64, **MT5),
 }
+SHAPES = {"small": (512, 1024, 8, 6), "base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16)}
+SHAPES |= {"xl": (2048, 5120, 24, 32), "xxl": (4096, 10240, 24, 64)}  # of T5 1.1 and mT5 alike
+SIZES |= {f"t5-v1_1-{name}": t5(*shape, **V1_1) for name, shape in SHAPES.items()}
+SIZES |= {f"mt5-{name}": t5(*shape, **MT5) for name, shape in SHAPES.items()}
 
 
 METHODS = (  # what a student trains on: dss/batch.py
