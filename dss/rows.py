@@ -43,7 +43,7 @@ def load_rows(config: TrainConfig, read: Callable[[str], Iterable[Record]] = rea
         name, (rows, validation, test) = "toy", toy.make_rows(config.seed)
     files, everything = ", ".join(config.data) or name, rows
     if config.labels == "teacher":
-        rows = [by_teacher(record) for record in rows]
+        rows = [replace(record, label=record.teacher_label) for record in rows]
     rows = labelled(rows, files, "train on", "teacher" if config.labels == "teacher" else "gold")
 
     order = np.random.default_rng(config.seed).permutation(len(rows))
@@ -55,7 +55,7 @@ def load_rows(config: TrainConfig, read: Callable[[str], Iterable[Record]] = rea
         validation, rows = rows[:cut], rows[cut:]
     if config.labels == "gold-or-teacher":
         left += [record for record in everything if record.label is None]
-        added = [by_teacher(record) for record in left if record.teacher_label is not None]
+        added = [replace(record, label=record.teacher_label) for record in left if record.teacher_label is not None]
         rows, unlabelled = rows + added, len(left) - len(added)
     if not rows:
         flags = "--eval-fraction, --eval-data, --subsample"
@@ -85,10 +85,6 @@ def count_shared(rows: Rows) -> tuple[int, int]:
     """(n, m): how many validation inputs, and how many test inputs, are inputs of training rows too."""
     known = {record.input for record in rows.train}
     return tuple(sum(record.input in known for record in part) for part in (rows.validation, rows.test))
-
-
-def by_teacher(record: Record) -> Record:
-    return replace(record, label=record.teacher_label)
 
 
 def labelled(rows: Iterable[Record], files: str, use: str, kind: str = "gold") -> list[Record]:
