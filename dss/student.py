@@ -64,22 +64,26 @@ class Student:
 
     def answer_with_rationale(self, inputs: Sequence[str]) -> list[tuple[str, str | None]]:
         """(label, rationale) for each input; the rationale is None, except for single_task."""
-        separator, decode = self.tokenizer.special.get(SEPARATOR), self.tokenizer.decode
         if self.method == "single_task":  # rationale <extra_id_0> label; without a separator there is no label
-            parts = [split(ids, separator) for ids in self.write("predict", inputs, self.max_target_length)]
-            return [(decode(label), decode(rationale)) for rationale, label in parts]
-        stop = separator if self.method == "label_first" else None  # label <extra_id_0> rationale
-        return [(decode(ids), None) for ids in self.write("predict", inputs, self.max_new_tokens, stop)]
+            return [(label, rationale) for rationale, label in self.write_both(inputs)]
+        stop = self.tokenizer.special[SEPARATOR] if self.method == "label_first" else None
+        return [(self.tokenizer.decode(ids), None) for ids in self.write("predict", inputs, self.max_new_tokens, stop)]
 
     def explain(self, inputs: Sequence[str]) -> list[str]:
         """The student's own rationale for each input: its second task, or the part of its output that is one."""
         if self.method == "single_task":
-            return [rationale for _, rationale in self.answer_with_rationale(inputs)]
-        if self.method == "label_first":
-            separator = self.tokenizer.special[SEPARATOR]
-            outputs = self.write("predict", inputs, self.max_target_length)
-            return [self.tokenizer.decode(split(ids, separator)[1]) for ids in outputs]
+            return [rationale for rationale, _ in self.write_both(inputs)]
+        if self.method == "label_first":  # label <extra_id_0> rationale
+            return [rationale for _, rationale in self.write_both(inputs)]
         return [self.tokenizer.decode(ids) for ids in self.write("explain", inputs, self.max_target_length)]
+
+    def write_both(self, inputs: Sequence[str]) -> list[tuple[str, str]]:
+        """The texts before and behind the first separator of what the student writes for each input."""
+        separator, both = self.tokenizer.special.get(SEPARATOR), []
+        for ids in self.write("predict", inputs, self.max_target_length):
+            cut = ids.index(separator) if separator in ids else len(ids)
+            both.append((self.tokenizer.decode(ids[:cut]), self.tokenizer.decode(ids[cut + 1 :])))
+        return both
 
     def score(self, inputs: Sequence[str], labels: Sequence[Sequence[str]]) -> list[dict[str, float]]:
         """{label: probability} for each input and its set of labels, likeliest first.
@@ -139,9 +143,3 @@ def read_about(path: Path) -> dict:
     if not good:
         raise ValueError(f"{path}: not a valid {ABOUT}; delete it to use the defaults")
     return about
-
-
-def split(ids: list[int], separator: int) -> tuple[list[int], list[int]]:
-    """Token ids before and behind the first separator; all of them before it where there is none."""
-    cut = ids.index(separator) if separator in ids else len(ids)
-    return ids[:cut], ids[cut + 1 :]
