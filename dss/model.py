@@ -10,8 +10,6 @@ sequences begin (`Segments`). Dimensions: T tokens of all sequences, C model wid
 B sequences. The arithmetic that dominates is in `kernels`.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,15 +111,8 @@ class Stack(nn.Module):
         self.final_norm = RMSNorm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Segments,
-        memory: Tensor | None = None,
-        inputs: Segments | None = None,
-        cache: list | None = None,
-    ) -> Tensor:
-        """x: (T, C) embedded tokens of `positions`; a decoder also reads memory (T_in, C) of `inputs`."""
+    def forward(self, x, positions, memory=None, inputs=None, cache=None):
+        """x: (T, C) of the `Segments` positions; a decoder also reads memory (T_in, C) of the `Segments` inputs."""
         x, part = self.dropout(x), None
         for i, layer in enumerate(self.layers):
             x, part = layer(x, part, positions, self.bias_table, memory, inputs, cache[i] if cache else None)
@@ -170,9 +161,7 @@ class Attention(nn.Module):
         self.d_kv, self.causal = config.d_kv, causal
         self.max_distance, self.dropout_p = config.relative_attention_max_distance, config.dropout_rate
 
-    def forward(
-        self, x: Tensor, queries: Segments, memory: Tensor, keys: Segments, bias_table: Tensor | None, cache: Any
-    ) -> Tensor:
+    def forward(self, x, queries, memory, keys, bias_table, cache):
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table: (num_buckets, H) or None."""
         if cache:
             return self.o(cache.attend(self, self.heads(self.q(x)), x).flatten(1))
