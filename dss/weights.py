@@ -160,12 +160,9 @@ def shards(index: str | os.PathLike) -> list[str]:
 
 def check_file(path: Path, name: str) -> None:
     """Raise OSError or ValueError unless the file at `path` is what a checkpoint's file called `name` must be."""
-    if name == "spiece.model":
-        T5Tokenizer(path)
-    elif name.endswith((".safetensors", ".bin")):
-        (read_safetensors if name.endswith(".safetensors") else read_bin)(path)
-    else:
-        {"config.json": read_config, "tokenizer_config.json": read_json}.get(name, shards)(path)
+    by_name = {"spiece.model": T5Tokenizer, "config.json": read_config, "tokenizer_config.json": read_json}
+    by_ending = {".safetensors": read_safetensors, ".bin": read_bin, ".json": shards}
+    (by_name.get(name) or by_ending[Path(name).suffix])(path)
 
 
 def read_config(path: str | os.PathLike) -> T5Config:
