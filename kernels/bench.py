@@ -2,7 +2,7 @@
 
     python -m kernels.bench                                    every kernel and size, most wanted first
     python -m kernels.bench --only "attention encoder" --minutes 9
-    python -m kernels.bench --all --json results.jsonl         all of a GPU's checks and figures, one line of JSON per row
+    python -m kernels.bench --all --json results.jsonl         all of a GPU's checks and figures, a JSON object per row
 
 Times are medians of CUDA events with a cold L2 cache, after a kernel that spins while the host enqueues what is timed;
 "spread" is the distance between the quartiles. Ours is timed first and last. What fails is reported, and the next one
