@@ -353,25 +353,24 @@ def plot(setting, names, file):
     """Seconds of a step over input length (4 rows) and over rows (64 tokens), 32 target tokens: rows, and a picture."""
     from matplotlib.figure import Figure
 
-    steps, found = {name: trainer(setting, name) for name in names}, []
+    steps = {name: trainer(setting, name) for name in names}
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    lengths, rows = [(n, 4) for n in (32, 64, 128, 256, 512)], [(64, n) for n in (1, 2, 4, 8, 16, 32)]
-    cases = ("length", "input length, tokens (4 rows)", lengths), ("rows", "rows (64 tokens)", rows)
-    for axis, (x, label, shapes) in zip(figure.subplots(1, 2), cases):
-        points = []
-        for length, n in shapes:
-            some = [Sequence([5] * length, [5] * 32, task) for task in (LABEL, RATIONALE)]
-            times = take_turns(steps, lambda _, rows=[some] * n: rows, 3)
-            points.append(dict(length=length, rows=n) | {name: times[name]["seconds"] for name in names})
+    lengths = [dict(length=n, rows=4) for n in (32, 64, 128, 256, 512)]
+    batches = [dict(length=64, rows=n) for n in (1, 2, 4, 8, 16, 32)]
+    cases = ("length", "input length, tokens (4 rows)", lengths), ("rows", "rows (64 tokens)", batches)
+    for axis, (x, label, points) in zip(figure.subplots(1, 2), cases):
+        for point in points:
+            some = [Sequence([5] * point["length"], [5] * 32, task) for task in (LABEL, RATIONALE)]
+            times = take_turns(steps, lambda _, rows=[some] * point["rows"]: rows, 3)
+            point |= {name: times[name]["seconds"] for name in names}
         for name in names:
             axis.loglog([p[x] for p in points], [p[name] for p in points], marker="o", label=name)
         axis.set_xticks([], minor=True)
         axis.set_xticks([p[x] for p in points], [p[x] for p in points])
         axis.set(xlabel=label, ylabel="seconds of a training step")
         axis.legend()
-        found += points
     figure.savefig(file, dpi=120)
-    return found
+    return lengths + batches
 
 
 if __name__ == "__main__":
