@@ -110,6 +110,8 @@ class Setting:
         save_t5(model, directory)
         self.config, self.directory, self.threads = config, directory, torch.get_num_threads()
         self.rows: Rows = [sequences(row, "dss", tokenizer) for row in having]
+        # Longest first, so that no implementation pads more than necessary.
+        self.inputs = sorted((row[0].input_ids for row in self.rows[: config.questions]), key=len, reverse=True)
         self.device = choose_device(config.device, config.dtype)
 
     def load(self, name):
@@ -128,10 +130,6 @@ class Setting:
 
     def batch(self, turn):
         return random.Random(turn).sample(self.rows, self.config.batch_size)
-
-    def inputs(self):
-        """Longest first, so that no implementation pads more than necessary."""
-        return sorted((row[0].input_ids for row in self.rows[: self.config.questions]), key=len, reverse=True)
 
 
 def backward(setting: Setting, model: torch.nn.Module, loss_of: Callable, rows: Rows) -> torch.Tensor:
@@ -281,7 +279,7 @@ def run_alone(setting, what, name):
     torch.set_num_threads(setting.threads)
     run = (trainer if what == "training" else decoder)(setting, name)
     for turn in range(3):
-        run(setting.batch(turn) if what == "training" else setting.inputs())
+        run(setting.batch(turn) if what == "training" else setting.inputs)
     if setting.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text()  # Linux; getrusage's figure begins at that of the parent process
@@ -313,16 +311,15 @@ def compare(setting: Setting, argv: list[str]) -> int:
         show(found, f"A training step of {config.batch_size} rows, {tokens:,.0f} real tokens")
 
     if "decoding" in config.what:
-        inputs = setting.inputs()
         functions = {name: decoder(setting, name) for name in [*names, *([CT2] if CT2 in report else [])]}
-        outputs = {name: function(inputs) for name, function in functions.items()}
+        outputs = {name: function(setting.inputs) for name, function in functions.items()}
         functions["ours, one token"] = decoder(setting, OURS, 1)  # nearly all of it is the encoder
-        found = report["decoding"] = take_turns(functions, lambda _: inputs, config.repeats)
+        found = report["decoding"] = take_turns(functions, lambda _: setting.inputs, config.repeats)
         for name, output in outputs.items():
             same = found[name]["same outputs"] = statistics.mean(map(list.__eq__, output, outputs[OURS]))
             found[name]["peak MiB"] = peak_memory(setting, "decoding", name) / 2**20
             good &= same >= 0.98 or config.dtype != "float32"  # of two like logits either may win
-        show(found, f"Decoding {len(inputs)} inputs, {AT_A_TIME} at a time, {NEW_TOKENS} tokens")
+        show(found, f"Decoding {config.questions} inputs, {AT_A_TIME} at a time, {NEW_TOKENS} tokens")
 
     if config.plot:
         report["plot"] = plot(setting, names, config.plot)

@@ -21,7 +21,7 @@ def test_ours_is_the_released_recipe_faster(setting, transformers, name, measure
     found = bench.check_training(setting, name)
     measured(f"{name}: loss", found["loss"], 1e-6)
     measured(f"{name}: gradient", found["gradient"], 2e-6)
-    assert bench.decoder(setting, name)(setting.inputs()) == bench.decoder(setting, bench.OURS)(setting.inputs())
+    assert bench.decoder(setting, name)(setting.inputs) == bench.decoder(setting, bench.OURS)(setting.inputs)
 
 
 def test_a_peer_that_computes_something_else_ends_it_with_1(transformers, monkeypatch, capsys, tmp_path):
