@@ -4,7 +4,7 @@ data/README.md says how to write one."""
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 from data.answers import CHOICES, pick, read_answer, read_label, same_label
 from data.files import digest, read_json
@@ -50,21 +50,18 @@ class Prompt:
 
         The instruction is in the first user turn: some chat templates (Gemma's) refuse a system message.
         """
-        texts = [text for shot in self.shots[gold is not None] for text in (shot[0], shot[1].strip())]
-        texts.append(self.ask(input, gold))
+        *texts, _ = [text for asked, reply in self.turns(input, gold) for text in (asked, reply.strip())]
         texts[0] = f"{self.instruction}\n\n{texts[0]}" if self.instruction else texts[0]
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
     def completion(self, input: str, gold: str | None = None) -> str:
         """The text of a completion, which the teacher goes on from."""
-        shots = [asked + reply for asked, reply in self.shots[gold is not None]]
-        return "\n\n".join(filter(None, [self.instruction, *shots, self.ask(input, gold)]))
+        return "\n\n".join(filter(None, [self.instruction, *map("".join, self.turns(input, gold))]))
 
-    @cached_property
-    def shots(self):
-        """[(question, answer)] of the exemplars, without the hint and, in shots[True], with it."""
-        plain = [(self.ask(e["input"]), self.reply(e)) for e in self.exemplars]
-        return plain, [(self.ask(e["input"], e["label"]), self.reply(e)) for e in self.exemplars]
+    def turns(self, input, gold):
+        """[(question, answer)] of the exemplars and, with an empty answer, of the row."""
+        shots = [(self.ask(e["input"], gold and e["label"]), self.reply(e)) for e in self.exemplars]
+        return [*shots, (self.ask(input, gold), "")]
 
     def ask(self, input, gold=None):
         """The question for one input. Raises ValueError for an input that does not fit."""
