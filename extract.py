@@ -226,15 +226,16 @@ def sample_request(run, record, body, number):
 
 
 def work(run, jobs, results):
-    """A worker asks about row after row. It gives (record, body, samples) of each, an exception that is a bug of ours,
-    and None at its end."""
+    """A worker asks about row after row. It gives what check() makes of each, an exception that is a bug of ours, and
+    None at its end."""
     teacher = run.replies or copy(run.teacher)  # each worker has a connection of its own
     try:
         while not run.pace.stopped.is_set():
             with run.lock:
                 record, body = next(jobs)
             samples = [ask(run, teacher, record, body, i) for i in range(run.config.n if body else 0)]
-            results.put((record, body, samples))
+            if None not in samples:  # else a batch has no reply: the next start will ask
+                results.put(check(run, record, body, samples))
     except RequestError as error:
         question = "; is the teacher running there?" if error.kind == "disconnect" else ""
         run.aborted = run.aborted or f"{error}{question}"
@@ -377,25 +378,22 @@ def ask_all(run, stop):
                 stop.requested = True
                 ending.set()
                 print_line("ending: waiting for the requests in flight; Ctrl-C ends at once")
-            arrived, ready = [], []  # all that is there is written to the disk at once
+            arrived = []  # all that is there is written to the disk at once
             with suppress(queue.Empty):
                 arrived.append(results.get(timeout=0.5))  # without a timeout Windows would hold back Ctrl-C
                 arrived += [results.get_nowait() for _ in range(results.qsize())]
-            for result in arrived:
-                if isinstance(result, Exception):
-                    raise result
-                workers -= result is None
-                if result is None or None in result[2]:  # a batch has no reply: the next start will ask
-                    continue
-                row, kind = check(run, *result)
-                ready.append((row, kind))
+            for bug in arrived:
+                if isinstance(bug, Exception):
+                    raise bug
+            workers -= arrived.count(None)
+            ready = [result for result in arrived if result]
+            append(config.output, [row.to_json() for row, kind in ready if not kind])
+            append(config.errors_path, [row.to_json() for row, kind in ready if kind])
+            for row, kind in ready:
                 in_a_row = in_a_row + 1 if kind and kind != "incorrect" else 0
                 if in_a_row == (config.max_consecutive_failures or None):
                     last = row.other["error"]["message"]
                     run.aborted = run.aborted or f"{in_a_row} rows in a row without a usable answer; the last: {last}"
-            append(config.output, [row.to_json() for row, kind in ready if not kind])
-            append(config.errors_path, [row.to_json() for row, kind in ready if kind])
-            for row, kind in ready:
                 run.state[row.id] = Outcome(kind, row.other.get("correct"))
                 if row.teacher:
                     run.kinds[kind] += 1
