@@ -3,14 +3,10 @@
     python -m dss.bench                                        the embedded task and its tiny student
     python -m dss.bench --data cqa_train.jsonl --size t5-v1_1-small --json b.json --plot b.png
 
-Training is compared with the paper's released recipe on transformers, with its attentions "eager" and "sdpa": two
-padded forward passes, predict and explain, and one backward pass of their mean loss. Decoding is compared with
-transformers' generate and with CTranslate2. All have the same weights, rows, threads and AdamW. First it is checked
-that loss, gradient and tokens are alike.
-
-The implementations take turns, so that a busy machine slows all of them. Each ratio compares two times of the same
-turn; the tables give its median and quartiles. Peak memory is that of a process of its own. "Of the
-machine" is the share of the best rate that a matrix product reached in the same run.
+Training is compared with the paper's released recipe on transformers: two padded forward passes, predict and explain,
+and one backward pass of their mean loss. All have the same weights, rows, threads and AdamW. Each ratio compares two
+times of the same turn, because a busy machine slows all implementations. "Of the machine" is the share of the best rate
+that a matrix product reached in the same run. dss/README.md has the results.
 """
 
 import importlib.metadata

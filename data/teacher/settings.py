@@ -18,8 +18,6 @@ class ExtractConfig:
     teacher cannot go on; 130 interrupted. Whatever was finished is kept in every case.
     """
 
-    # Each default stands here and nowhere else; each comment is the help text of its flag.
-
     # rows
     input: str = ""  # rows to ask about, JSONL: "input", "label" (gold, if known), "id" (if none, file name and line)
     output: str = ""  # where answered rows are written, JSONL; also the state that a second start goes on from
