@@ -161,17 +161,11 @@ def guard_streams():
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
         setattr(sys, name, stream)
-    sys.stderr.write, sys.stderr.flush = suppressed(sys.stderr.write), suppressed(sys.stderr.flush)
+    sys.stderr.write, sys.stderr.flush = map(Suppressed(OSError), (sys.stderr.write, sys.stderr.flush))
 
 
-def suppressed(method):
-    """A stream's method that does nothing where it fails (a full disk, a closed terminal)."""
-
-    def attempt(*values):
-        with contextlib.suppress(OSError):
-            return method(*values)
-
-    return attempt
+class Suppressed(contextlib.suppress, contextlib.ContextDecorator):
+    """contextlib.suppress for a whole function, which does nothing where it fails (a full disk, a closed terminal)."""
 
 
 class OneLineParser(argparse.ArgumentParser):
