@@ -45,10 +45,7 @@ from data.teacher.tally import bar_text, print_estimate, print_header, print_lin
 
 
 def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
-    """Exit status: 0 every row answered, 1 some failed, 2 wrong arguments or files, 3 aborted, 130 interrupted.
-
-    `scale` shortens every pause, for tests.
-    """
+    """Returns the exit status, whose meanings ExtractConfig lists. `scale` shortens every pause, for tests."""
     config = arguments.parse(argv, ExtractConfig)
     try:
         if config.dry_run:
@@ -180,15 +177,14 @@ def jobs_of(run):
 
 def write_batch(run):
     """Write the requests that are to be made into files, F.jsonl, F-2.jsonl, ..., and say how to go on."""
-    config, path, number = run.config, Path(run.config.batch_requests), 1
+    config, path = run.config, Path(run.config.batch_requests)
     url = "/v1" + PATHS[config.endpoint]
     requests = (sample_request(run, *job, i) for job in jobs_of(run) if job[1] for i in range(config.n))
     lines = ({"custom_id": identity, "method": "POST", "url": url, "body": body} for identity, body in requests)
-    while part := list(islice(lines, config.batch_rows)):
+    for number, part in enumerate(iter(lambda: list(islice(lines, config.batch_rows)), []), 1):
         name = path.with_stem(f"{path.stem}-{number}") if number > 1 else path
         write_jsonl(name, part)
         print_line(f"{name}: {len(part):,} requests")
-        number += 1
     print_line("next: the same command with --batch-replies REPLIES.jsonl in place of --batch-requests")
     return 0
 
