@@ -228,14 +228,13 @@ def gpu_state():
 
 
 COLUMNS = "case, implementation, forward ms, backward ms, both ms, spread, rate, peak MiB".split(", ")
+TIMES = "{forward ms:.3f} | {backward ms:.3f} | {both ms:.3f} | {spread:.3f}"
+FIGURES = TIMES + " | {both rate:.0f} {unit}, {both roofline:.0%} | {peak MiB:.0f}"
 
 
 def show(row):
-    cells = [row["case"], row["implementation"], row.get("failed", "")]
-    if "failed" not in row:
-        cells = [*cells[:2], *(f"{row[name]:.3f}" for name in COLUMNS[2:6])]
-        cells += [f"{row['both rate']:.0f} {row['unit']}, {row['both roofline']:.0%}", f"{row['peak MiB']:.0f}"]
-    return f"| {' | '.join(cells)} |"
+    figures = row["failed"] if "failed" in row else FIGURES.format_map(row)
+    return f"| {row['case']} | {row['implementation']} | {figures} |"
 
 
 def measure(name, case, best):
