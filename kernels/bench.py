@@ -317,9 +317,8 @@ def run_beside(module, *under):
 
 def main(argv=None):
     """Exit status: 0 done; 1 a kernel of ours failed; 2 the arguments are wrong, or there is no GPU."""
-    parser = OneLineParser(
-        prog="python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog="python -m kernels.bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one of these")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop after this many minutes [no limit]")
     parser.add_argument("--all", action="store_true", help="all of a GPU's checks and figures")
