@@ -196,62 +196,46 @@ def multiply_(x, factor):
     return x
 
 
-class WithGradients(torch.autograd.Function):
-    """The forward pass leaves the first inputs' gradients in ctx.gradients, and in ctx.multiply what scales them."""
+class Known(torch.autograd.Function):
+    """A loss, and the gradients of its inputs that are known already. multiply: scales them in place."""
 
     @staticmethod
-    def backward(ctx, upstream, _):
+    def forward(ctx, loss, gradients, multiply, *inputs):
+        ctx.gradients, ctx.multiply = gradients, multiply
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
         if ctx.gradients is None:
             raise RuntimeError("cross_entropy: the gradient is scaled in place; a second backward needs a new forward")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [g if g is None else ctx.multiply(g, upstream) for g in gradients]
-        return *scaled, *[None] * (len(ctx.needs_input_grad) - len(scaled))
+        return None, None, None, *(g if g is None else ctx.multiply(g, upstream) for g in gradients)
 
 
-class CrossEntropy(WithGradients):
-    @staticmethod
-    def forward(ctx, logits, labels, weights):
-        losses, nll = (torch.empty(len(labels), device=logits.device) for _ in range(2))
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        launch_rows(logits, gradient, labels, weights, losses, nll)
-        ctx.gradients, ctx.multiply = [gradient], multiply_
-        ctx.mark_non_differentiable(nll)
-        return losses.sum(), nll
+@torch.no_grad()
+def loss_in_chunks(fill, hidden, weight, labels, weights, logits_bytes):
+    """(the token losses, weighted; unweighted; the gradients of hidden and, where it is wanted, of weight)"""
+    T, V = len(hidden), len(weight)
+    matrix, d_hidden, d_weight = weight.to(hidden.dtype), torch.empty_like(hidden), None
+    losses, nll = (torch.empty(T, device=hidden.device) for _ in range(2))
+    chunks = -(-T * V * hidden.element_size() // logits_bytes)
+    rows = max(-(-T // max(chunks, 1)), 1)  # of each chunk but the last, which may be smaller
+    for h, d_h, *of_rows in zip(*(x.split(rows) for x in (hidden, d_hidden, labels, weights, losses, nll))):
+        logits = h @ matrix.T  # (rows, V)
+        fill(logits, logits if hidden.requires_grad or weight.requires_grad else None, *of_rows)
+        if hidden.requires_grad:  # from here on the logits are their own gradient
+            torch.mm(logits, matrix, out=d_h)
+        if weight.requires_grad:
+            d_weight = add_product(d_weight, logits.T, h)  # (V, C)
+    return losses, nll, [d_hidden, d_weight]
 
 
-class LinearCrossEntropy(WithGradients):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, logits_bytes, fill):
-        (T, C), V = hidden.shape, len(weight)
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if of_hidden else None
-        d_weight = torch.zeros(V, C, device=hidden.device) if of_weight and T == 0 else None
-        matrix = weight.to(hidden.dtype)
-        losses, nll = (torch.empty(T, device=hidden.device) for _ in range(2))
-        chunks = -(-T * V * hidden.element_size() // logits_bytes)
-        rows = max(-(-T // max(chunks, 1)), 1)  # of each chunk but the last, which may be smaller
-        for chunk in (slice(start, start + rows) for start in range(0, T, rows)):
-            logits = hidden[chunk] @ matrix.T  # (rows, V)
-            gradient = logits if of_hidden or of_weight else None
-            fill(logits, gradient, *(x[chunk] for x in (labels, weights, losses, nll)))
-            if of_hidden:  # from here on the logits are their own gradient
-                torch.mm(logits, matrix, out=d_hidden[chunk])
-            if of_weight and d_weight is None:
-                d_weight = product_in_fp32(logits.T, hidden[chunk])  # (V, C)
-            elif of_weight and logits.dtype == torch.float32:
-                d_weight.addmm_(logits.T, hidden[chunk])
-            elif of_weight:
-                d_weight.add_(product_in_fp32(logits.T, hidden[chunk]))
-        ctx.gradients, ctx.multiply = [d_hidden, d_weight], multiply_ if fill is launch_rows else multiply_reference_
-        ctx.mark_non_differentiable(nll)
-        return losses.sum(), nll
-
-
-def product_in_fp32(a, b):
-    """a @ b as fp32, never rounded to the dtype of a and b on the way."""
+def add_product(total, a, b):
+    """total + a @ b as fp32, never rounded to the dtype of a and b on the way; in place, where there is a total."""
     if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+        return a @ b if total is None else total.addmm_(a, b)
+    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    return product if total is None else total.add_(product)
 
 
 # ---- The public functions -------------------------------------------------------------------------------------------
@@ -262,7 +246,11 @@ def cross_entropy_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy_reference` with the row kernel."""
     check_arguments(logits, labels, weights)
-    loss, nll = CrossEntropy.apply(*rows_together(logits), labels.contiguous(), weights.float().contiguous())
+    (z,) = rows_together(logits.detach())
+    losses, nll = (torch.empty(len(labels), device=logits.device) for _ in range(2))
+    gradient = torch.empty_like(z) if logits.requires_grad else None
+    launch_rows(z, gradient, labels.contiguous(), weights.float().contiguous(), losses, nll)
+    loss = Known.apply(losses.sum(), [gradient], multiply_, logits)
     return (loss, nll) if return_token_losses else loss
 
 
@@ -283,6 +271,8 @@ def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses,
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         hidden = (hidden * scale).to(dtype).contiguous()
-        arguments = (hidden, weight, labels.contiguous(), weights.float().contiguous(), logits_bytes, fill)
-        loss, nll = LinearCrossEntropy.apply(*arguments)
+        arguments = (hidden, weight, labels.contiguous(), weights.float().contiguous(), logits_bytes)
+        losses, nll, gradients = loss_in_chunks(fill, *arguments)
+        multiply = multiply_ if fill is launch_rows else multiply_reference_
+        loss = Known.apply(losses.sum(), gradients, multiply, hidden, weight)
     return (loss, nll) if return_token_losses else loss
