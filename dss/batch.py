@@ -116,10 +116,7 @@ class Examples(list):
 
 def count_targets(sequences: list[Sequence]) -> tuple[int, int]:
     """(N_label, N_rationale): target tokens of each task, what the mean in each task's loss is taken over."""
-    counts = [0, 0]
-    for sequence in sequences:
-        counts[sequence.task] += len(sequence.target_ids)
-    return tuple(counts)
+    return tuple(sum(len(s.target_ids) for s in sequences if s.task == task) for task in (LABEL, RATIONALE))
 
 
 def segments(lengths: list[int], device: Device = "cpu") -> Segments:
