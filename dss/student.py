@@ -65,24 +65,23 @@ class Student:
     def answer_with_rationale(self, inputs: Sequence[str]) -> list[tuple[str, str | None]]:
         """(label, rationale) for each input; the rationale is None, except for single_task."""
         if self.method == "single_task":  # rationale <extra_id_0> label; without a separator there is no label
-            return [(label, rationale) for rationale, label in self.write_both(inputs)]
+            return self.write_both(inputs)
         stop = self.tokenizer.special[SEPARATOR] if self.method == "label_first" else None
         return [(self.tokenizer.decode(ids), None) for ids in self.write("predict", inputs, self.max_new_tokens, stop)]
 
     def explain(self, inputs: Sequence[str]) -> list[str]:
         """The student's own rationale for each input: its second task, or the part of its output that is one."""
-        if self.method == "single_task":
-            return [rationale for rationale, _ in self.write_both(inputs)]
-        if self.method == "label_first":  # label <extra_id_0> rationale
+        if self.method in ("single_task", "label_first"):
             return [rationale for _, rationale in self.write_both(inputs)]
         return [self.tokenizer.decode(ids) for ids in self.write("explain", inputs, self.max_target_length)]
 
     def write_both(self, inputs: Sequence[str]) -> list[tuple[str, str]]:
-        """The texts before and behind the first separator of what the student writes for each input."""
+        """(label, rationale) for each input, if a student writes both: the first separator is between them."""
         separator, both = self.tokenizer.special.get(SEPARATOR), []
         for ids in self.write("predict", inputs, self.max_target_length):
             cut = ids.index(separator) if separator in ids else len(ids)
-            both.append((self.tokenizer.decode(ids[:cut]), self.tokenizer.decode(ids[cut + 1 :])))
+            parts = self.tokenizer.decode(ids[:cut]), self.tokenizer.decode(ids[cut + 1 :])
+            both.append(parts[::-1] if self.method == "single_task" else parts)
         return both
 
     def score(self, inputs: Sequence[str], labels: Sequence[Sequence[str]]) -> list[dict[str, float]]:
