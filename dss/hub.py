@@ -75,12 +75,11 @@ class Hub:
         address, token = get("HF_ENDPOINT") or "https://huggingface.co", get("HF_TOKEN") or ""
         if not re.fullmatch("https?://[^@]+", address) or not re.fullmatch("[!-~]*", token):  # neither is shown
             raise ValueError("HF_ENDPOINT or HF_TOKEN is not the address of a hub (https://huggingface.co) or a token")
-        self.who = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = f"{address.rstrip('/')}/{hub_id}/resolve/main/"
         self.offline = ", and HF_HUB_OFFLINE is set" * (get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"))
         cache = Path(get("HF_HUB_CACHE") or (get("HF_HOME") or "~/.cache/huggingface") + "/hub").expanduser()
         self.other = cache / f"models--{hub_id.replace('/', '--')}"  # where Hugging Face keeps this model
-        self.id, self.directory, self.check = hub_id, directory, check
+        self.id, self.directory, self.check, self.token = hub_id, directory, check, token
 
     def bring(self, name, ask=True):
         """Link or, if `ask`, download a file into the directory, unless it is there. Returns whether it is now."""
@@ -128,8 +127,8 @@ class Hub:
         waits = list(WAITS)
         while True:
             request = Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            for name, value in self.who.items():
-                request.add_unredirected_header(name, value)  # not sent to another host
+            if self.token:
+                request.add_unredirected_header("Authorization", f"Bearer {self.token}")  # not sent to another host
             try:
                 reply = build_opener(redirects := Redirects()).open(request, timeout=TIMEOUT)
             except HTTPError as error:
