@@ -98,24 +98,13 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8000)
     # alike ("How") falls into letters. Every repeated word is therefore shown in a second form.
     words = Counter(word for text in texts for word in re.findall(r"\w+", text))
     second_forms = [f"{word}," for word, count in words.items() if count > 1]
+    t5 = dict(model_type="unigram", normalization_rule_name="nmt_nfkc", character_coverage=1.0)
+    t5 |= dict(pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1, pad_piece="<pad>")
+    limits = dict(vocab_size=vocab_size, hard_vocab_limit=False, max_sentence_length=1 << 20, num_threads=1)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts + second_forms),
-            model_writer=model,
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            model_type="unigram",
-            normalization_rule_name="nmt_nfkc",  # T5's
-            character_coverage=1.0,
-            pad_id=PAD,
-            eos_id=EOS,
-            unk_id=UNK,
-            bos_id=-1,
-            pad_piece="<pad>",
-            num_threads=1,
-            max_sentence_length=1 << 20,
-            minloglevel=2,
+            sentence_iterator=iter(texts + second_forms), model_writer=model, minloglevel=2, **t5, **limits
         )
     except RuntimeError as problem:
         if not any(map(str.strip, texts)):
