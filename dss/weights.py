@@ -105,12 +105,9 @@ def checkpoint_name(name: str, model: T5) -> str:
         return "shared.weight"
     name = name.replace(".bias_table", ".block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     name = name.replace(".final_norm.", ".final_layer_norm.").replace(".layers.", ".block.")
-    feed_forward = "layer.1" if name.startswith("encoder.") else "layer.2"
-    for part, layer, module in (
-        ("self_attention", "layer.0", "SelfAttention"),
-        ("cross_attention", "layer.1", "EncDecAttention"),
-        ("feed_forward", feed_forward, "DenseReluDense"),
-    ):
+    last = "layer.1" if name.startswith("encoder.") else "layer.2"
+    parts = [("self_attention", "layer.0", "SelfAttention"), ("cross_attention", "layer.1", "EncDecAttention")]
+    for part, layer, module in [*parts, ("feed_forward", last, "DenseReluDense")]:
         name = name.replace(f".{part}_norm.", f".{layer}.layer_norm.").replace(f".{part}.", f".{layer}.{module}.")
     gated = model.config.feed_forward_proj == "gated-gelu"
     for ours, theirs in (("gate", "wi_0"), ("up", "wi_1" if gated else "wi"), ("down", "wo")):
