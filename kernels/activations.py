@@ -64,11 +64,8 @@ def gelu(x):
 
 @triton.jit(do_not_specialize=["T", "threshold"])  # these change: compile once for all
 def activation_kernel(
-    gate_ptr,
-    up_ptr,  # x of relu
-    dy_ptr,
-    y_ptr,  # BACKWARD: d up; else y
-    d_gate_ptr,  # dy, y, d gate: (T, F), contiguous
+    gate_ptr, up_ptr,  # x of relu is up
+    dy_ptr, y_ptr, d_gate_ptr,  # (T, F), contiguous; BACKWARD: y is d up
     seed_ptr,
     T, F, gate_stride, up_stride, threshold,
     BACKWARD: tl.constexpr, GATED: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

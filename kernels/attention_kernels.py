@@ -200,13 +200,11 @@ def add_diagonals(sums, ds, lut_ptr, corner, reach):
 def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, diag_ptr,
     lut_ptr,  # (2 (reach + MARGIN) + 1,) int32, the bucket of each distance
-    o_ptr, do_ptr,
-    dq_ptr,  # o, do, dq: (Tq, H, D), contiguous
+    o_ptr, do_ptr, dq_ptr,  # (Tq, H, D), contiguous
     lse_ptr,
     stats_ptr,  # (H, Tq, 2) fp32: lse and delta, written here for attention_dkdv_kernel
     partial_ptr,  # (programs, H, BUCKETS) fp32
-    cu_q_ptr, cu_k_ptr,
-    seed_ptr,  # (1,) int64
+    cu_q_ptr, cu_k_ptr, seed_ptr,  # as in forward
     tiles, Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, TABLE_GRADIENT: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -283,10 +281,8 @@ def attention_dq_kernel(
 def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, diag_ptr,
     do_ptr,  # (Tq, H, D), contiguous
-    dk_ptr,
-    dv_ptr,  # dk, dv: (Tk, H, D), contiguous
-    stats_ptr, cu_q_ptr, cu_k_ptr,
-    seed_ptr,  # (1,) int64
+    dk_ptr, dv_ptr,  # (Tk, H, D), contiguous
+    stats_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,
     tiles,  # key tiles of the longest sequence
     Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
