@@ -63,12 +63,9 @@ def sequences(
     max_target_length: int = 256,
     cut: Counter | None = None,
 ) -> list[Sequence]:
-    """The sequences that `method` trains on for one row, whose rationale is a text or None.
+    """The sequences that `method`, one of dss.config.METHODS, trains on for a row whose rationale is a text or None.
 
-    standard: predict -> label. dss: that, and explain -> rationale where the row has one. With both in one target:
-    predict -> rationale, separator, label (single_task); predict -> label, separator, rationale (label_first). The
-    controls dss-* have the sequences of dss, standard-matched those of standard. A row whose label is None has none.
-    cut: counts the inputs and targets that were too long.
+    A row whose label is None has none. cut: counts the inputs and targets that were too long.
     """
     cut = Counter() if cut is None else cut
     if row.label is None:
