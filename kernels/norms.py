@@ -113,10 +113,8 @@ def rms_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "rows_each", "threshold"])
 def rms_norm_backward_kernel(
-    dy_ptr,
-    ds_ptr,  # gradient of the output s
-    s_ptr, weight_ptr, dx_ptr,
-    d_residual_ptr,  # all five (T, C), contiguous
+    dy_ptr, ds_ptr,  # gradients of the outputs y and s
+    s_ptr, weight_ptr, dx_ptr, d_residual_ptr,  # all but the weight (T, C), the gradients contiguous
     partial_ptr,  # (programs, C) fp32
     seed_ptr,
     T, C, s_stride,
