@@ -7,9 +7,12 @@ the same dtype ("eager"), plus a floor for where eager is exact by luck: one rou
 roundings of a term of size 1.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import kernels
 from kernels import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the Triton tests run: compiled, or interpreted
@@ -17,7 +20,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = torch.finfo(torch.float32).eps
 needs_triton = pytest.mark.skipif(not launch.INSTALLED, reason="Triton is not installed here")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")]
-both = pytest.mark.parametrize("implementation", ["reference", pytest.param("triton", marks=needs_triton)])
+OPERATIONS = ["attention", "cross_entropy", "linear_cross_entropy", "rms_norm", "geglu", "relu"]
+REFERENCE, TRITON = (
+    SimpleNamespace(**{operation: getattr(kernels, f"{operation}_{name}") for operation in OPERATIONS})
+    for name in ("reference", "triton")
+)
+both = pytest.mark.parametrize(
+    "ours", [REFERENCE, pytest.param(TRITON, marks=needs_triton)], ids=["reference", "triton"]
+)
 
 
 def wide(x):

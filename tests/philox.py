@@ -19,11 +19,12 @@ def philox(seed, counters, rounds=7):
     return c
 
 
-def kept(seed, rows, plane, columns, threshold):
-    """(rows, columns) booleans of kernels/dropout.py, from NumPy alone: row numbers (R,), columns 0 .. columns - 1."""
+def mask(seed, rows, plane, columns, threshold):
+    """What kernels/dropout.py multiplies by, (rows, columns): row numbers (R,), columns 0 .. columns - 1. Of 256 bytes
+    those below the threshold are dropped."""
     row, column = np.broadcast_arrays(np.asarray(rows)[:, None], np.arange(columns)[None, :])
     group = 4 * (column // 64) + column % 8 // 2
     words = philox(seed, (row, np.full_like(row, plane), group, np.zeros_like(row)))
     place = 2 * (column % 64 // 8) + column % 2
     byte = np.choose(place // 4, words) >> (8 * (place % 4)).astype(np.uint64) & np.uint64(255)
-    return torch.from_numpy(byte.astype(np.int64) >= threshold)
+    return torch.from_numpy((byte >= threshold) * (256 / (256 - threshold)))

@@ -3,21 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import DEVICE, DTYPES, both, compare, forward_backward, needs_gpu, needs_triton, wide
+from comparing import DEVICE, DTYPES, REFERENCE, TRITON, both, compare, forward_backward, needs_gpu, needs_triton, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from philox import kept
-
-import kernels
-from kernels import geglu_triton, relu_reference, rms_norm_triton
+from philox import mask
 
 SEED = 2**33 + 5
-
-
-def mask(T, C, p):
-    """What dropout multiplies by, from Philox in NumPy; the kernels' p is a multiple of 1/256."""
-    threshold = round(256 * p)
-    return (kept(SEED, range(T), 0, C, threshold) * (256 / (256 - threshold))).double().to(DEVICE)
 
 
 def tensors(shapes, dtype, seed=0):
@@ -32,26 +23,25 @@ def norm(s, weight):
     return (s32 / (s32.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight).to(s.dtype)
 
 
-def check_all(implementation, T, C, dtype, p, seed=0):
+def check_all(ours, T, C, dtype, p, seed=0):
     """Each operation, with dropout where its mask is known: in Triton."""
-    p = p if implementation == "triton" else 0.0
-    rms_norm, geglu, relu = (getattr(kernels, f"{name}_{implementation}") for name in ("rms_norm", "geglu", "relu"))
-    keep = mask(T, C, p)
-    compare(rms_norm, norm, tensors([(T, C), (C,)], dtype, seed))
+    p = p if ours is TRITON else 0.0
+    keep = mask(SEED, range(T), 0, C, round(256 * p)).to(DEVICE)
+    compare(ours.rms_norm, norm, tensors([(T, C), (C,)], dtype, seed))
 
     def residual_formula(x, weight, residual):  # both outputs feed the loss, as in the model
         s = (wide(residual) + wide(x) * keep.to(wide(x))).to(x.dtype)
         return s, norm(s, weight)
 
     leaves = tensors([(T, C), (C,), (T, C)], dtype, seed)
-    compare(lambda x, w, r: rms_norm(x, w, 1e-6, r, p, SEED), residual_formula, leaves)
+    compare(lambda x, w, r: ours.rms_norm(x, w, 1e-6, r, p, SEED), residual_formula, leaves)
 
     def geglu_formula(gate, up):
         return (F.gelu(wide(gate), approximate="tanh") * wide(up) * keep.to(wide(up))).to(up.dtype)
 
     leaves = tensors([(T, C), (T, C)], dtype, seed)
-    compare(lambda gate, up: geglu(gate, up, p, SEED), geglu_formula, leaves)
-    compare(lambda x: relu(x, p, SEED), lambda x: (wide(x).relu() * keep.to(wide(x))).to(x.dtype), leaves[:1])
+    compare(lambda gate, up: ours.geglu(gate, up, p, SEED), geglu_formula, leaves)
+    compare(lambda x: ours.relu(x, p, SEED), lambda x: (wide(x).relu() * keep.to(wide(x))).to(x.dtype), leaves[:1])
 
 
 @both
@@ -59,20 +49,20 @@ def check_all(implementation, T, C, dtype, p, seed=0):
 @pytest.mark.parametrize(  # 513: one more than a tile; the last: several row tiles a program
     "T, C, p", [(1, 1, 0), (1, 2, 0), (33, 7, 0), (70, 300, 0.5), (65, 513, 0.1), (3, 4096, 0), (600, 16, 0.1)]
 )
-def test_forward_backward(implementation, T, C, dtype, p):
-    check_all(implementation, T, C, dtype, p)
+def test_forward_backward(ours, T, C, dtype, p):
+    check_all(ours, T, C, dtype, p)
 
 
 @pytest.mark.search
 @both
 @settings(max_examples=100)
 @given(st.integers(8, 70), st.integers(4, 700), st.integers(0, 999), st.sampled_from(DTYPES))
-def test_random_sizes(implementation, T, C, seed, dtype):
-    check_all(implementation, T, C, dtype, [0.0, 0.1, 0.5][seed % 3], seed)
+def test_random_sizes(ours, T, C, seed, dtype):
+    check_all(ours, T, C, dtype, [0.0, 0.1, 0.5][seed % 3], seed)
 
 
 @both
-def test_rms_norm_of_a_bfloat16_branch_beside_a_float32_residual(implementation):
+def test_rms_norm_of_a_bfloat16_branch_beside_a_float32_residual(ours):
     """What autocast gives: the sum is fp32, and each gradient has its input's dtype."""
     (x,), (weight, residual) = tensors([(9, 40)], torch.bfloat16), tensors([(40,), (9, 40)], torch.float32, 1)
 
@@ -80,8 +70,7 @@ def test_rms_norm_of_a_bfloat16_branch_beside_a_float32_residual(implementation)
         s = residual + x
         return s, norm(s, weight)
 
-    function = getattr(kernels, f"rms_norm_{implementation}")
-    compare(lambda x, w, r: function(x, w, residual=r), formula, [x, weight, residual])
+    compare(lambda x, w, r: ours.rms_norm(x, w, residual=r), formula, [x, weight, residual])
 
 
 @needs_triton
@@ -90,20 +79,19 @@ def test_gelu_far_out():
     """Where sigmoid is 0 or 1 to the last digit, and where x^3 is 1e12."""
     gate = torch.tensor([[-1e4, -100.0, -10, -0.0, 10, 100, 1e4]], device=DEVICE, requires_grad=True)
     up = torch.ones_like(gate)
-    y = geglu_triton(gate, up)
+    y = TRITON.geglu(gate, up)
     (slope,) = torch.autograd.grad(y.sum(), gate)
     torch.testing.assert_close(y, torch.tensor([[0, 0, 0, 0, 10, 100, 1e4]], device=DEVICE))
     torch.testing.assert_close(slope, torch.tensor([[0, 0, 0, 0.5, 1, 1, 1]], device=DEVICE))
 
 
 @both
-def test_dropout_repeats_with_its_seed_and_follows_torch_s_without_one(implementation):
-    rms_norm, geglu, relu = (getattr(kernels, f"{name}_{implementation}") for name in ("rms_norm", "geglu", "relu"))
+def test_dropout_repeats_with_its_seed_and_follows_torch_s_without_one(ours):
     x = torch.ones(50, 80, device=DEVICE)
 
     def draw(seed):
-        norm = rms_norm(x, x[0], 1e-6, x, 0.3, seed)[0]
-        return [relu(x, 0.3, seed), geglu(x, x, 0.3, seed), norm, relu(x, 0.3, seed)]
+        norm = ours.rms_norm(x, x[0], 1e-6, x, 0.3, seed)[0]
+        return [ours.relu(x, 0.3, seed), ours.geglu(x, x, 0.3, seed), norm, ours.relu(x, 0.3, seed)]
 
     state = torch.get_rng_state()
     seven, again, eight = draw(7), draw(7), draw(8)
@@ -117,7 +105,7 @@ def test_dropout_repeats_with_its_seed_and_follows_torch_s_without_one(implement
 def test_the_reference_s_dropout_keeps_its_rate_in_every_byte_of_a_random_word():
     """And in the last elements, which share a word with none."""
     x = torch.ones(99, 1001)
-    y = relu_reference(x, 0.25, 7)
+    y = REFERENCE.relu(x, 0.25, 7)
     assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
     assert abs((y > 0).float().mean().item() - 0.75) < 4 * (0.1875 / x.numel()) ** 0.5
     by_byte = (y.flatten()[: x.numel() // 8 * 8].unflatten(0, (-1, 8)) > 0).float().mean(0)
@@ -125,43 +113,41 @@ def test_the_reference_s_dropout_keeps_its_rate_in_every_byte_of_a_random_word()
 
 
 @both
-def test_no_tokens(implementation):
+def test_no_tokens(ours):
     x, weight = torch.zeros(0, 8, device=DEVICE, requires_grad=True), torch.ones(8, device=DEVICE, requires_grad=True)
-    normed = getattr(kernels, f"rms_norm_{implementation}")(x, weight)
-    y = getattr(kernels, f"geglu_{implementation}")(normed, x)
+    y = ours.geglu(ours.rms_norm(x, weight), x)
     assert y.shape == (0, 8) and (torch.autograd.grad(y.sum(), weight)[0] == 0).all()
 
 
 OF_BOTH = [
-    ("rms_norm", lambda f, x: f(x, x[0, 1:]), "rms_norm: weight must be"),
-    ("rms_norm", lambda f, x: f(x, x[0], residual=x[1:]), "rms_norm: residual must have x's shape"),
-    ("rms_norm", lambda f, x: f(x, x[0], dropout_p=0.1), "dropout_p is for x beside a residual"),
-    ("rms_norm", lambda f, x: f(x, x[0], residual=x, dropout_p=-0.1), "dropout"),
-    ("geglu", lambda f, x: f(x, x[1:]), "gate and up must have one shape"),
-    ("geglu", lambda f, x: f(x, x.half()), "gate and up must have one shape and dtype"),
-    ("relu", lambda f, x: f(x, 1.5), "dropout"),
+    (lambda ours, x: ours.rms_norm(x, x[0, 1:]), "rms_norm: weight must be"),
+    (lambda ours, x: ours.rms_norm(x, x[0], residual=x[1:]), "rms_norm: residual must have x's shape"),
+    (lambda ours, x: ours.rms_norm(x, x[0], dropout_p=0.1), "dropout_p is for x beside a residual"),
+    (lambda ours, x: ours.rms_norm(x, x[0], residual=x, dropout_p=-0.1), "dropout"),
+    (lambda ours, x: ours.geglu(x, x[1:]), "gate and up must have one shape"),
+    (lambda ours, x: ours.geglu(x, x.half()), "gate and up must have one shape and dtype"),
+    (lambda ours, x: ours.relu(x, 1.5), "dropout"),
 ]
 OF_TRITON = [
-    ("rms_norm", lambda f, x: f(x.double(), x[0]), "x must be float32, float16 or bfloat16, got torch.float64"),
-    ("rms_norm", lambda f, x: f(torch.zeros(1, 16385), torch.zeros(16385)), "C up to 16384"),
-    ("geglu", lambda f, x: f(x[0], x[0]), r"geglu: .* \(T, F\)"),
-    ("relu", lambda f, x: f(x.double()), "relu: .* float32, float16 or bfloat16"),
+    (lambda ours, x: ours.rms_norm(x.double(), x[0]), "x must be float32, float16 or bfloat16, got torch.float64"),
+    (lambda ours, x: ours.rms_norm(torch.zeros(1, 16385), torch.zeros(16385)), "C up to 16384"),
+    (lambda ours, x: ours.geglu(x[0], x[0]), r"geglu: .* \(T, F\)"),
+    (lambda ours, x: ours.relu(x.double()), "relu: .* float32, float16 or bfloat16"),
 ]
-CASES = [("reference", *case) for case in OF_BOTH]
-CASES += [pytest.param("triton", *case, marks=needs_triton) for case in OF_BOTH + OF_TRITON]
+CASES = [(REFERENCE, *case) for case in OF_BOTH]
+CASES += [pytest.param(TRITON, *case, marks=needs_triton) for case in OF_BOTH + OF_TRITON]
 
 
-@pytest.mark.parametrize("implementation, name, call, word", CASES)
-def test_arguments_that_do_not_fit_are_named(implementation, name, call, word):
-    function = getattr(kernels, f"{name}_{implementation}")
+@pytest.mark.parametrize("ours, call, word", CASES)
+def test_arguments_that_do_not_fit_are_named(ours, call, word):
     with pytest.raises(ValueError, match=word):
-        call(function, torch.zeros(4, 6))
+        call(ours, torch.zeros(4, 6))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=needs_gpu) for dtype in DTYPES])
 def test_full_size(dtype):
     """The sizes of a training step of T5-base and of T5-xxl; repeats are equal bit for bit."""
     for T, C in ((8192, 768), (8192, 2048), (4099, 4096), (4099, 10240)):
-        check_all("triton", T, C, dtype, 0.1)
-        first, second = (forward_backward(rms_norm_triton, tensors([(T, C), (C,)], dtype)) for _ in range(2))
+        check_all(TRITON, T, C, dtype, 0.1)
+        first, second = (forward_backward(TRITON.rms_norm, tensors([(T, C), (C,)], dtype)) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second))

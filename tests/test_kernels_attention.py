@@ -7,12 +7,11 @@ than a tile, M != N.
 
 import pytest
 import torch
-from comparing import DEVICE, DTYPES, both, compare, forward_backward, needs_gpu, needs_triton, relative_error, wide
+from comparing import DEVICE, DTYPES, TRITON, both, compare, forward_backward, needs_gpu, needs_triton, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from philox import kept
+from philox import mask
 
-from kernels import flash_attention
 from kernels.buckets import relative_position_bucket
 from kernels.flash_attention import CONFIGURATIONS
 from kernels.launch import architecture
@@ -56,7 +55,7 @@ def dense(q, k, v, table, causal, max_distance, mask):
     M, N = len(q), len(k)
     i = torch.arange(M, device=q.device)[:, None] + (N - M if causal else 0)
     j = torch.arange(N, device=q.device)[None, :]
-    scores = wide(torch.einsum("mhd,nhd->hmn", q, k))
+    scores = torch.einsum("mhd,nhd->hmn", q, k).to(torch.promote_types(q.dtype, torch.float32))
     if table is not None:
         bucket = relative_position_bucket(j - i, len(table), max_distance, bidirectional=not causal)
         scores = scores + table[bucket].permute(2, 0, 1)
@@ -66,22 +65,21 @@ def dense(q, k, v, table, causal, max_distance, mask):
     return torch.einsum("hmn,nhd->mhd", (weights if mask is None else weights * mask.to(weights)).to(v.dtype), v)
 
 
-def call(implementation, counts_q, counts_k, use, **options):
-    """attention by this implementation, as a function of q, k, v and table."""
-    function = getattr(flash_attention, f"attention_{implementation}")
+def call(ours, counts_q, counts_k, use, **options):
+    """ours.attention as a function of q, k, v and table."""
     where = (cu(counts_q), cu(counts_k), use == DECODER)
     options = dict(max_seqlen_q=max(counts_q), max_seqlen_k=max(counts_k)) | options
-    return lambda q, k, v, table: function(q, k, v, table, *where, **options)
+    return lambda q, k, v, table: ours.attention(q, k, v, table, *where, **options)
 
 
-def check(implementation, arguments, counts_q, counts_k, use, max_distance=128, masks=None, **options):
+def check(ours, arguments, counts_q, counts_k, use, max_distance=128, masks=None, **options):
     masks = masks or [None] * len(counts_q)
 
     def formula(q, k, v, table):
         parts = zip(q.split(counts_q), k.split(counts_k), v.split(counts_k), masks)
         return torch.cat([dense(*part, table, use == DECODER, max_distance, mask) for *part, mask in parts])
 
-    compare(call(implementation, counts_q, counts_k, use, max_distance=max_distance, **options), formula, arguments)
+    compare(call(ours, counts_q, counts_k, use, max_distance=max_distance, **options), formula, arguments)
 
 
 CASES = [  # use; (queries, keys) of each sequence; (BM, BN); options of `inputs`
@@ -107,23 +105,23 @@ CASES += [(use, [(1, 1), (1, 17), (1, 1500), (1, 64)], (16, 128), dict(H=1)) for
 
 @both
 @pytest.mark.parametrize("use, pairs, tile, options", CASES)
-def test_output_and_each_gradient(implementation, use, pairs, tile, options, tiles):
+def test_output_and_each_gradient(ours, use, pairs, tile, options, tiles):
     tiles(*tile)
     counts = [list(side) for side in zip(*pairs)]
-    check(implementation, inputs(*counts, use, **options), *counts, use)
+    check(ours, inputs(*counts, use, **options), *counts, use)
 
 
 @pytest.mark.search
 @both
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3), st.sampled_from(USES))
-def test_random_lengths(implementation, pairs, use):
+def test_random_lengths(ours, pairs, use):
     if use != CROSS:  # the encoder's sides are one; a decoder has as many keys as queries, or more
         pairs = [(m, m) if use == ENCODER else (min(m, n), max(m, n)) for m, n in pairs]
     counts = [list(side) for side in zip(*pairs)]
     with pytest.MonkeyPatch.context() as patch:
         set_tiles(patch, 32, 32)
-        check(implementation, inputs(*counts, use, seed=sum(counts[0])), *counts, use)
+        check(ours, inputs(*counts, use, seed=sum(counts[0])), *counts, use)
 
 
 @both
@@ -131,14 +129,14 @@ def test_random_lengths(implementation, pairs, use):
     "num_buckets, max_distance, use",
     [(32, 128, ENCODER), (8, 20, ENCODER), (64, 256, DECODER), (20, 40, DECODER)],
 )
-def test_buckets_at_both_ends_of_their_reach(implementation, num_buckets, max_distance, use, tiles):
+def test_buckets_at_both_ends_of_their_reach(ours, num_buckets, max_distance, use, tiles):
     """All positions alike but for the bias: an edge moved by one bucket or one distance would show."""
     N = max_distance + 40
     tiles(128, 128)
     arguments = inputs([N], [N], use, H=1, num_buckets=num_buckets)
     arguments[:2] = [0.01 * x for x in arguments[:2]]
     arguments[3] *= 3
-    check(implementation, arguments, [N], [N], use, max_distance=max_distance)
+    check(ours, arguments, [N], [N], use, max_distance=max_distance)
 
 
 @pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (16, 64), (8, 20), (64, 256), (32, 20)])
@@ -155,8 +153,8 @@ def dropout_masks(counts_q, counts_k, H, seed, threshold):
     """What dropout multiplies each sequence's weights by, (H, M, N), from Philox in NumPy."""
     masks, start = [], 0
     for M, N in zip(counts_q, counts_k):
-        planes = [kept(seed, range(start, start + M), h, N, threshold) for h in range(H)]
-        masks.append((torch.stack(planes) * (256 / (256 - threshold))).double().to(DEVICE))
+        planes = [mask(seed, range(start, start + M), h, N, threshold) for h in range(H)]
+        masks.append(torch.stack(planes).to(DEVICE))
         start += M
     return masks
 
@@ -169,39 +167,39 @@ def test_dropout_is_the_mask_of_philox_in_forward_and_backward(use, tiles):
     counts = ([30, 70], [30, 70]) if use != CROSS else ([30, 20], [5, 70])
     seed = 2**40 + 12345  # beyond 32 bits
     masks = dropout_masks(*counts, H=2, seed=seed, threshold=51)  # 0.2 * 256, rounded
-    check("triton", inputs(*counts, use), *counts, use, masks=masks, dropout_p=0.2, seed=seed)
+    check(TRITON, inputs(*counts, use), *counts, use, masks=masks, dropout_p=0.2, seed=seed)
 
 
 @both
-def test_dropout_keeps_its_rate_and_the_mean_of_the_weights(implementation):
+def test_dropout_keeps_its_rate_and_the_mean_of_the_weights(ours):
     counts = [120]
     q, k, _, table = inputs(counts, counts, ENCODER)
     ones = torch.ones_like(k)  # an output is then the sum of the kept weights, 1 on average
     for p in (0.1, 0.5):
         options = [dict(dropout_p=p, seed=seed) for seed in range(4)]
-        outputs = [call(implementation, counts, counts, ENCODER, **o)(q * 0, k, ones, table * 0) for o in options]
+        outputs = [call(ours, counts, counts, ENCODER, **o)(q * 0, k, ones, table * 0) for o in options]
         deviations = (torch.stack(outputs)[..., 0].mean() - 1) / (p / (1 - p) / (4 * 2 * 120 * 120)) ** 0.5
         assert abs(deviations) < 4
 
 
 @both
-def test_strides_of_heads_and_tokens_in_any_order(implementation):
+def test_strides_of_heads_and_tokens_in_any_order(ours):
     counts = [45]
     q, k, v, table = inputs(counts, counts, ENCODER)
-    function = call(implementation, counts, counts, ENCODER)
+    function = call(ours, counts, counts, ENCODER)
     want = forward_backward(function, [q.contiguous(), k.contiguous(), v.contiguous(), table])
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k)]  # heads outermost
     columns = v.transpose(1, 2).contiguous().transpose(1, 2)  # last dimension not contiguous
     for a, b in zip(forward_backward(function, [*turned, columns, table]), want):
-        torch.testing.assert_close(a, b, rtol=0, atol=0 if implementation == "triton" else 1e-5)
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if ours is TRITON else 1e-5)
 
 
 @both
-def test_confident_scores_stay_finite(implementation, tiles):
+def test_confident_scores_stay_finite(ours, tiles):
     """Scores of several hundred, far above exp's range, in every tile. Their error is fp32's step at that size."""
     tiles(32, 64)
     q, k, v, table = inputs([70], [70], DECODER)
-    function = call(implementation, [70], [70], DECODER)
+    function = call(ours, [70], [70], DECODER)
     got = forward_backward(function, [30 * q, k, v, table])
     exact = forward_backward(lambda *x: dense(*x, True, 128, None), [x.double() for x in (30 * q, k, v, table)])
     for a, b in zip(got, exact):
@@ -209,9 +207,9 @@ def test_confident_scores_stay_finite(implementation, tiles):
 
 
 @both
-def test_only_the_gradients_that_are_asked_for(implementation):
+def test_only_the_gradients_that_are_asked_for(ours):
     q, *others = inputs([20], [20], ENCODER)
-    call(implementation, [20], [20], ENCODER)(q.requires_grad_(), *others).sum().backward()
+    call(ours, [20], [20], ENCODER)(q.requires_grad_(), *others).sum().backward()
     assert q.grad is not None and others[2].grad is None
 
 
@@ -234,12 +232,12 @@ def test_only_the_gradients_that_are_asked_for(implementation):
         (dict(q=torch.zeros(0, 2, 32)), "q has no tokens"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(implementation, change, word):
+def test_arguments_that_do_not_fit_are_named(ours, change, word):
     """Refused before anything is computed."""
     good = {name: torch.zeros(5, 2, 32) for name in "qkv"} | dict(table=torch.zeros(32, 2))
     good |= {f"cu_seqlens_{side}": torch.tensor([0, 5], dtype=torch.int32) for side in "qk"}
     with pytest.raises(ValueError, match=word):
-        getattr(flash_attention, f"attention_{implementation}")(**(good | change))
+        ours.attention(**(good | change))
 
 
 @needs_triton
@@ -247,7 +245,7 @@ def test_arguments_that_do_not_fit_are_named(implementation, change, word):
 def test_head_widths_and_dtypes_without_a_kernel_are_refused(D, dtype, word):
     x, where = torch.zeros(5, 2, D, dtype=dtype), torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=word):
-        flash_attention.attention_triton(x, x, x, None, where, where)
+        TRITON.attention(x, x, x, None, where, where)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -260,8 +258,8 @@ def test_full_size_in_the_tiles_that_ship(use, D, dtype, dropout_p):
     counts_k = counts_q if use != CROSS else [1, 2048, 300, 65, 128]
     arguments = inputs(counts_q, counts_k, use, dtype, H=2, D=D)
     masks = dropout_masks(counts_q, counts_k, 2, 3, 26) if dropout_p else None
-    check("triton", arguments, counts_q, counts_k, use, masks=masks, dropout_p=dropout_p, seed=3)
-    function = call("triton", counts_q, counts_k, use, dropout_p=dropout_p, seed=3)
+    check(TRITON, arguments, counts_q, counts_k, use, masks=masks, dropout_p=dropout_p, seed=3)
+    function = call(TRITON, counts_q, counts_k, use, dropout_p=dropout_p, seed=3)
     first, second = (forward_backward(function, arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -276,7 +274,7 @@ def test_memory_is_linear_in_length_and_the_host_never_waits(H, D):
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode(sync)
-            o = flash_attention.attention_triton(q, k, v, table, where, where, False, 0.1, None, 128, N, N)
+            o = TRITON.attention(q, k, v, table, where, where, False, 0.1, None, 128, N, N)
             torch.autograd.grad(o, [q, k, v, table], torch.ones_like(o))
             torch.cuda.set_sync_debug_mode("default")
         peaks.append(torch.cuda.max_memory_allocated() - before)

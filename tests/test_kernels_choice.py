@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import OPERATIONS
 
 import kernels
 
@@ -42,7 +43,7 @@ def test_a_gpu_that_the_kernels_do_not_fit_gets_the_references_and_the_run_says_
     kernels.launch.architecture_of.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["attention", "cross_entropy", "linear_cross_entropy", "rms_norm", "geglu", "relu"])
+@pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("value", ["reference", "triton"])
 def test_an_operation_goes_to_the_chosen_one_of_its_implementations(monkeypatch, name, value):
     for of in ("reference", "triton"):

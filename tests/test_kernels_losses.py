@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparing import DEVICE, DTYPES, both, compare, needs_gpu, needs_triton, relative_error, wide
+from comparing import DEVICE, DTYPES, REFERENCE, TRITON, both, compare, needs_gpu, needs_triton, relative_error, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import losses
-from kernels.losses import IGNORE, cross_entropy_triton, launch_rows, linear_cross_entropy_triton
+from kernels.losses import IGNORE, launch_rows
 
 
 def rows(T, V, seed, dtype=torch.float32, scale=3.0):
@@ -31,19 +30,17 @@ def formula(logits, labels, weights):
     return -(weights[keep] * log_p.gather(1, labels[keep, None])[:, 0]).sum()
 
 
-def check_logits(implementation, T, V, seed, dtype):
+def check_logits(ours, T, V, seed, dtype):
     logits, labels, weights = rows(T, V, seed, dtype)
-    function = getattr(losses, f"cross_entropy_{implementation}")
-    compare(lambda z: function(z, labels, weights), lambda z: formula(z, labels, weights), [logits])
+    compare(lambda z: ours.cross_entropy(z, labels, weights), lambda z: formula(z, labels, weights), [logits])
 
 
-def check_linear(implementation, T, V, C, seed, dtype, chunks):
+def check_linear(ours, T, V, C, seed, dtype, chunks):
     _, labels, weights = rows(T, V, seed)
     leaves, scale = matrices(T, V, C, seed, dtype), C**-0.5
-    function = getattr(losses, f"linear_cross_entropy_{implementation}")
     budget = -(-T * V * dtype.itemsize // chunks)
     compare(
-        lambda h, w: function(h, w, labels, weights, scale, logits_bytes=budget),
+        lambda h, w: ours.linear_cross_entropy(h, w, labels, weights, scale, logits_bytes=budget),
         lambda h, w: formula(F.linear(h * scale, w), labels, weights),
         leaves,
     )
@@ -52,39 +49,38 @@ def check_linear(implementation, T, V, C, seed, dtype, chunks):
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T, V", [(6, 2), (9, 33), (1, 7), (41, 300), (3, 32128), (2, 250112)])
-def test_loss_and_gradient_of_given_logits(implementation, T, V, dtype):
+def test_loss_and_gradient_of_given_logits(ours, T, V, dtype):
     """The last is mT5's vocabulary, whose rows are too long for one block and are read twice."""
-    check_logits(implementation, T, V, 0, dtype)
+    check_logits(ours, T, V, 0, dtype)
 
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T, V, C, chunks", [(40, 2, 1, 1), (37, 61, 8, 4), (1, 90, 33, 1), (23, 7, 16, 9)])
-def test_linear_cross_entropy_and_both_gradients(implementation, T, V, C, dtype, chunks):
+def test_linear_cross_entropy_and_both_gradients(ours, T, V, C, dtype, chunks):
     """However many chunks the tokens are cut into, and with the scale of tied embeddings."""
-    check_linear(implementation, T, V, C, 0, dtype, chunks)
+    check_linear(ours, T, V, C, 0, dtype, chunks)
 
 
 @pytest.mark.search
 @both
 @settings(max_examples=100)
 @given(st.integers(8, 40), st.integers(2, 300), st.integers(8, 33), st.integers(0, 9999), st.sampled_from(DTYPES))
-def test_random_sizes(implementation, T, V, C, seed, dtype):
-    check_logits(implementation, T, V, seed, dtype)
-    check_linear(implementation, T, V, C, seed, dtype, chunks=1 + seed % 9)
+def test_random_sizes(ours, T, V, C, seed, dtype):
+    check_logits(ours, T, V, seed, dtype)
+    check_linear(ours, T, V, C, seed, dtype, chunks=1 + seed % 9)
 
 
 @both
-def test_weight_gradient_is_summed_in_fp32_however_many_chunks(implementation):
+def test_weight_gradient_is_summed_in_fp32_however_many_chunks(ours):
     """bf16 sums over 32 chunks lose what a single chunk keeps; fp32 master weights beside bf16 states."""
     T, V, C = 256, 50, 16
-    function = getattr(losses, f"linear_cross_entropy_{implementation}")
     _, labels, weights = rows(T, V, 0)
     hidden, matrix = matrices(T, V, C, 0)
     matrix.requires_grad_()
 
     def d_matrix(budget):
-        loss = function(hidden.bfloat16(), matrix, labels, weights, logits_bytes=budget)
+        loss = ours.linear_cross_entropy(hidden.bfloat16(), matrix, labels, weights, logits_bytes=budget)
         return torch.autograd.grad(loss, matrix)[0]
 
     whole, chunked = d_matrix(10**9), d_matrix(T * V * 2 // 32)
@@ -93,11 +89,11 @@ def test_weight_gradient_is_summed_in_fp32_however_many_chunks(implementation):
 
 
 @both
-def test_autocast_multiplies_in_bfloat16_and_keeps_the_gradient_of_fp32_weights_in_fp32(implementation):
+def test_autocast_multiplies_in_bfloat16_and_keeps_the_gradient_of_fp32_weights_in_fp32(ours):
     _, labels, weights = rows(30, 40, 3)
     h, w = (x.requires_grad_() for x in matrices(30, 40, 16, 3))
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss = getattr(losses, f"linear_cross_entropy_{implementation}")(h, w, labels, weights, 0.25)
+        loss = ours.linear_cross_entropy(h, w, labels, weights, 0.25)
     in_bfloat16 = formula((F.linear(h.bfloat16() * 0.25, w.bfloat16())), labels, weights)
     got, want = (torch.autograd.grad(f, [h, w]) for f in (loss, in_bfloat16))
     assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in got)
@@ -105,72 +101,68 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_the_gradient_of_fp32_weights_
 
 
 @both
-def test_rows_of_a_larger_tensor_and_columns_that_are_not_contiguous(implementation):
-    function = getattr(losses, f"cross_entropy_{implementation}")
+def test_rows_of_a_larger_tensor_and_columns_that_are_not_contiguous(ours):
     logits, labels, weights = rows(7, 40, 2)
     wider = torch.zeros(7, 64, device=DEVICE)
     wider[:, :40] = logits
-    want = function(logits, labels, weights)
-    assert torch.equal(function(wider[:, :40], labels, weights), want), "row stride"
-    torch.testing.assert_close(function(logits.T.contiguous().T, labels, weights), want, msg="column stride")
+    want = ours.cross_entropy(logits, labels, weights)
+    assert torch.equal(ours.cross_entropy(wider[:, :40], labels, weights), want), "row stride"
+    torch.testing.assert_close(ours.cross_entropy(logits.T.contiguous().T, labels, weights), want, msg="column stride")
     far = torch.stack([labels, labels], 1)[:, 0], torch.stack([weights, weights], 1)[:, 0]
-    assert torch.equal(function(logits, *far), want), "strides of labels and weights"
+    assert torch.equal(ours.cross_entropy(logits, *far), want), "strides of labels and weights"
 
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_confident_logits_and_all_ignored(implementation, dtype):
+def test_confident_logits_and_all_ignored(ours, dtype):
     """+-80 overflows exp in half precision and in fp32 when squared; fp32 inside and the row maximum keep it finite."""
-    one, linear = (getattr(losses, f"{name}_{implementation}") for name in ("cross_entropy", "linear_cross_entropy"))
     logits = torch.tensor([[80.0, -80.0, 0.0], [-80.0, 80.0, -80.0]], dtype=dtype, device=DEVICE, requires_grad=True)
     ones, right = torch.ones(2, device=DEVICE), torch.tensor([1, 1], device=DEVICE)
-    loss, nll = one(logits, right, ones, return_token_losses=True)
+    loss, nll = ours.cross_entropy(logits, right, ones, return_token_losses=True)
     assert loss == 160 and nll.tolist() == [160, 0] and not nll.requires_grad
     (gradient,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient.float().cpu(), torch.tensor([[1.0, -1, 0], [0, 0, 0]]))
-    loss, nll = one(logits, right * 0 + IGNORE, ones, return_token_losses=True)
+    loss, nll = ours.cross_entropy(logits, right * 0 + IGNORE, ones, return_token_losses=True)
     assert loss == 0 and (nll == 0).all() and (torch.autograd.grad(loss, logits)[0] == 0).all()
     weight = torch.ones(5, 3, device=DEVICE, dtype=dtype, requires_grad=True)
-    loss = linear(logits, weight, right * 0 + IGNORE, ones)
+    loss = ours.linear_cross_entropy(logits, weight, right * 0 + IGNORE, ones)
     assert all((g == 0).all() for g in torch.autograd.grad(loss, [logits, weight]))
 
 
 @both
-def test_a_confident_label_keeps_the_digits_of_p_minus_1(implementation):
+def test_a_confident_label_keeps_the_digits_of_p_minus_1(ours):
     """p = 1 - 1.2e-4: subtracted in bf16, whose neighbour of 1 is 1 - 4e-3, nothing would be left."""
     logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    function = getattr(losses, f"cross_entropy_{implementation}")
-    loss = function(logits, torch.tensor([0], device=DEVICE), torch.ones(1, device=DEVICE))
+    loss = ours.cross_entropy(logits, torch.tensor([0], device=DEVICE), torch.ones(1, device=DEVICE))
     assert torch.autograd.grad(loss, logits)[0][0, 0].item() == pytest.approx(-1.234e-4, rel=1e-2)
 
 
 @both
-def test_weight_zero_is_a_token_that_is_not_there(implementation):
+def test_weight_zero_is_a_token_that_is_not_there(ours):
     _, labels, weights = rows(20, 50, 0)
     weights[::2] = 0
     hidden, matrix = (x.requires_grad_() for x in matrices(20, 50, 8, 0))
-    function = getattr(losses, f"linear_cross_entropy_{implementation}")
     results = []
     for kept in (slice(None), slice(1, None, 2)):
-        loss = function(hidden[kept], matrix, labels[kept], weights[kept])
+        loss = ours.linear_cross_entropy(hidden[kept], matrix, labels[kept], weights[kept])
         results.append([loss, *torch.autograd.grad(loss, [hidden, matrix])])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
 @both
-def test_inputs_are_left_as_they_were_and_no_gradient_is_made_that_nobody_wants(implementation):
-    one, linear = (getattr(losses, f"{name}_{implementation}") for name in ("cross_entropy", "linear_cross_entropy"))
+def test_inputs_are_left_as_they_were_and_no_gradient_is_made_that_nobody_wants(ours):
     logits, labels, weights = rows(5, 30, 0)
     before = logits.clone()
-    (2 * one(logits.requires_grad_(), labels, weights)).backward()
+    (2 * ours.cross_entropy(logits.requires_grad_(), labels, weights)).backward()
     assert torch.equal(logits.detach(), before)
     hidden, matrix = matrices(5, 30, 8, 0)
-    want = linear(hidden, matrix, labels, weights)
+    want = ours.linear_cross_entropy(hidden, matrix, labels, weights)
     assert not want.requires_grad
     for wanted in (0, 1):
         leaves = [hidden.clone(), matrix.clone()]
-        loss = linear(*(x.requires_grad_(i == wanted) for i, x in enumerate(leaves)), labels, weights)
+        leaves[wanted].requires_grad_()
+        loss = ours.linear_cross_entropy(*leaves, labels, weights)
         loss.backward()
         assert torch.equal(loss, want) and [x.grad is not None for x in leaves] == [wanted == 0, wanted == 1]
 
@@ -178,7 +170,7 @@ def test_inputs_are_left_as_they_were_and_no_gradient_is_made_that_nobody_wants(
 @needs_triton
 def test_a_second_backward_pass_is_refused_rather_than_scaled_twice():
     logits, labels, weights = rows(3, 5, 0)
-    loss = cross_entropy_triton(logits.requires_grad_(), labels, weights)
+    loss = TRITON.cross_entropy(logits.requires_grad_(), labels, weights)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         loss.backward()
@@ -194,29 +186,28 @@ def test_a_second_backward_pass_is_refused_rather_than_scaled_twice():
         (dict(labels=torch.tensor([0, -1, -100])), "got -1"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(implementation, change, word):
+def test_arguments_that_do_not_fit_are_named(ours, change, word):
     good = dict(labels=torch.zeros(3, dtype=torch.long), weights=torch.zeros(3)) | change
-    one, linear = (getattr(losses, f"{name}_{implementation}") for name in ("cross_entropy", "linear_cross_entropy"))
     with pytest.raises(ValueError, match=word):
-        one(torch.zeros(3, 4), **good)
+        ours.cross_entropy(torch.zeros(3, 4), **good)
     with pytest.raises(ValueError, match=word):
-        linear(torch.zeros(3, 2), torch.zeros(4, 2), **good)
+        ours.linear_cross_entropy(torch.zeros(3, 2), torch.zeros(4, 2), **good)
     with pytest.raises(ValueError, match="hidden and weight"):
-        linear(torch.zeros(3, 2), torch.zeros(4, 3), **good)
+        ours.linear_cross_entropy(torch.zeros(3, 2), torch.zeros(4, 3), **good)
 
 
 @both
-def test_weights_that_want_a_gradient_are_refused(implementation):
+def test_weights_that_want_a_gradient_are_refused(ours):
     zeros, weights = (torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3).long()), torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match="weights get no gradient"):
-        getattr(losses, f"linear_cross_entropy_{implementation}")(*zeros, weights)
+        ours.linear_cross_entropy(*zeros, weights)
 
 
 @both
-def test_no_tokens_are_no_loss(implementation):
+def test_no_tokens_are_no_loss(ours):
     hidden, matrix = torch.zeros(0, 8, device=DEVICE), torch.ones(30, 8, device=DEVICE, requires_grad=True)
     empty = torch.zeros(0, device=DEVICE)
-    loss = getattr(losses, f"linear_cross_entropy_{implementation}")(hidden, matrix, empty.long(), empty)
+    loss = ours.linear_cross_entropy(hidden, matrix, empty.long(), empty)
     assert loss == 0 and (torch.autograd.grad(loss, matrix)[0] == 0).all()
 
 
@@ -234,18 +225,18 @@ def test_a_label_the_host_could_not_look_at_gives_nan(label):
 def test_rows_at_full_size(dtype):
     """A step's tokens with T5's vocabulary, and with mT5's."""
     for T, V in ((8192, 32128), (512, 250112)):
-        check_logits("triton", T, V, 0, dtype)
+        check_logits(TRITON, T, V, 0, dtype)
 
 
 @pytest.mark.parametrize("T, C, V", [pytest.param(4096, 768, 32128, marks=needs_gpu)])
 def test_full_size_without_a_look_from_the_host_and_in_a_quarter_of_the_memory(T, C, V):
     """T5-base, bf16; the memory is that of all logits at once."""
-    eager = lambda hidden, matrix, *rest: losses.cross_entropy_reference(hidden @ matrix.T, *rest[:2])
+    eager = lambda hidden, matrix, *rest: REFERENCE.cross_entropy(hidden @ matrix.T, *rest[:2])
     hidden, matrix = (x.requires_grad_() for x in matrices(T, V, C, 0, torch.bfloat16))
     labels, weights = torch.randint(0, V, (T,), device=DEVICE), torch.rand(T, device=DEVICE)
     peaks = []
-    for function in (eager, linear_cross_entropy_triton):
-        for sync in ("default", "error" if function is linear_cross_entropy_triton else "default"):
+    for function in (eager, TRITON.linear_cross_entropy):
+        for sync in ("default", "error" if function is TRITON.linear_cross_entropy else "default"):
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode(sync)
