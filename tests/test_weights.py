@@ -27,14 +27,18 @@ SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decod
 INPUT, TARGET = [[5, 6, 7, 1]], [[0, 9, 10]]
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A directory with a student, and the student."""
+@pytest.fixture(scope="module")
+def model():
     torch.manual_seed(0)
     shape = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
-    model = T5(T5Config(**SMALL, **shape)).eval()
+    return T5(T5Config(**SMALL, **shape)).eval()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """A directory with the model."""
     save_t5(model, tmp_path / "student")
-    return tmp_path / "student", model
+    return tmp_path / "student"
 
 
 def same(model, directory):
@@ -45,9 +49,8 @@ LAYOUTS = ["model.safetensors", "pytorch_model.bin", "legacy pytorch_model.bin"]
 LAYOUTS += ["model.safetensors in shards", "pytorch_model.bin in shards"]
 
 
-def test_transformers_own_shards_load(saved, transformers, tmp_path):
-    directory, model = saved
-    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory)
+def test_transformers_own_shards_load(saved, model, transformers, tmp_path):
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(saved)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     assert same(model, tmp_path / "shards")
@@ -71,26 +74,24 @@ def test_safetensors_files_are_read_as_written_and_as_the_library_reads_them(tmp
     assert theirs.keys() == tensors.keys() and all(torch.equal(theirs[n], tensors[n]) for n in tensors)
 
 
-def test_half_precision_checkpoints_load_in_fp32(saved, tmp_path):
+def test_half_precision_checkpoints_load_in_fp32(saved, model, tmp_path):
     pytest.importorskip("safetensors", reason="safetensors, which writes half precision here, is not installed")
     from safetensors.torch import save_file
 
-    directory, model = saved
-    tensors = {n: t.to(torch.bfloat16) for n, t in read_safetensors(directory / "model.safetensors").items()}
-    save_file(tensors, directory / "model.safetensors")
-    loaded = load_t5(directory)
+    tensors = {n: t.to(torch.bfloat16) for n, t in read_safetensors(saved / "model.safetensors").items()}
+    save_file(tensors, saved / "model.safetensors")
+    loaded = load_t5(saved)
     assert all(p.dtype == torch.float32 for p in loaded.parameters()) and not loaded.training
     assert torch.equal(loaded.embedding.weight, model.embedding.weight.bfloat16().float())
 
 
 def test_loading_leaves_the_file_alone(saved):
     """Tensors are views of a mapped file; training in place on them would write to it, or crash if it is replaced."""
-    directory, _ = saved
-    before = (directory / "model.safetensors").read_bytes()
+    before = (saved / "model.safetensors").read_bytes()
     with torch.no_grad():
-        for parameter in load_t5(directory).parameters():
+        for parameter in load_t5(saved).parameters():
             parameter.zero_()
-    assert (directory / "model.safetensors").read_bytes() == before
+    assert (saved / "model.safetensors").read_bytes() == before
 
 
 def edit_config(directory, **changes):
@@ -150,11 +151,10 @@ def make_bin(directory):
     ],
 )
 def test_what_is_no_t5_is_refused_by_name(saved, damage, words):
-    directory, _ = saved
-    damage(directory)
+    damage(saved)
     with pytest.raises((ValueError, OSError), match=words) as error:
-        load_t5(directory)
-    assert str(directory) in str(error.value) and "\n" not in str(error.value)
+        load_t5(saved)
+    assert str(saved) in str(error.value) and "\n" not in str(error.value)
 
 
 class Evil:
@@ -163,23 +163,21 @@ class Evil:
 
 
 def test_a_pickle_that_would_run_code_is_refused(saved, monkeypatch):
-    directory, _ = saved
-    monkeypatch.chdir(directory)
-    (directory / "model.safetensors").unlink()
-    torch.save({"shared.weight": Evil()}, directory / "pytorch_model.bin")
+    monkeypatch.chdir(saved)
+    (saved / "model.safetensors").unlink()
+    torch.save({"shared.weight": Evil()}, saved / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin: not a PyTorch checkpoint"):
-        load_t5(directory)
-    assert not (directory / "pwned").exists()
+        load_t5(saved)
+    assert not (saved / "pwned").exists()
 
 
-def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
-    directory, model = saved
-    before = (directory / "model.safetensors").read_bytes()
+def test_an_interrupted_save_leaves_the_old_file(saved, model, monkeypatch):
+    before = (saved / "model.safetensors").read_bytes()
     monkeypatch.setattr(struct, "pack", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_t5(model, directory)
-    assert (directory / "model.safetensors").read_bytes() == before
-    assert {p.name for p in directory.iterdir()} == {"config.json", "model.safetensors"}
+        save_t5(model, saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert {p.name for p in saved.iterdir()} == {"config.json", "model.safetensors"}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -227,57 +225,53 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(saved, spiece, tmp_path, monkeypatch):
-    directory, model = saved
-    (directory / "spiece.model").write_bytes((spiece / "spiece.model").read_bytes())
+    shutil.copy(spiece / "spiece.model", saved)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.directory, server.log, server.busy, server.delay = directory, [], [], 0
+    server.directory, server.log, server.busy, server.delay = saved, [], [], 0
     server.fault, server.faulty, server.stating = None, ["model.safetensors"], True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("DSS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     monkeypatch.setattr(dss.hub, "WAITS", (0, 0))
-    yield server, model
+    yield server
     server.shutdown()
     server.server_close()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_hub_id_is_downloaded_once_in_every_layout(hub, layout):
-    server, model = hub
+def test_a_hub_id_is_downloaded_once_in_every_layout(hub, model, layout):
     if layout != "model.safetensors":
-        relayout(server.directory, layout)
+        relayout(hub.directory, layout)
     assert same(model, "google/t5-test")
-    asked = len(server.log)
-    assert same(model, "google/t5-test") and len(server.log) == asked, "the second time nothing is asked for"
+    asked = len(hub.log)
+    assert same(model, "google/t5-test") and len(hub.log) == asked, "the second time nothing is asked for"
     assert (locate("google/t5-test") / "spiece.model").exists()
     next(locate("google/t5-test").glob("*.bin*" if "bin" in layout else "*.safetensors*")).unlink()
     assert same(model, "google/t5-test"), "a file deleted by hand is downloaded again"
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub):
-    server, model = hub
-    server.fault = "breaks off"
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, model):
+    hub.fault = "breaks off"
     with pytest.raises(ConnectionError, match="model.safetensors.*20000 of .* bytes came; run again"):
         load_t5("google/t5-test")
-    server.fault = None
+    hub.fault = None
     assert same(model, "google/t5-test")
-    assert ("/cdn/model.safetensors", "bytes=20000-", None) in server.log
+    assert ("/cdn/model.safetensors", "bytes=20000-", None) in hub.log
 
 
 @pytest.mark.parametrize("stating", [True, False])
-def test_the_rest_of_another_version_is_not_joined_to_a_part(hub, stating):
+def test_the_rest_of_another_version_is_not_joined_to_a_part(hub, model, stating):
     """The hub's file changed between two tries; with the same length the join went unnoticed. The digest tells, and
     where the hub states none, nothing is joined."""
-    server, model = hub
-    path, server.fault, server.stating = server.directory / "model.safetensors", "breaks off", stating
+    path, hub.fault, hub.stating = hub.directory / "model.safetensors", "breaks off", stating
     whole = path.read_bytes()
     path.write_bytes(bytes(len(whole)))
     with pytest.raises(ConnectionError):
         load_t5("google/t5-test")
-    server.fault = None
+    hub.fault = None
     path.write_bytes(whole)
     assert same(model, "google/t5-test")
 
@@ -289,36 +283,33 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 31\n
 @pytest.mark.parametrize("stating", [True, False])
 @pytest.mark.parametrize("name", ["config.json", "spiece.model", "model.safetensors"])
 @pytest.mark.parametrize("fault", [PAGE, b"", POINTER, "breaks off"])
-def test_what_is_not_the_file_is_not_kept(hub, fault, name, stating):
+def test_what_is_not_the_file_is_not_kept(hub, model, fault, name, stating):
     """A captive portal's page was taken for the model for good. The second try, from the hub itself, succeeds."""
-    server, model = hub
-    server.fault, server.faulty, server.stating = fault, [name], stating
-    if fault != "breaks off" or (server.directory / name).stat().st_size > 20_000:
+    hub.fault, hub.faulty, hub.stating = fault, [name], stating
+    if fault != "breaks off" or (hub.directory / name).stat().st_size > 20_000:
         with pytest.raises((ValueError, ConnectionError), match=f"{name}.*run again"):
             load_t5("google/t5-test")
-    server.fault = None
+    hub.fault = None
     assert same(model, "google/t5-test") and not list(locate("google/t5-test").glob("*.part"))
 
 
-def test_a_busy_hub_is_asked_again_and_a_long_wait_is_not_waited(hub, capsys, monkeypatch):
-    server, model = hub
-    server.busy = [429, 503]
+def test_a_busy_hub_is_asked_again_and_a_long_wait_is_not_waited(hub, model, capsys, monkeypatch):
+    hub.busy = [429, 503]
     assert same(model, "google/t5-test")
     assert capsys.readouterr().err.count("asking again in 0 s") == 2
     monkeypatch.setattr(dss.hub, "LONGEST_WAIT", -1)
-    server.busy = [429]
+    hub.busy = [429]
     with pytest.raises(ConnectionError, match="HTTP 429"):
         locate("google/other")
 
 
 def test_the_token_goes_to_the_hub_alone_and_is_never_shown(hub, monkeypatch, capfd):
-    server, _ = hub
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    server.busy = [307]  # to another address of the hub itself, which may know who asks
+    hub.busy = [307]  # to another address of the hub itself, which may know who asks
     load_t5("google/t5-test")
-    assert {who for path, _, who in server.log if path.startswith("/google/")} == {"Bearer hf_secret"}
-    assert {who for path, _, who in server.log if path.startswith("/cdn/")} == {None}, "the other host"
-    server.fault, server.faulty = 403, ["config.json"]
+    assert {who for path, _, who in hub.log if path.startswith("/google/")} == {"Bearer hf_secret"}
+    assert {who for path, _, who in hub.log if path.startswith("/cdn/")} == {None}, "the other host"
+    hub.fault, hub.faulty = 403, ["config.json"]
     with pytest.raises(PermissionError, match="HF_TOKEN") as error:
         locate("google/other")
     shown = str(error.value) + "".join(capfd.readouterr())
@@ -330,18 +321,17 @@ def test_the_token_goes_to_the_hub_alone_and_is_never_shown(hub, monkeypatch, ca
     assert not any(secret in shown for secret in ("ret", "pass", "me:"))
 
 
-def test_what_hugging_face_has_downloaded_is_used(hub, tmp_path, monkeypatch):
-    server, model = hub
+def test_what_hugging_face_has_downloaded_is_used(hub, model, tmp_path, monkeypatch):
     other = tmp_path / "huggingface" / "hub" / "models--google--t5-test"
     (other / "refs").mkdir(parents=True)
     (other / "refs" / "main").write_text("abc")
-    shutil.copytree(server.directory, other / "snapshots" / "abc")
+    shutil.copytree(hub.directory, other / "snapshots" / "abc")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert same(model, "google/t5-test") and server.log == []
+    assert same(model, "google/t5-test") and hub.log == []
     relayout(other / "snapshots" / "abc", "pytorch_model.bin")  # the hub has them in another form
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert same(model, "google/t5-test") and not any("safetensors" in path for path, *_ in server.log)
+    assert same(model, "google/t5-test") and not any("safetensors" in path for path, *_ in hub.log)
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (other / "snapshots" / "abc" / "pytorch_model.bin").unlink()
@@ -349,12 +339,11 @@ def test_what_hugging_face_has_downloaded_is_used(hub, tmp_path, monkeypatch):
         load_t5("google/t5-test")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert same(model, "google/t5-test")
-    assert not any(path.endswith(("config.json", "spiece.model")) and "tok" not in path for path, *_ in server.log)
+    assert not any(path.endswith(("config.json", "spiece.model")) and "tok" not in path for path, *_ in hub.log)
 
 
 def test_the_check_prints_one_line(hub, capsys):
-    server, _ = hub
-    save_t5(T5(T5Config(**SMALL | dict(vocab_size=500))), server.directory)  # as many as the tokenizer needs
+    save_t5(T5(T5Config(**SMALL | dict(vocab_size=500))), hub.directory)  # as many as the tokenizer needs
     assert dss.hub.main(["google/t5-test", "--check"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "parameters; 'translate English to German: The house is wonderful.' -> " in out
@@ -374,45 +363,41 @@ def test_a_model_or_a_hub_that_is_nowhere_is_one_clear_line(hub, tmp_path, monke
         load_t5("google/t5-test")
 
 
-def test_two_downloads_of_one_model_do_not_spoil_each_other(hub, tmp_path):
+def test_two_downloads_of_one_model_do_not_spoil_each_other(hub, model, tmp_path):
     """They appended to one .part file. The second waits, says so, and finds the model there."""
-    server, model = hub
-    server.delay = 0.3
+    hub.delay = 0.3
     code = "import sys; from dss.weights import load_t5; load_t5('google/t5-test')"
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=200)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert same(model, "google/t5-test")
-    asked = [path for path, *_ in server.log]
+    asked = [path for path, *_ in hub.log]
     assert len(set(asked)) == len(asked) and "waiting for another download of google/t5-test" in "".join(errors)
 
 
 @pytest.mark.parametrize("status", [401, 403, 500])
 @pytest.mark.parametrize("name", ["config.json", "spiece.model", "model.safetensors"])
-def test_a_refusal_is_not_taken_for_a_file_that_does_not_exist(hub, tmp_path, status, name):
-    server, model = hub
-    server.fault, server.faulty = status, [name]
+def test_a_refusal_is_not_taken_for_a_file_that_does_not_exist(hub, model, tmp_path, status, name):
+    hub.fault, hub.faulty = status, [name]
     error, words = (ConnectionError, "HTTP 500") if status == 500 else (PermissionError, "HTTP 40.*HF_TOKEN")
     with pytest.raises(error, match=f"{name}: {words}"):
         load_t5("google/t5-test")
     assert not (tmp_path / "cache" / "google--t5-test" / ".complete").exists()
-    server.fault = None
+    hub.fault = None
     assert same(model, "google/t5-test")
 
 
 def test_a_model_without_a_tokenizer_shows_before_its_weights_are_downloaded(hub):
-    server, _ = hub
-    (server.directory / "spiece.model").unlink()
+    (hub.directory / "spiece.model").unlink()
     assert not (locate("google/t5-test", weights=False) / "spiece.model").exists()
-    assert not any("safetensors" in path for path, *_ in server.log)
+    assert not any("safetensors" in path for path, *_ in hub.log)
 
 
 @pytest.mark.parametrize("shard", ["../../outside.bin", "..", ".", ""])
 def test_an_index_that_names_a_file_elsewhere_is_refused(hub, shard):
-    server, _ = hub
-    (server.directory / "model.safetensors").unlink()
+    (hub.directory / "model.safetensors").unlink()
     index = {"weight_map": {"shared.weight": shard}}
-    (server.directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (hub.directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="another directory"):
         load_t5("google/t5-test")
