@@ -7,6 +7,7 @@ import sys
 import time
 
 from running import ROOT, wait_until
+from teacher_stub import Stub
 
 import extract
 
@@ -21,10 +22,12 @@ PROMPT = {
     "label_type": "equation",
 }
 FAST = 0.01  # of the real pauses
+r4 = lambda question: "4 + 2" in question  # that of row r4
 
 
 def make_files(folder, rows=6):
     """in.jsonl and p.json; the gold label of every third row is another than the stub says."""
+    folder.mkdir(exist_ok=True)
     lines = [{"id": f"r{i}", "input": f"What is {i} + 2?", "label": f"{i} + {2 + (i % 3 == 0)}"} for i in range(rows)]
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "p.json").write_text(json.dumps(PROMPT))
@@ -41,6 +44,14 @@ def run(folder, url, line="", scale=FAST):
         return extract.main(arguments(folder, url, line), scale)
     except SystemExit as end:
         return end.code
+
+
+def ask(folder, behave=lambda question, attempt: "ok", line="", status=0, scale=FAST, latency=0.0):
+    """The Stub that answered a run, which ended with `status`."""
+    with Stub(behave, latency) as stub:
+        got = run(folder, stub.url, line, scale)
+    assert got == status, got
+    return stub
 
 
 def rows(folder, name="out.jsonl"):

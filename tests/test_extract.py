@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from extracting import KEY, PROMPT, ROOT, always, errors, lasting, make_files, once, rows, run
+from extracting import KEY, PROMPT, ROOT, always, ask, errors, lasting, make_files, once, r4, rows, run
 from teacher_stub import REPLIES, Stub, answer, completed
 
 from data.jsonl import read_jsonl
@@ -14,8 +14,7 @@ from data.jsonl import read_jsonl
 def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": "odd", "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}, "correct": "old"}
     (files / "in.jsonl").write_text(json.dumps(line) + "\n" + '{"input": "What is 1 + 2?"}\n')
-    with Stub() as stub:
-        assert run(files, stub.url, f'--endpoint {endpoint} --seed 5 --top-p 0.5 --extra-body {{"top_k":3}}') == 0
+    stub = ask(files, line=f'--endpoint {endpoint} --seed 5 --top-p 0.5 --extra-body {{"top_k":3}}')
     first, second = rows(files)
     teacher = first.pop("teacher")
     assert first == {
@@ -36,8 +35,7 @@ def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoin
 
 
 def test_what_is_printed(files, capsys):
-    with Stub(always("no marker", lambda q: "4 + 2" in q)) as stub:
-        assert run(files, stub.url, "--price-in 2 --price-out 50 --model other") == 1
+    stub = ask(files, always("no marker", r4), "--price-in 2 --price-out 50 --model other", 1)
     said = capsys.readouterr().err
     assert f"teacher: {stub.url}, chat, other; no key ($OPENAI_API_KEY is not set)" in said
     assert re.search(r"prompt:  \S+p.json \(sha256 [0-9a-f]{12}\), 1 exemplars", said)
@@ -54,8 +52,7 @@ def test_what_is_printed(files, capsys):
 
 def test_a_prompt_cut_by_the_server_is_warned_of_once(files, capsys):
     (files / "in.jsonl").write_text(json.dumps({"input": "long " * 900 + "3 + 2?"}) + "\n")
-    with Stub() as stub:
-        assert run(files, stub.url) == 0
+    ask(files)
     assert capsys.readouterr().err.count("warning: the server read 200 tokens of 4,5") == 1
 
 
@@ -63,8 +60,7 @@ def test_train_reads_the_rows_as_they_are(files):
     from dss.config import parse_args
     from dss.rows import load_rows
 
-    with Stub() as stub:
-        assert run(files, stub.url) == 0
+    ask(files)
     for labels, wanted in (("gold", "1 + 2"), ("teacher", "(1 + 2)")):
         loaded = load_rows(parse_args(["--data", str(files / "out.jsonl"), "--labels", labels]))
         assert wanted in {r.label for r in loaded.train + loaded.validation} and loaded.metric == "equation"
@@ -82,16 +78,14 @@ def test_dry_run_sends_and_writes_nothing(files, capsys):
 def test_the_fields_of_the_input_may_have_other_names_and_hide_nothing(files):
     line = {"key": 7, "question": "What is 7 + 2?", "gold": "9", "input": "mine", "label": 3}
     (files / "in.jsonl").write_text(json.dumps(line))
-    with Stub() as stub:
-        assert run(files, stub.url, "--id-field key --input-field question --label-field gold") == 0
+    ask(files, line="--id-field key --input-field question --label-field gold")
     (row,) = rows(files)
     assert (row["id"], row["input"], row["label"]) == ("7", "What is 7 + 2?", "9")
     assert (row["original_input"], row["original_label"], row["correct"]) == ("mine", 3, True)
 
 
 def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(files):
-    with Stub() as stub:
-        assert run(files, stub.url, "--concurrency 2") == 0 and stub.connections <= 2
+    assert ask(files, line="--concurrency 2").connections <= 2
     closing = {"Connection": "close"}
     for stub in (Stub(idle=0.02), Stub(lambda q, attempt: (200, completed(answer(q)), closing))):
         with stub:  # llama.cpp closes after 5 s; the requests go out each 200 ms
@@ -101,8 +95,8 @@ def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(
 
 def test_the_majority_of_n_samples_by_value_and_ties_go_to_the_first(files):
     said = ["One. The answer is (9).", "Two. The answer is (1 + 3).", "nothing", "Three. The answer is (2 + 2)."]
-    with Stub(lambda question, attempt: completed(said[attempt])) as stub:
-        assert run(files, stub.url, "--limit 1 --n 4 --temperature 0.7 --seed 10") == 0
+    behave = lambda question, attempt: completed(said[attempt])
+    stub = ask(files, behave, "--limit 1 --n 4 --temperature 0.7 --seed 10")
     (row,) = rows(files)
     assert (row["rationale"], row["teacher_label"]) == ("Two.", "(1 + 3)")
     samples = row["teacher"]["samples"]
@@ -111,18 +105,15 @@ def test_the_majority_of_n_samples_by_value_and_ties_go_to_the_first(files):
     assert [body["seed"] for _, body, _, _ in stub.requests] == [10, 11, 12, 13] and "n" not in stub.requests[0][1]
     assert row["teacher"]["usage"]["completion"] == 80 and row["teacher"]["attempts"] == 4
     for line, rationale in (("--n 2", "One."), ("--n 4 --keep samples", ["Two.", "Three."])):  # a tie, and all of them
-        with Stub(lambda question, attempt: completed(said[attempt])) as stub:
-            assert run(files, stub.url, f"--limit 1 --temperature 0.7 --seed 10 --overwrite {line}") == 0
+        ask(files, behave, f"--limit 1 --temperature 0.7 --seed 10 --overwrite {line}")
         assert [r.rationale for r in read_jsonl(files / "out.jsonl")] == [rationale]
 
 
 def test_above_temperature_0_an_unusable_text_is_asked_for_again(files):
-    with Stub(once("no marker", "empty")) as stub:
-        assert run(files, stub.url, "--temperature 0.5 --limit 1") == 0
-        assert rows(files)[0]["teacher"]["attempts"] == 3 and rows(files)[0]["teacher"]["usage"]["completion"] == 60
-    with Stub(once("no marker")) as stub:
-        assert run(files, stub.url, "--temperature 0.5 --limit 1 --seed 1 --overwrite") == 1
-        assert len(stub.requests) == 1, "the same seed, the same text"
+    ask(files, once("no marker", "empty"), "--temperature 0.5 --limit 1")
+    assert rows(files)[0]["teacher"]["attempts"] == 3 and rows(files)[0]["teacher"]["usage"]["completion"] == 60
+    stub = ask(files, once("no marker"), "--temperature 0.5 --limit 1 --seed 1 --overwrite", 1)
+    assert len(stub.requests) == 1, "the same seed, the same text"
 
 
 def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, capsys):
@@ -135,8 +126,7 @@ def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, cap
 
 
 def test_rationalize_shows_the_gold_label_and_is_recorded(files):
-    with Stub() as stub:
-        assert run(files, stub.url, "--rationalize --limit 1") == 0
+    stub = ask(files, line="--rationalize --limit 1")
     asked = [m["content"] for m in stub.requests[0][1]["messages"] if m["role"] == "user"]
     assert asked == ["Q: What is 1 + 1? ((1 + 1))\nA:", "Q: What is 0 + 2? (0 + 3)\nA:"]
     assert rows(files)[0]["teacher"]["rationalize"] is True
@@ -150,16 +140,15 @@ THOUGHTS += [f"<|channel|>analysis<|message|>{HM}<|end|><|start|>assistant<|chan
 @pytest.mark.parametrize("thought", THOUGHTS)
 def test_thoughts_stay_out_of_the_rationale_unless_asked_for(files, thought):
     field = {} if thought else {"reasoning_content": HM}
-    with Stub(always(completed(thought + "Two. The answer is (2).", **field))) as stub:
-        for reasoning, wanted in (("drop", "Two."), ("keep", f"{HM}\nTwo.")):
-            assert run(files, stub.url, f"--limit 1 --overwrite --reasoning {reasoning}") == 0
-            assert (rows(files)[0]["rationale"], rows(files)[0]["teacher_label"]) == (wanted, "(2)")
+    reply = completed(thought + "Two. The answer is (2).", **field)
+    for reasoning, wanted in (("drop", "Two."), ("keep", f"{HM}\nTwo.")):
+        ask(files, always(reply), f"--limit 1 --overwrite --reasoning {reasoning}")
+        assert (rows(files)[0]["rationale"], rows(files)[0]["teacher_label"]) == (wanted, "(2)")
 
 
 def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
     for reply in ("thoughts only", completed("<think>Let me see", "length")):
-        with Stub(always(reply)) as stub:
-            assert run(files, stub.url, "--limit 1 --overwrite") == 1
+        ask(files, always(reply), "--limit 1 --overwrite", 1)
         (row,) = errors(files)
         assert row["error"]["kind"] == "empty" and "larger --max-tokens" in row["error"]["message"]
         assert "Let me see" in row["error"]["raw"]
@@ -243,10 +232,8 @@ def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
     assert [json.loads(line)["custom_id"][:3] for line in again.read_text().splitlines()] == ["r1-", "r2-"]
     run_batch([again], files / "d.jsonl", batch_answer)
     assert run(files, "", f"--batch-replies {files}/c.jsonl {files}/d.jsonl") == 1
-    (files / "asked").mkdir()
     make_files(files / "asked")
-    with Stub(always("context", lambda q: "4 + 2" in q)) as stub:
-        assert run(files / "asked", stub.url) == 1
+    ask(files / "asked", always("context", r4), status=1)
     for asked, read in zip(rows(files / "asked") + errors(files / "asked"), rows(files) + errors(files)):
         asked["teacher"]["base_url"] = ""
         asked.get("error", {}).pop("message", None), read.get("error", {}).pop("message", None)
@@ -393,7 +380,7 @@ def test_a_stand_in_for_a_key_is_not_hidden_from_texts(files, monkeypatch, key):
 
 def test_headers_come_from_the_environment_and_a_query_goes_with_every_request(files, monkeypatch, capsys):
     monkeypatch.setenv("AZURE_KEY", KEY)
-    with Stub(always((422, {"detail": f"{KEY} is bad"}, {}), lambda q: "4 + 2" in q)) as stub:
+    with Stub(always((422, {"detail": f"{KEY} is bad"}, {}), r4)) as stub:
         url = stub.url + "/chat/completions?api-version=2024-06-01"
         assert run(files, url, "--header api-key:$AZURE_KEY X-Title:mine") == 1
         assert stub.paths == {"/v1/chat/completions?api-version=2024-06-01"}

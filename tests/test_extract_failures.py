@@ -8,7 +8,7 @@ from http.client import HTTPSConnection
 from itertools import pairwise
 
 import pytest
-from extracting import always, bucket, errors, make_files, once, rows, run, wait_for_rows
+from extracting import always, ask, bucket, errors, make_files, once, r4, rows, run, wait_for_rows
 from teacher_stub import DRIPS, REPLIES, Stub, answer, completed
 
 from data.teacher.pace import Pace
@@ -23,8 +23,7 @@ def test_what_may_pass_is_asked_again(files, action):
     """A 429 is no failure of the row."""
     patience = 0.8 if action in ("late", *DRIPS) else 30
     attempts = 1 if action.startswith("429") or action == "date" else 2
-    with Stub(once(action)) as stub:
-        assert run(files, stub.url, f"--limit 3 --timeout {patience}") == 0
+    stub = ask(files, once(action), f"--limit 3 --timeout {patience}")
     assert [r["teacher"]["attempts"] for r in rows(files)] == [attempts] * 3 and len(stub.requests) == 6
 
 
@@ -37,7 +36,7 @@ ROW_FAILS = {
 
 @pytest.mark.parametrize("action", ROW_FAILS)
 def test_what_fails_a_row_is_not_asked_again_and_keeps_the_raw_text(files, action):
-    with Stub(always(action, lambda q: "4 + 2" in q)) as stub:
+    with Stub(always(action, r4)) as stub:
         assert run(files, stub.url) == 1
         assert len(stub.requests) == 6 + (action == "403"), "after a 403 one that was answered is asked once more"
         assert [r["id"] for r in rows(files)] == ["r0", "r1", "r2", "r3", "r5"]
@@ -60,8 +59,7 @@ NEVER |= {"html": "bad_reply"}
 
 @pytest.mark.parametrize("action, kind", NEVER.items())
 def test_retries_end_and_the_row_fails_with_its_last_reply(files, action, kind):
-    with Stub(always(action, lambda q: "4 + 2" in q)) as stub:
-        assert run(files, stub.url, "--max-retries 1 --timeout 0.3") == 1
+    ask(files, always(action, r4), "--max-retries 1 --timeout 0.3", 1)
     (row,) = errors(files)
     assert (row["id"], row["error"]["kind"], row["teacher"]["attempts"]) == ("r4", kind, 2)
     assert action != "html" or row["error"]["raw"] == REPLIES["html"][1]
@@ -69,15 +67,13 @@ def test_retries_end_and_the_row_fails_with_its_last_reply(files, action, kind):
 
 @pytest.mark.parametrize("reply", [completed("x" * 100_000), (422, "x" * 100_000, {})])
 def test_of_a_huge_reply_only_the_beginning_is_kept(files, reply):
-    with Stub(always(reply, lambda q: "4 + 2" in q)) as stub:
-        assert run(files, stub.url) == 1
+    ask(files, always(reply, r4), status=1)
     assert len(errors(files)[0]["error"]["raw"]) == 20_000
 
 
 def test_usage_that_makes_no_sense_is_none(files):
     odd = {"prompt_tokens": 10**400, "completion_tokens": -1}
-    with Stub(always(completed("Two. The answer is (2).") | {"usage": odd})) as stub:
-        assert run(files, stub.url, "--price-in 1") == 0
+    ask(files, always(completed("Two. The answer is (2).") | {"usage": odd}), "--price-in 1")
     assert rows(files)[0]["teacher"]["usage"] == {"prompt": 0, "completion": 0, "cached": 0}
 
 
@@ -90,9 +86,7 @@ ABORTS = {
 
 @pytest.mark.parametrize("action", ABORTS)
 def test_what_cannot_pass_aborts_at_once(files, capsys, action):
-    with Stub(always(action)) as stub:
-        line = '--concurrency 1 --extra-body {"top_k":2}'
-        assert run(files, stub.url, line) == 3 and len(stub.requests) == 1
+    assert len(ask(files, always(action), '--concurrency 1 --extra-body {"top_k":2}', 3).requests) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("extract.py: aborted: ") and ABORTS[action] in said and "the same command goes on" in said
     assert not errors(files), "the row did not fail; it will be asked again"
@@ -113,8 +107,7 @@ def test_a_teacher_that_never_answers_aborts_after_the_first_rows_retries(files,
     assert run(files, "http://127.0.0.1:9/v1", "--max-retries 2 --timeout 2") == 3
     said = capsys.readouterr().err
     assert "aborted: http://127.0.0.1:9/v1: " in said and "is the teacher running there?" in said and not errors(files)
-    with Stub(always("500")) as stub:
-        assert run(files, stub.url, "--max-retries 2 --concurrency 1") == 3 and len(stub.requests) == 3
+    assert len(ask(files, always("500"), "--max-retries 2 --concurrency 1", 3).requests) == 3
 
 
 def test_too_many_failures_in_a_row_abort(tmp_path, capsys):
@@ -132,21 +125,21 @@ FINISH = {"stop": 1, "eos": 1, None: 1, "length": 0, "MAX_TOKENS": 0, "abort": 0
 
 @pytest.mark.parametrize("finish, kept", FINISH.items())
 def test_a_text_that_was_cut_short_is_no_row(files, finish, kept):
-    with Stub(always(completed("Three more. The answer is (3 + 2)", finish), lambda q: "4 + 2" in q)) as stub:
-        assert run(files, stub.url, "--max-retries 1") == 1 - kept and len(rows(files)) == 5 + kept
+    reply = completed("Three more. The answer is (3 + 2)", finish)
+    ask(files, always(reply, r4), "--max-retries 1", 1 - kept)
+    assert len(rows(files)) == 5 + kept
 
 
 def test_interim_responses_are_no_replies(tmp_path):
     """http.client takes a 102 for the reply; the real one then answered the next row."""
     make_files(tmp_path, 30)
-    with Stub(always("interim")) as stub:
-        assert run(tmp_path, stub.url, "--concurrency 2") == 0 and stub.connections <= 2
+    assert ask(tmp_path, always("interim"), "--concurrency 2").connections <= 2
     assert all(f"{r['rationale']} The answer is {r['teacher_label']}." == answer(r["input"]) for r in rows(tmp_path))
 
 
 def test_control_characters_of_a_teacher_do_not_reach_the_terminal(files, capsys):
     evil = "\x1b]0;owned\x07\x9b2J"
-    with Stub(always((422, {"detail": evil}, {}), lambda q: "4 + 2" in q)) as stub:
+    with Stub(always((422, {"detail": evil}, {}), r4)) as stub:
         assert run(files, stub.url, "--max-consecutive-failures 1 --concurrency 1") == 3
         stub.behave = always(completed("Two. The answer is (2).") | {"model": evil})
         assert run(files, stub.url, "--retry-failed") == 0
@@ -198,8 +191,8 @@ def test_patience_ends_and_nothing_is_recorded_against_the_rows(tmp_path, capsys
 def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action):
     make_files(tmp_path, 40)
     slow = "Q: What is 3 + 2?\nA:"
-    with Stub(lambda question, attempt: action if question == slow and attempt < 2 else "ok", latency=0.02) as stub:
-        assert run(tmp_path, stub.url, "--concurrency 3", scale=0.7) == 0
+    behave = lambda question, attempt: action if question == slow and attempt < 2 else "ok"
+    stub = ask(tmp_path, behave, "--concurrency 3", scale=0.7, latency=0.02)
     refused = [when for question, _, _, when in stub.requests if question == slow][:2]
     for when in refused:  # told to wait 1 s, which is 0.7 s here; at first some were in flight
         assert not [t for _, _, _, t in stub.requests if when + 0.25 < t < when + 0.7], "a request during the pause"
@@ -210,15 +203,14 @@ def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action
 def test_a_429_is_the_servers_pace_and_costs_no_row_anything(tmp_path, workers, retry_after):
     """A bucket of 120 requests a minute and 10 at once, 50 times as fast."""
     make_files(tmp_path, 60)
-    with Stub(bucket(2 * 50, 10, {"Retry-After": "1"} if retry_after else {}), latency=0.005) as stub:
-        assert run(tmp_path, stub.url, f"--max-retries 0 --concurrency {workers}", scale=0.02) == 0
+    limit = bucket(2 * 50, 10, {"Retry-After": "1"} if retry_after else {})
+    ask(tmp_path, limit, f"--max-retries 0 --concurrency {workers}", scale=0.02, latency=0.005)
     assert [r["teacher"]["attempts"] for r in rows(tmp_path)] == [1] * 60
 
 
 def test_rpm_spaces_the_requests_and_a_pause_does_not_save_up_a_burst(tmp_path):
     make_files(tmp_path, 8)
-    with Stub(once("429")) as stub:
-        assert run(tmp_path, stub.url, "--rpm 60 --limit 2", scale=0.2) == 0  # one each 200 ms, pauses of 200 ms
+    stub = ask(tmp_path, once("429"), "--rpm 60 --limit 2", scale=0.2)  # one each 200 ms, pauses of 200 ms
     times = sorted(when for _, _, _, when in stub.requests)
     assert min(b - a for a, b in pairwise(times)) > 0.05 and times[-1] - times[0] > 0.2 * 3 * 0.9
 
@@ -235,6 +227,5 @@ def test_back_off_doubles_up_to_a_minute_with_jitter(monkeypatch):
 def test_never_more_in_flight_than_concurrency(tmp_path):
     make_files(tmp_path, 60)
     for most in (1, 5):
-        with Stub(once("500"), latency=0.01) as stub:
-            assert run(tmp_path, stub.url, f"--concurrency {most} --limit {4 * most} --overwrite") == 0
-        assert stub.most == most
+        line = f"--concurrency {most} --limit {4 * most} --overwrite"
+        assert ask(tmp_path, once("500"), line, latency=0.01).most == most

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from extracting import KEY, PROMPT, always, errors, lasting, make_files, rows, run, start, wait_for_rows
+from extracting import KEY, PROMPT, always, ask, errors, lasting, make_files, rows, run, start, wait_for_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from teacher_stub import Stub, answer
@@ -79,8 +79,8 @@ def test_rows_that_vanish_from_the_input_are_missed_at_the_end(files, monkeypatc
     """What is done and what failed are together what was read at the start."""
     few = "".join((files / "in.jsonl").open().readlines()[:4])
     monkeypatch.setattr(extract, "print_header", lambda run: (files / "in.jsonl").write_text(few))
-    with Stub(always("no marker", lambda q: "1 + 2" in q)) as stub:
-        assert run(files, stub.url) == 3 and len(rows(files)) == 3 and len(errors(files)) == 1
+    ask(files, always("no marker", lambda q: "1 + 2" in q), status=3)
+    assert len(rows(files)) == 3 and len(errors(files)) == 1
     assert "2 rows were not asked: did" in capsys.readouterr().err
 
 
@@ -127,8 +127,7 @@ def test_a_second_process_is_refused(files, capsys):
     with locked(files / "out.jsonl"):
         assert run(files, "http://127.0.0.1:9/v1") == 2
     assert "another process (which holds" in capsys.readouterr().err
-    with Stub() as stub:
-        assert run(files, stub.url) == 0
+    ask(files)
     assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "out.jsonl", "p.json"], "no lock is left"
 
 
