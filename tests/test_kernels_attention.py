@@ -126,8 +126,7 @@ def test_random_lengths(ours, pairs, use):
 
 @both
 @pytest.mark.parametrize(
-    "num_buckets, max_distance, use",
-    [(32, 128, ENCODER), (8, 20, ENCODER), (64, 256, DECODER), (20, 40, DECODER)],
+    "num_buckets, max_distance, use", [(32, 128, ENCODER), (8, 20, ENCODER), (64, 256, DECODER), (20, 40, DECODER)]
 )
 def test_buckets_at_both_ends_of_their_reach(ours, num_buckets, max_distance, use, tiles):
     """All positions alike but for the bias: an edge moved by one bucket or one distance would show."""
