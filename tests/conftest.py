@@ -128,6 +128,23 @@ def no_key_of_the_user(monkeypatch):
 
 
 @pytest.fixture
+def refused(capsys):
+    """A function (main, *arguments): the one line with which a program ends with status 2, all that it prints."""
+
+    def what(main, *arguments):
+        capsys.readouterr()
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as end:
+            status = end.code
+        out, error = capsys.readouterr()
+        assert (status, error.count("\n"), out) == (2, 1, ""), error
+        return error
+
+    return what
+
+
+@pytest.fixture
 def files(tmp_path):
     """A folder with extract.py's small task: in.jsonl and p.json."""
     return make_files(tmp_path)

@@ -57,11 +57,8 @@ def test_the_learning_rate_left_out_depends_on_the_start():
         ("--dropout 1", "--dropout must be at least 0 and less than 1"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_exit_2(capsys, arguments, words):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(arguments.split())
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+def test_a_wrong_argument_is_one_line_and_exit_2(refused, arguments, words):
+    assert words in refused(parse_args, *arguments.split())
 
 
 def test_an_error_of_the_system_is_told_as_file_and_reason(tmp_path, capsys):

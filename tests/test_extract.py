@@ -4,9 +4,10 @@ import json
 import re
 
 import pytest
-from extracting import KEY, PROMPT, ROOT, always, ask, errors, lasting, make_files, once, r4, rows, run
+from extracting import KEY, PROMPT, ROOT, always, arguments, ask, errors, lasting, make_files, once, r4, rows, run
 from teacher_stub import REPLIES, Stub, answer, completed
 
+import extract
 from data.jsonl import read_jsonl
 
 
@@ -282,37 +283,35 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
         ("--input-field question", 'in.jsonl:1: there is no "question"; the line has id, input, label'),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_exit_2(files, capsys, line, words):
-    status = run(files, "http://127.0.0.1:9/v1", line)
-    said = capsys.readouterr().err
-    assert status == 2 and words in said and said.count("\n") == 1 and re.match(r"\S+: ", said)
+def test_a_wrong_argument_is_one_line_and_exit_2(files, refused, line, words):
+    said = refused(extract.main, *arguments(files, "http://127.0.0.1:9/v1", line))
+    assert words in said and re.match(r"\S+: ", said)
     assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "p.json"]
 
 
+A, B = '{"id": "a", "input": "1 + 1"}', '{"id": "a", "input": "2 + 2"}'
+BARE, NOT_OURS = '{"input": "1 + 1"}', "out.jsonl:1: not a row that extract.py wrote"
+
+
 @pytest.mark.parametrize(
-    "content, line, words",
+    "name, content, line, words",
     [
-        ('{"id": "a", "input": "1 + 1"}\n{"id": "a", "input": "2 + 2"}', "", "the id 'a' is there twice"),
-        ('{"input": "1 + 1"}\n{', "", "in.jsonl:2: not JSON"),
-        ("", "", "there are no rows in it"),
-        ('{"input": "1 + 1"}', "--rationalize", "row 'in-1' has no gold label, which --rationalize needs"),
-        ('{"input": "1 + 1"}', "--keep correct", "has no gold label, which --keep correct needs"),
-        ('{"input": "1 + 1"}', "--output {}/in.jsonl", "--output must be another file than --input"),
+        ("in.jsonl", f"{A}\n{B}", "", "the id 'a' is there twice"),
+        ("in.jsonl", BARE + "\n{", "", "in.jsonl:2: not JSON"),
+        ("in.jsonl", "", "", "there are no rows in it"),
+        ("in.jsonl", BARE, "--rationalize", "row 'in-1' has no gold label, which --rationalize needs"),
+        ("in.jsonl", BARE, "--keep correct", "has no gold label, which --keep correct needs"),
+        ("in.jsonl", BARE, "--output {}/in.jsonl", "--output must be another file than --input"),
+        ("out.jsonl", A + "\n", "", NOT_OURS),
+        ("out.jsonl", A, "", NOT_OURS),  # not even its last line is cut off, which may look torn
+        ("out.jsonl", "Dear Mia,", "", NOT_OURS),
+        ("out.jsonl", "a\nb", "", NOT_OURS),
     ],
 )
-def test_a_wrong_input_is_found_before_anything_is_sent(files, capsys, content, line, words):
-    (files / "in.jsonl").write_text(content)
-    assert run(files, "http://127.0.0.1:9/v1", line.format(files)) == 2
-    assert words in capsys.readouterr().err and (files / "in.jsonl").read_text() == content
-
-
-@pytest.mark.parametrize("content", ['{"id": "a", "input": "b"}\n', '{"id": "a", "input": "b"}', "Dear Mia,", "a\nb"])
-def test_a_file_that_is_not_ours_is_not_touched(files, capsys, content):
-    """Not even its last line, which may look torn."""
-    (files / "out.jsonl").write_text(content)
-    assert run(files, "http://127.0.0.1:9/v1") == 2
-    assert "out.jsonl:1: not a row that extract.py wrote" in capsys.readouterr().err
-    assert (files / "out.jsonl").read_text() == content
+def test_a_wrong_file_is_found_before_anything_is_sent_and_not_touched(files, refused, name, content, line, words):
+    (files / name).write_text(content)
+    assert words in refused(extract.main, *arguments(files, "http://127.0.0.1:9/v1", line.format(files)))
+    assert (files / name).read_text() == content
 
 
 def test_no_base_url(files, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import threading
 import time
 from http.client import HTTPSConnection
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 from extracting import always, ask, bucket, errors, make_files, once, r4, rows, run, wait_for_rows
@@ -152,7 +153,7 @@ def test_control_characters_of_a_teacher_do_not_reach_the_terminal(files, capsys
 def test_a_certificate_that_is_not_trusted_aborts_at_once_and_says_what_to_set(files, capsys, monkeypatch):
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_message = "self-signed certificate"
-    monkeypatch.setattr(HTTPSConnection, "connect", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(HTTPSConnection, "connect", Mock(side_effect=error))
     assert run(files, "https://127.0.0.1:9/v1") == 3
     assert "self-signed certificate); SSL_CERT_FILE can name" in capsys.readouterr().err
 

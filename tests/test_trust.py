@@ -203,12 +203,7 @@ def wrong_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("program, line", WRONG)
-def test_wrong_use_is_one_line_and_creates_nothing(wrong_files, capsys, program, line):
+def test_wrong_use_is_one_line_and_creates_nothing(wrong_files, refused, program, line):
     before = sorted(wrong_files.rglob("*"))
-    try:
-        status = importlib.import_module(program).main(line.split(" ") if line else [])
-    except SystemExit as end:
-        status = end.code
-    out, error = capsys.readouterr()
-    assert (status, error.count("\n"), out) == (2, 1, ""), error
+    refused(importlib.import_module(program).main, *(line.split(" ") if line else []))
     assert sorted(wrong_files.rglob("*")) == before
