@@ -118,11 +118,10 @@ def test_above_temperature_0_an_unusable_text_is_asked_for_again(files):
 
 
 def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, capsys):
-    with Stub() as stub:
-        assert run(files, stub.url, "--keep correct") == 0
-        assert [r["id"] for r in rows(files)] == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
-        assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r0", "incorrect"), ("r3", "incorrect")]
-        assert run(files, stub.url, "--keep correct --retry-failed") == 0 and len(stub.requests) == 6
+    stub = ask(files, line="--keep correct")
+    assert [r["id"] for r in rows(files)] == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
+    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r0", "incorrect"), ("r3", "incorrect")]
+    assert run(files, stub.url, "--keep correct --retry-failed") == 0, "though the teacher is gone"
     assert "4 ok, 2 left out (incorrect 2)" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from extracting import KEY, PROMPT, always, ask, errors, lasting, make_files, rows, run, start, wait_for_rows
+from extracting import KEY, PROMPT, always, arguments, ask, errors, lasting, make_files, rows, run, start, wait_for_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from teacher_stub import Stub, answer
@@ -19,12 +19,10 @@ from data.teacher.output import put_in_order
 
 
 def test_nothing_left_to_do_sends_nothing(files, capsys):
-    with Stub() as stub:
-        assert run(files, stub.url) == 0
-        before = (files / "out.jsonl").read_bytes()
-        assert run(files, stub.url) == 0 and len(stub.requests) == 6
-    assert (files / "out.jsonl").read_bytes() == before and "6 of them done or failed before" in capsys.readouterr().err
+    ask(files)
+    before = (files / "out.jsonl").read_bytes()
     assert run(files, "http://127.0.0.1:9/v1") == 0, "not even a teacher is needed, wherever it is"
+    assert (files / "out.jsonl").read_bytes() == before and "6 of them done or failed before" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -40,12 +38,10 @@ def test_nothing_left_to_do_sends_nothing(files, capsys):
         ("--n 2 --temperature 1", "n 1, not 2"),
     ],
 )
-def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(files, capsys, line, words):
-    with Stub() as stub:
-        assert run(files, stub.url, "--limit 3") == 0
-        before = (files / "out.jsonl").read_bytes()
-        assert run(files, stub.url, line) == 2 and len(stub.requests) == 3
-    said = capsys.readouterr().err.splitlines()[-1]
+def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(files, refused, line, words):
+    url = ask(files, line="--limit 3").url
+    before = (files / "out.jsonl").read_bytes()
+    said = refused(extract.main, *arguments(files, url, line))
     assert re.search(f"(was made with|;) {re.escape(words)}", said)
     assert (files / "out.jsonl").read_bytes() == before
 
