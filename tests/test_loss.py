@@ -3,14 +3,12 @@
 import pytest
 import torch
 from comparing import relative_error
+from running import student
 
 from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
-from dss.config import T5Config
 from dss.loss import distillation_loss
-from dss.model import T5
 from dss.weights import checkpoint_name, save_t5
 
-SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
 ROWS = [  # (question, label, rationale)
     ([5, 6, 7, 1], [11, 1], [12, 13, 14, 1]),
     ([8, 9, 10, 11, 12, 1], [13, 14, 1], [15, 1]),
@@ -29,11 +27,6 @@ def dual_task(rows):
     return sequences
 
 
-def student():
-    torch.manual_seed(0)
-    return T5(T5Config(**SMALL, dropout_rate=0.0)).eval()
-
-
 def gradients(model, batches, lam, counts):
     model.zero_grad()
     losses = [distillation_loss(model, pack(b), *counts, lam) for b in batches]
@@ -49,7 +42,7 @@ def worst_difference(a, b):
 @pytest.mark.parametrize("lam", [1.0, 0.3, 4.0])
 def test_one_packed_pass_is_transformers_two_padded_passes(transformers, measured, tmp_path, lam):
     """The computation of the paper's released code: pad each task's batch, two forward passes, add the two means."""
-    ours = student()
+    ours = student().eval()
     save_t5(ours, tmp_path)
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
 
@@ -77,7 +70,7 @@ def test_one_packed_pass_is_transformers_two_padded_passes(transformers, measure
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_the_gradient_does_not_depend_on_micro_batches(size):
     """Means over micro-batches would weigh a token of a short micro-batch more; the counts are of the whole step."""
-    model, sequences = student(), dual_task(ROWS)
+    model, sequences = student().eval(), dual_task(ROWS)
     counts = count_targets(sequences)
     whole_losses, whole = gradients(model, [sequences], 0.7, counts)
     parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
@@ -88,7 +81,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(size):
 
 def test_lambda_0_is_standard_finetuning():
     """With rationales in the batch, loss and gradient are those of the labels alone."""
-    model, sequences = student(), dual_task(ROWS)
+    model, sequences = student().eval(), dual_task(ROWS)
     labels = [s for s in sequences if s.task == LABEL]
     _, standard = gradients(model, [labels], 1.0, count_targets(labels))
     (L, L_label, _), got = gradients(model, [sequences], 0.0, count_targets(sequences))
@@ -98,7 +91,7 @@ def test_lambda_0_is_standard_finetuning():
 
 def test_each_mean_is_over_its_own_tokens():
     """Twice the same rationales leave L as it is; a sum over tokens would double their term."""
-    model, sequences = student(), dual_task(ROWS)
+    model, sequences = student().eval(), dual_task(ROWS)
     doubled = sequences + [s for s in sequences if s.task == RATIONALE]
     once = distillation_loss(model, pack(sequences), *count_targets(sequences), 1.0)[0]
     twice = distillation_loss(model, pack(doubled), *count_targets(doubled), 1.0)[0]

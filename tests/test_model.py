@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 from comparing import relative_error
+from running import SMALL, V1_1, student
 
 from dss.batch import LABEL, Sequence, pack
-from dss.config import SIZES, T5Config
+from dss.config import SIZES
 from dss.generate import generate
 from dss.model import T5
 from dss.weights import checkpoint_name, load_t5, save_t5
 
-SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
 RELU = dict(feed_forward_proj="relu")
 GATED = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 FEW = dict(relative_attention_num_buckets=8, relative_attention_max_distance=20)
@@ -92,12 +92,6 @@ def test_the_saved_student_gives_transformers_the_same_logits(pair, transformers
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters()))
 
 
-def student(**changes):
-    torch.manual_seed(0)
-    shape = dict(SMALL, feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
-    return T5(T5Config(**(shape | changes)))
-
-
 @pytest.mark.parametrize("size", ["t5-v1_1-small", "mt5-small"])
 def test_random_weights_begin_at_the_loss_of_a_guess(size):
     """An output matrix of deviation 1, as transformers draws it, would begin near a loss of sqrt(d_model) = 22."""
@@ -118,7 +112,7 @@ def test_public_sizes_have_the_published_parameter_counts():
 
 
 def test_dropout_follows_torch_s_seed_and_acts_behind_the_final_norm():
-    model = student(dropout_rate=0.5)
+    model = student(**V1_1, dropout_rate=0.5)
     batch = pack([Sequence(INPUTS[0], TARGETS[1], LABEL)])
     torch.manual_seed(1)
     first = model.train()(batch)
@@ -130,7 +124,7 @@ def test_dropout_follows_torch_s_seed_and_acts_behind_the_final_norm():
 
 @pytest.mark.parametrize("place", ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"])
 def test_each_dropout_acts_in_training_alone(place):
-    model = student()
+    model = student(**V1_1)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -143,7 +137,7 @@ def test_each_dropout_acts_in_training_alone(place):
 
 
 def test_bfloat16_autocast_stays_near_fp32():
-    model = student().eval()
+    model = student(**V1_1).eval()
     batch = pack([Sequence(i, t, LABEL) for i, t in zip(INPUTS, TARGETS)])
     full = model(batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -152,7 +146,7 @@ def test_bfloat16_autocast_stays_near_fp32():
 
 
 def test_logits_refuses_lists_that_do_not_match():
-    model = student()
+    model = student(**V1_1)
     assert model.logits([], []) == []
     for inputs, decoder_inputs in (([[1]], []), ([[]], [[0]]), ([[1]], [[]])):
         with pytest.raises(ValueError, match="logits"):

@@ -12,7 +12,7 @@ import torch
 from comparing import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from running import run, same, weights, write_rows
+from running import run, same, watched, weights, write_rows
 
 import train
 from data.jsonl import Record
@@ -23,11 +23,20 @@ from dss.run import parallel
 QUICK = "--steps 20 --eval_every 10 --log_every 5 --batch_size 5 --warmup 2 --max_new_tokens 4 --dropout 0".split()
 
 
-@pytest.fixture
-def files(tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
     """Rows of very different lengths, some without a rationale."""
     texts = [("Tom gave apples. " * (1 + i % 7), f"{i} + 1", f"Add 1 to {i}." * (i % 5) or None) for i in range(40)]
-    return [*write_rows(tmp_path, [Record(f"r{i}", *of) for i, of in enumerate(texts)], 27), "--method", "dss"]
+    rows = [Record(f"r{i}", *of) for i, of in enumerate(texts)]
+    return [*write_rows(tmp_path_factory.mktemp("rows"), rows, 27), "--method", "dss", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def one(files, tmp_path_factory):
+    """What a run of one process has made."""
+    out = tmp_path_factory.mktemp("one")
+    assert run(*files, "--out", out) == 0
+    return out / "dss"
 
 
 def apart(a, b):
@@ -91,7 +100,7 @@ def step_of(student, work, config):
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_gradient_of_a_step_is_that_of_one_process(files, tmp_path, measured, n):
-    arguments = [*files, *QUICK, "--out", str(tmp_path / "out")]
+    arguments = [*files, "--out", str(tmp_path / "out")]
     assert several.run(n, tmp_path, steps_of, arguments, tmp_path) == [0] * n, (tmp_path / "0.txt").read_text()
     for rank in range(n):
         for case, together, alone in torch.load(tmp_path / f"{rank}.pt"):
@@ -100,12 +109,10 @@ def test_the_gradient_of_a_step_is_that_of_one_process(files, tmp_path, measured
 
 
 @pytest.mark.parametrize("n, extra", [(2, "--micro_batch 2"), (3, ""), (2, "--shard --checkpoint_activations")])
-def test_the_student_of_several_processes_is_that_of_one(files, tmp_path, measured, n, extra):
+def test_the_student_of_several_processes_is_that_of_one(files, one, tmp_path, measured, n, extra):
     """Also its answers, put together in order; and nothing is written or said twice."""
-    assert run(*files, *QUICK, "--out", tmp_path / "one") == 0
-    arguments = [*files, *QUICK, *extra.split(), "--out", tmp_path / "all"]
+    arguments, together = [*files, *extra.split(), "--out", tmp_path / "all"], tmp_path / "all" / "dss"
     assert several.run(n, tmp_path, run, *arguments) == [0] * n, said(tmp_path)
-    one, together = (tmp_path / name / "dss" for name in ("one", "all"))
     measured(f"student of {n} processes {extra}", apart(weights(together), weights(one)), 1e-5)
     assert (one / "predictions.jsonl").read_text() == (together / "predictions.jsonl").read_text()
     assert {p.name for p in one.iterdir()} == {p.name for p in together.iterdir()}
@@ -115,23 +122,21 @@ def test_the_student_of_several_processes_is_that_of_one(files, tmp_path, measur
 
 
 @pytest.mark.parametrize("extra", [[], ["--shard"]])
-def test_a_run_whose_process_dies_ends_with_a_line_and_goes_on_with_fewer(files, tmp_path, measured, extra):
+def test_a_run_whose_process_dies_ends_with_a_line_and_goes_on_with_fewer(files, one, tmp_path, measured, extra):
     """Process 1 of 2 is killed in the middle of step 14, and one process goes on from step 10."""
-    arguments = [*files, *QUICK, *extra, "--save_minutes", "0"]
-    assert run(*files, *QUICK, "--out", tmp_path / "whole") == 0
-    cut = [*arguments, "--out", tmp_path / "cut"]
+    cut = [*files, *extra, "--save_minutes", "0", "--out", tmp_path / "cut"]
     assert several.run(2, tmp_path, at_step, 14, 1, signal.SIGKILL, cut) == [1, -signal.SIGKILL]
     kept = f"{tmp_path / 'cut' / 'dss'}/student is the best so far, --resume goes on from step 10"
     assert said(tmp_path).splitlines()[-1] == f"train.py: process 1 has ended; {kept}"
     assert several.run(1, tmp_path, run, *cut, "--resume") == [0]
-    whole, cut = (weights(tmp_path / name / "dss") for name in ("whole", "cut"))
-    measured(f"student that one process ended for two {' '.join(extra)}", apart(whole, cut), 1e-5)
+    difference = apart(weights(one), weights(tmp_path / "cut" / "dss"))
+    measured(f"student that one process ended for two {' '.join(extra)}", difference, 1e-5)
 
 
 @pytest.mark.parametrize("extra", [[], ["--shard"]])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path, extra):
     """They save their state, and go on to the student of an undisturbed run, dropout and all."""
-    arguments = [*files, *QUICK, "--dropout", "0.1", *extra]
+    arguments = [*files, "--dropout", "0.1", *extra]
     assert several.run(2, tmp_path, run, *arguments, "--out", tmp_path / "whole") == [0, 0]
     cut = [*arguments, "--out", tmp_path / "cut"]
     assert several.run(2, tmp_path, at_step, 6, 1, signal.SIGTERM, cut) == [130, 130]
@@ -143,19 +148,14 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path, ext
 
 def at_step(step, rank, number, arguments):
     """A run in which process `rank` gets the signal `number` in the middle of a step."""
-    calls, original = iter(range(1000)), train.distillation_loss
-
-    def spy(*inputs):
-        if next(calls) == step and parallel.rank() == rank:
-            os.kill(os.getpid(), number)
-        return original(*inputs)
-
-    train.distillation_loss = spy
+    calls = iter(range(1000))
+    kill = lambda *_: next(calls) == step and parallel.rank() == rank and os.kill(os.getpid(), number)
+    train.distillation_loss = watched("distillation_loss", kill)
     return run(*arguments)
 
 
 def test_what_is_wrong_is_said_once(files, tmp_path):
-    arguments = [*files, *QUICK, "--lr", "1e38", "--clip", "0", "--out", tmp_path / "out"]
+    arguments = [*files, "--lr", "1e38", "--clip", "0", "--out", tmp_path / "out"]
     assert several.run(2, tmp_path, run, *arguments) == [1, 1]
     assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: the loss is") == 1
     assert several.run(2, tmp_path, run, "--data", tmp_path / "none.jsonl") == [2, 2]

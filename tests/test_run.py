@@ -9,10 +9,11 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from running import at_step, counting, prepare, result, run, same, weights, write_rows
+from running import at_step, counting, prepare, result, run, same, watched, weights, write_rows
 
 import tokenizer
 import train
@@ -74,7 +75,7 @@ def test_weights_that_a_last_step_made_infinite_are_not_kept(files, tmp_path, mo
 def test_ctrl_c_on_a_diverged_run_saves_no_state(files, tmp_path, monkeypatch, capsys):
     def spoil_and_stop(model):
         spoil(model)
-        monkeypatch.setattr(Stop, "check", lambda self: (_ for _ in ()).throw(Interrupted))
+        monkeypatch.setattr(Stop, "check", Mock(side_effect=Interrupted))
 
     monkeypatch.setattr(train, "train_step", at_step([0], spoil_and_stop))
     assert run(*files, *SIX, "--out", tmp_path / "out") == 1
@@ -91,10 +92,7 @@ def test_ctrl_c_on_a_diverged_run_saves_no_state(files, tmp_path, monkeypatch, c
     ],
 )
 def test_an_error_in_training_keeps_the_best_student(files, tmp_path, monkeypatch, capsys, error, words):
-    def fail(_):
-        raise error
-
-    monkeypatch.setattr(train, "train_step", at_step([3], fail))
+    monkeypatch.setattr(train, "train_step", at_step([3], Mock(side_effect=error)))
     if words:
         assert run(*files, *SIX, "--out", tmp_path / "out") == 1
         line = last_line(capsys)
@@ -121,17 +119,15 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_has_it_ignored():
-    with Stop() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.requested
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("handler, heard", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_has_it_ignored(handler, heard):
+    was = signal.signal(signal.SIGHUP, handler)
     try:
         with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.requested
+            assert stop.requested == heard
     finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, was)
 
 
 def test_resume_compares_with_every_arm_in_the_directory(files, tmp_path, capsys):
@@ -157,16 +153,13 @@ def test_the_same_weights_named_otherwise_are_the_same(files, pretrained, tmp_pa
     assert "--weights" in last_line(capsys)
 
 
-def rationales(path, number):
-    write_jsonl(path, [Record(f"r{i}", f"q {i}", "x", "why" if i < number else None) for i in range(9)])
-    return ["--data", str(path), "--eval_data", str(path)]
-
-
 @pytest.mark.parametrize("method, least", [("standard", 0), ("dss", 1), ("dss-shuffled", 2), ("single_task", 1)])
 def test_a_method_without_the_rationales_it_needs_is_refused(tmp_path, method, least):
     """It trained as another method, under its own name in the table."""
+    path = tmp_path / "rows.jsonl"
+    config = parse_args(["--data", str(path), "--eval_data", str(path), "--method", method])
     for number in range(3):
-        config = parse_args([*rationales(tmp_path / "rows.jsonl", number), "--method", method])
+        write_jsonl(path, [Record(f"r{i}", f"q {i}", "x", "why" if i < number else None) for i in range(9)])
         if number < least:
             with pytest.raises(ValueError, match=f"rows.jsonl: .* a rationale, too few for --method {method};"):
                 load_rows(config)
@@ -174,11 +167,11 @@ def test_a_method_without_the_rationales_it_needs_is_refused(tmp_path, method, l
             load_rows(config)
 
 
-def test_single_task_is_refused_where_there_is_no_separator(files, pretrained, tmp_path, capsys):
+def test_single_task_is_refused_where_there_is_no_separator(files, pretrained, tmp_path, refused):
     (pretrained / "tokenizer_config.json").write_text('{"extra_ids": 0}')
     for spiece in (pretrained, pretrained / "spiece.model"):
-        assert run(*files, "--spiece", spiece, "--method", "single_task", "--out", tmp_path / "out") == 2
-        assert "--method single_task needs the token <extra_id_0>" in last_line(capsys)
+        flags = ["--spiece", spiece, "--method", "single_task", "--out", tmp_path / "out"]
+        assert "--method single_task needs the token <extra_id_0>" in refused(train.main, *files, *flags)
     assert not (tmp_path / "out").exists()
 
 
@@ -191,7 +184,7 @@ def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(files, pretrained,
     assert "warning: --spiece" in last_line(capsys)
 
 
-def test_overwrite_does_not_delete_what_the_run_reads(files, pretrained, capsys):
+def test_overwrite_does_not_delete_what_the_run_reads(files, pretrained, refused):
     """`--overwrite --weights OUT/standard/student` deleted its own first weights, before reading them."""
     out = pretrained.parents[1]
     for flag in ("--weights", "--spiece", "--data"):
@@ -199,8 +192,8 @@ def test_overwrite_does_not_delete_what_the_run_reads(files, pretrained, capsys)
         if flag == "--data":
             path = shutil.copy(files[1], pretrained / "rows.jsonl")
         arguments = [*files, *QUICK, flag, path, "--method", "standard", "--out", out, "--overwrite"]
-        assert run(*arguments) == 2
-        assert f"--overwrite would delete {pretrained.parent}" in last_line(capsys) and pretrained.exists()
+        assert f"--overwrite would delete {pretrained.parent}" in refused(train.main, *arguments)
+        assert pretrained.exists()
 
 
 def test_bfloat16_is_refused_on_a_gpu_that_does_not_compute_it(monkeypatch):
@@ -297,31 +290,19 @@ def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, 
 def test_training_begins_targets_with_the_checkpoints_start_token(files, pretrained, tmp_path, monkeypatch):
     config = json.loads((pretrained / "config.json").read_text()) | {"decoder_start_token_id": 7}
     (pretrained / "config.json").write_text(json.dumps(config))
-    first, original = [], train.distillation_loss
-
-    def spy(model, batch, *rest):
-        first.extend(batch.decoder_input_ids[batch.targets.cu_seqlens[:-1].long()].tolist())
-        return original(model, batch, *rest)
-
-    monkeypatch.setattr(train, "distillation_loss", spy)
+    first = []
+    see = lambda _, batch, *__: first.extend(batch.decoder_input_ids[batch.targets.cu_seqlens[:-1].long()].tolist())
+    monkeypatch.setattr(train, "distillation_loss", watched("distillation_loss", see))
     ready = prepare(*files, *SIX, "--weights", pretrained, "--out", tmp_path / "out")
     one_step(ready)
     assert first == [7] * 8
 
 
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
-    clock, original = [0.0], train.evaluate
-    monkeypatch.setattr("dss.run.report.time", SimpleNamespace(monotonic=lambda: clock[0]))
-
-    def slow(*arguments):
-        clock[0] += 1000.0
-        return original(*arguments)
-
-    def second(_):
-        clock[0] += 1.0
-
-    monkeypatch.setattr(train, "evaluate", slow)
-    monkeypatch.setattr(train, "train_step", at_step(range(6), second))
+    passed = [0.0]
+    monkeypatch.setattr("dss.run.report.time", SimpleNamespace(monotonic=lambda: sum(passed)))
+    monkeypatch.setattr(train, "evaluate", watched("evaluate", lambda *_: passed.append(1000.0)))
+    monkeypatch.setattr(train, "train_step", watched("train_step", lambda *_: passed.append(1.0)))
     assert run(*files, *SIX, "--out", tmp_path / "out") == 0
     *_, line, _ = (tmp_path / "out" / "dss" / "metrics.jsonl").read_text().splitlines()
     tokens = result(tmp_path / "out", "dss")["tokens"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import example, given
@@ -112,10 +113,7 @@ def test_a_text_without_end_does_not_hold_up_training(tmp_path, unit):
 
 
 def test_a_full_disk_leaves_nothing_behind(spiece, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left on device: .*spiece.model"):
         tokenizer.T5Tokenizer(spiece).save(tmp_path)
     assert not list(tmp_path.iterdir())

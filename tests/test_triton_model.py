@@ -3,18 +3,16 @@
 import pytest
 import torch
 from comparing import DEVICE, relative_error
+from running import V1_1, student
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
-from dss.config import T5Config
 from dss.generate import generate
 from dss.loss import distillation_loss
-from dss.model import T5
 
-SHAPE = dict(vocab_size=61, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=2)
+WIDE = dict(d_model=32, d_kv=16, d_ff=48, num_heads=2, dropout_rate=0.0)
 V1_0 = dict(feed_forward_proj="relu")
-V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
 SEQUENCES = [
     Sequence([5, 6, 7, 8, 1], [11, 1], LABEL),
     Sequence([9, 6, 7, 8, 1], [12, 13, 14, 15, 1], RATIONALE),
@@ -23,9 +21,8 @@ SEQUENCES = [
 ]
 
 
-def student(shape, **changes):
-    torch.manual_seed(0)
-    model = T5(T5Config(**(SHAPE | shape | dict(dropout_rate=0.0) | changes))).to(DEVICE)
+def model_of(shape, **changes):
+    model = student(**(WIDE | shape | changes)).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():  # away from the initial ones and from alike scores
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -44,7 +41,7 @@ def train_step(model, monkeypatch, kernels, bf16=False, sequences=SEQUENCES):
 
 @pytest.mark.parametrize("shape", [V1_0, V1_1], ids=["T5 1.0", "T5 1.1"])
 def test_every_gradient_of_a_training_step(shape, monkeypatch, measured):
-    model = student(shape)
+    model = model_of(shape)
     losses, gradients = train_step(model, monkeypatch, "triton")
     want_losses, want = train_step(model, monkeypatch, "reference")
     torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=1e-6)
@@ -55,7 +52,7 @@ def test_every_gradient_of_a_training_step(shape, monkeypatch, measured):
 
 def test_every_gradient_under_bfloat16_autocast(monkeypatch, measured):
     """fp32 master weights, products in bf16: Triton is at most twice as far from fp32 as the reference."""
-    model = student(V1_1)
+    model = model_of(V1_1)
     exact = train_step(model, monkeypatch, "reference")[1]
     ours = train_step(model, monkeypatch, "triton", bf16=True)[1]
     theirs = train_step(model, monkeypatch, "reference", bf16=True)[1]
@@ -65,7 +62,7 @@ def test_every_gradient_under_bfloat16_autocast(monkeypatch, measured):
 
 
 def test_dropout_trains_and_follows_torch_s_seed(monkeypatch):
-    model = student(V1_1, dropout_rate=0.2, num_layers=1, num_decoder_layers=1).train()
+    model = model_of(V1_1, dropout_rate=0.2, num_layers=1, num_decoder_layers=1).train()
     one, again, other = (
         torch.manual_seed(seed) and train_step(model, monkeypatch, "triton", sequences=SEQUENCES[:2])
         for seed in (1, 1, 2)
@@ -75,7 +72,7 @@ def test_dropout_trains_and_follows_torch_s_seed(monkeypatch):
 
 
 def test_generation_is_equal(monkeypatch):
-    model = student(V1_0).eval()
+    model = model_of(V1_0).eval()
     inputs = [[5, 6, 7, 8, 1], [9, 1], [*range(3, 43), 1]]
     written = []
     for kernels in ("triton", "reference"):

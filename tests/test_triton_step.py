@@ -2,18 +2,16 @@
 
 import torch
 from comparing import DEVICE, needs_triton
+from running import V1_1, student
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
-from dss.config import T5Config
 from dss.loss import distillation_loss
-from dss.model import T5
 from kernels import aot
 from kernels.activations import relu_triton
 
 pytestmark = needs_triton
-WIDTH = dict(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_heads=2)
-V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
+DEEP = dict(vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_heads=2, num_layers=12, num_decoder_layers=12)
 SEQUENCES = [Sequence(list(range(2, 62)), list(range(2, 52)), task) for task in (LABEL, RATIONALE) * 2]
 TOKENS = {sum(len(s.input_ids) for s in SEQUENCES), sum(len(s.target_ids) for s in SEQUENCES)}
 
@@ -36,7 +34,7 @@ def test_a_bfloat16_step_of_t5_base_casts_few_activations_and_never_waits(monkey
     monkeypatch.setenv("DSS_KERNELS", "triton")
     monkeypatch.setattr("kernels.losses.check_arguments", lambda *_: None)  # they read labels and cu_seqlens only on
     monkeypatch.setattr("kernels.flash_attention.check_arguments", lambda *of: of[-1])  # the CPU
-    model = T5(T5Config(**WIDTH, **V1_1, num_layers=12, num_decoder_layers=12, dropout_rate=0.1)).train()
+    model = student(**DEEP, **V1_1, dropout_rate=0.1).train()
     model.encoder.dropout.p = model.decoder.dropout.p = 0.0  # torch's own, which on a CPU asks for values
     batch, count = pack(SEQUENCES), Casts()
 

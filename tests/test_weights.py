@@ -16,22 +16,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mutation import compress, relayout
-from running import ROOT
+from running import ROOT, V1_1, student
 
 import dss.hub
-from dss.config import T5Config
-from dss.model import T5
 from dss.weights import load_t5, locate, read_safetensors, save_t5, write_safetensors
 
-SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
 INPUT, TARGET = [[5, 6, 7, 1]], [[0, 9, 10]]
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    shape = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
-    return T5(T5Config(**SMALL, **shape)).eval()
+    return student(**V1_1).eval()
 
 
 @pytest.fixture
@@ -343,7 +338,7 @@ def test_what_hugging_face_has_downloaded_is_used(hub, model, tmp_path, monkeypa
 
 
 def test_the_check_prints_one_line(hub, capsys):
-    save_t5(T5(T5Config(**SMALL | dict(vocab_size=500))), hub.directory)  # as many as the tokenizer needs
+    save_t5(student(vocab_size=500), hub.directory)  # as many as the tokenizer needs
     assert dss.hub.main(["google/t5-test", "--check"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "parameters; 'translate English to German: The house is wonderful.' -> " in out
