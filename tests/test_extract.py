@@ -320,13 +320,12 @@ def test_no_base_url(files, capsys, monkeypatch):
         assert run(files, "") == 0
 
 
-def test_half_a_character_from_the_teacher_is_replaced_and_in_the_input_refused(files, capsys):
+def test_half_a_character_from_the_teacher_is_replaced_and_in_the_input_refused(files, refused):
     (files / "in.jsonl").write_text('{"input": "What is 3 + 2?"}\n')
-    with Stub(always(completed("\ud800 Three. The answer is (3 + 2)."))) as stub:
-        assert run(files, stub.url) == 0 and rows(files)[0]["rationale"] == "? Three."
-        (files / "in.jsonl").write_text('{"input": "\\ud800 What is 3 + 2?"}\n')
-        assert run(files, stub.url) == 2
-    assert "in.jsonl:1:" in capsys.readouterr().err
+    ask(files, always(completed("\ud800 Three. The answer is (3 + 2).")))
+    assert rows(files)[0]["rationale"] == "? Three."
+    (files / "in.jsonl").write_text('{"input": "\\ud800 What is 3 + 2?"}\n')
+    assert "in.jsonl:1:" in refused(extract.main, *arguments(files, "http://127.0.0.1:9/v1"))
 
 
 def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):

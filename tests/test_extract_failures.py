@@ -133,8 +133,7 @@ def test_a_text_that_was_cut_short_is_no_row(files, finish, kept):
 
 def test_interim_responses_are_no_replies(tmp_path):
     """http.client takes a 102 for the reply; the real one then answered the next row."""
-    make_files(tmp_path, 30)
-    assert ask(tmp_path, always("interim"), "--concurrency 2").connections <= 2
+    assert ask(make_files(tmp_path, 30), always("interim"), "--concurrency 2").connections <= 2
     assert all(f"{r['rationale']} The answer is {r['teacher_label']}." == answer(r["input"]) for r in rows(tmp_path))
 
 
@@ -190,10 +189,9 @@ def test_patience_ends_and_nothing_is_recorded_against_the_rows(tmp_path, capsys
 
 @pytest.mark.parametrize("action", ["429", "429 ms", "503"])
 def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action):
-    make_files(tmp_path, 40)
     slow = "Q: What is 3 + 2?\nA:"
     behave = lambda question, attempt: action if question == slow and attempt < 2 else "ok"
-    stub = ask(tmp_path, behave, "--concurrency 3", scale=0.7, latency=0.02)
+    stub = ask(make_files(tmp_path, 40), behave, "--concurrency 3", scale=0.7, latency=0.02)
     refused = [when for question, _, _, when in stub.requests if question == slow][:2]
     for when in refused:  # told to wait 1 s, which is 0.7 s here; at first some were in flight
         assert not [t for _, _, _, t in stub.requests if when + 0.25 < t < when + 0.7], "a request during the pause"
@@ -203,15 +201,13 @@ def test_retry_after_pauses_every_worker_also_on_later_attempts(tmp_path, action
 @pytest.mark.parametrize("retry_after", [False, True])
 def test_a_429_is_the_servers_pace_and_costs_no_row_anything(tmp_path, workers, retry_after):
     """A bucket of 120 requests a minute and 10 at once, 50 times as fast."""
-    make_files(tmp_path, 60)
     limit = bucket(2 * 50, 10, {"Retry-After": "1"} if retry_after else {})
-    ask(tmp_path, limit, f"--max-retries 0 --concurrency {workers}", scale=0.02, latency=0.005)
+    ask(make_files(tmp_path, 60), limit, f"--max-retries 0 --concurrency {workers}", scale=0.02, latency=0.005)
     assert [r["teacher"]["attempts"] for r in rows(tmp_path)] == [1] * 60
 
 
 def test_rpm_spaces_the_requests_and_a_pause_does_not_save_up_a_burst(tmp_path):
-    make_files(tmp_path, 8)
-    stub = ask(tmp_path, once("429"), "--rpm 60 --limit 2", scale=0.2)  # one each 200 ms, pauses of 200 ms
+    stub = ask(make_files(tmp_path, 8), once("429"), "--rpm 60 --limit 2", scale=0.2)  # 200 ms apart, pauses of 200 ms
     times = sorted(when for _, _, _, when in stub.requests)
     assert min(b - a for a, b in pairwise(times)) > 0.05 and times[-1] - times[0] > 0.2 * 3 * 0.9
 

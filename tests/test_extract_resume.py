@@ -46,18 +46,16 @@ def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(files, 
     assert (files / "out.jsonl").read_bytes() == before
 
 
-def test_a_changed_prompt_file_or_row_is_named(files, capsys):
-    with Stub() as stub:
-        assert run(files, stub.url) == 0
-        (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
-        assert run(files, stub.url) == 2 and "prompt_sha256 " in capsys.readouterr().err
-        make_files(files)
-        text = (files / "in.jsonl").read_text().replace("What is 3", "What was 3")
-        (files / "in.jsonl").write_text(text)
-        assert run(files, stub.url) == 2 and "another input in row 'r3'" in capsys.readouterr().err
-        (files / "p.json").write_text(json.dumps(PROMPT | {"answer_marker": ["The answer is", "So it is"]}))
-        make_files(files)
-        assert run(files, stub.url) == 0 and len(stub.requests) == 6, "the same requests: what is done is done"
+def test_a_changed_prompt_file_or_row_is_named(files, refused):
+    again = arguments(files, ask(files).url)
+    (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
+    assert "prompt_sha256 " in refused(extract.main, *again)
+    make_files(files)
+    (files / "in.jsonl").write_text((files / "in.jsonl").read_text().replace("What is 3", "What was 3"))
+    assert "another input in row 'r3'" in refused(extract.main, *again)
+    make_files(files)
+    (files / "p.json").write_text(json.dumps(PROMPT | {"answer_marker": ["The answer is", "So it is"]}))
+    assert extract.main(again) == 0, "the same requests: what is done is done"
 
 
 @pytest.mark.parametrize("as_input", [False, True])
@@ -129,9 +127,8 @@ def test_a_second_process_is_refused(files, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_path, number):
-    make_files(tmp_path, 100)
     with Stub(latency=0.1) as stub:
-        process = start(tmp_path, stub.url)
+        process = start(make_files(tmp_path, 100), stub.url)
         wait_for_rows(tmp_path, 20, process)
         process.send_signal(number)
         said = process.communicate(timeout=20)[1]
@@ -142,9 +139,8 @@ def test_the_first_ctrl_c_keeps_everything_that_is_finished_or_in_flight(tmp_pat
 
 
 def test_the_second_ctrl_c_ends_at_once(tmp_path):
-    make_files(tmp_path, 100)
     with Stub(always("stall", lambda q: int(re.search(r"\d+", q)[0]) > 20)) as stub:
-        process = start(tmp_path, stub.url)
+        process = start(make_files(tmp_path, 100), stub.url)
         wait_for_rows(tmp_path, 21, process)
         process.send_signal(signal.SIGINT)
         time.sleep(1)
@@ -157,10 +153,9 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_a_full_disk_aborts_and_the_next_start_goes_on(tmp_path):
-    make_files(tmp_path, 60)
     with Stub() as stub:
         before = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
-        process = start(tmp_path, stub.url, before=before)
+        process = start(make_files(tmp_path, 60), stub.url, before=before)
         said = process.communicate()[1]
         assert process.returncode == 3 and "extract.py: aborted: [Errno 27]" in said and "Traceback" not in said, said
         assert run(tmp_path, stub.url) == 0
@@ -245,8 +240,7 @@ def test_300_rows_a_teacher_that_fails_40_percent_and_three_kills(tmp_path):
 def test_20_000_rows_in_flat_memory(tmp_path):
     memory = {}
     for number in (2000, 20000):
-        (folder := tmp_path / str(number)).mkdir()
-        make_files(folder, number)
+        folder = make_files(tmp_path / str(number), number)
         with Stub() as stub:
             after = "print(open('/proc/self/status').read(), file=sys.stderr)"
             said = start(folder, stub.url, "--concurrency 16", after=after).communicate()[1]
