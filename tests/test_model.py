@@ -53,17 +53,13 @@ def their_logits(theirs):
     return torch.cat([theirs(input_ids=i, decoder_input_ids=d).logits[0] for i, d in pairs])
 
 
-def test_logits_are_transformers_logits(pair, measured):
+def test_logits_and_every_gradient_are_those_of_transformers(pair, measured):
     name, theirs, ours = pair
-    error = relative_error(torch.cat(ours.logits(INPUTS, STARTED)), their_logits(theirs))
-    measured(f"{name}: logits against transformers", error, 1e-5)
-
-
-def test_every_gradient_is_transformers_gradient(pair, measured):
-    name, theirs, ours = pair
+    got, want = torch.cat(ours.logits(INPUTS, STARTED)), their_logits(theirs)
+    measured(f"{name}: logits against transformers", relative_error(got, want), 1e-5)
     labels = torch.tensor([token for target in TARGETS for token in target])
-    torch.nn.functional.cross_entropy(their_logits(theirs), labels).backward()
-    torch.nn.functional.cross_entropy(torch.cat(ours.logits(INPUTS, STARTED)), labels).backward()
+    for logits in (got, want):
+        torch.nn.functional.cross_entropy(logits, labels).backward()
     want = dict(theirs.named_parameters())
     worst = max(relative_error(p.grad, want[checkpoint_name(n, ours)].grad) for n, p in ours.named_parameters())
     measured(f"{name}: worst of {len(want)} gradients against transformers", worst, 1e-4)
