@@ -20,8 +20,7 @@ def philox(seed, counters, rounds=7):
 
 
 def mask(seed, rows, plane, columns, threshold):
-    """What kernels/dropout.py multiplies by, (rows, columns): row numbers (R,), columns 0 .. columns - 1. Of 256 bytes
-    those below the threshold are dropped."""
+    """What kernels/dropout.py multiplies by, (R, columns) for rows (R,); bytes below the threshold are dropped."""
     row, column = np.broadcast_arrays(np.asarray(rows)[:, None], np.arange(columns)[None, :])
     group = 4 * (column // 64) + column % 8 // 2
     words = philox(seed, (row, np.full_like(row, plane), group, np.zeros_like(row)))
