@@ -136,7 +136,7 @@ def test_a_run_whose_process_dies_ends_with_a_line_and_goes_on_with_fewer(files,
 @pytest.mark.parametrize("extra", [[], ["--shard"]])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path, extra):
     """They save their state, and go on to the student of an undisturbed run, dropout and all."""
-    arguments = [*files, "--dropout", "0.1", *extra]
+    arguments = [*files, "--steps", "10", "--eval_every", "5", "--dropout", "0.1", *extra]
     assert several.run(2, tmp_path, run, *arguments, "--out", tmp_path / "whole") == [0, 0]
     cut = [*arguments, "--out", tmp_path / "cut"]
     assert several.run(2, tmp_path, at_step, 6, 1, signal.SIGTERM, cut) == [130, 130]
