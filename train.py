@@ -18,7 +18,6 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends at once and without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from dss.run import parallel
 from dss.run.ending import Ended, Keeper, require_finite
 from dss.run.output import claimed, find_output, forget_state, identify
 from dss.run.plan import make_plan, plan_of
-from dss.run.report import Log, introduce, progress_bar, report, say_what_was_cut
+from dss.run.report import Log, introduce, report, say_what_was_cut
 from dss.run.start import choose_device, choose_dtype, choose_threads, make_model, make_tokenizer
 from dss.run.state import Progress
 from dss.student import Student
@@ -90,20 +89,18 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
         config = replace(config, steps=matched_steps(examples, run))
     optimizer = make_optimizer(student.model, config)
     progress = parallel.load_state(out, student, optimizer, config)
-    log, bar = Log(out / "metrics.jsonl", progress), progress_bar(method, progress.step, config.steps)
+    log = Log(out / "metrics.jsonl", method, progress, config.steps)
     keeper = Keeper(out, student, optimizer, progress, config)
 
     def validate() -> None:
-        log.means()  # raises if the loss is no number
         require_finite(student.model, progress.step)  # a diverged student is never the best, and never saved
         right, _ = evaluate(student, rows.validation, stop, "validation")
         accuracy, progress.evaluated = sum(right) / len(right), progress.step
         if accuracy >= progress.best_accuracy:  # a tie goes to the weights that have learned longer
             keeper.keep_best(accuracy)
         log.write_accuracy(accuracy)
-        bar.write(f"{method}: step {progress.step:,}, validation accuracy {accuracy:.1%}", file=sys.stderr)
 
-    with keeper, log, bar:  # where training ends early, the keeper saves its state and says what is kept
+    with keeper, log:  # where training ends early, the keeper saves its state and says what is kept
         if progress.evaluated < progress.step and is_due(progress.step, config):  # interrupted in an evaluation
             validate()
         steps = steps_ahead(progress.step, examples, student, config)
@@ -113,14 +110,13 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
             losses, norm = train_step(student, optimizer, work, rate, config)
             progress.step, progress.tokens = step + 1, progress.tokens + work.tokens
             log.add(losses, work.tokens)
-            bar.update()
             if progress.step % config.log_every == 0 or progress.step == config.steps:
-                bar.set_postfix_str(log.write_means(rate, norm), refresh=False)
+                log.write_means(rate, norm)
             if is_due(progress.step, config):
                 validate()
             keeper.keep_state()
             parallel.check(stop)  # raises Interrupted, in all processes at the same step
-        bar.close()
+        log.bar.close()
         keeper.keep_state(at_once=True)
         parallel.load_weights(student, out / "student", config)  # the best
         return test(student, rows, progress, cut, out, stop)

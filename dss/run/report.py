@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import sys
 import textwrap
 import time
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data.answers import same_label
-from data.files import parse_json, replacing
+from data.files import parse_json
 from data.jsonl import read_lines
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows, count_shared
@@ -63,25 +62,24 @@ def say_what_was_cut(method: str, cut: Counter, config: TrainConfig) -> None:
 
 
 class Log(contextlib.AbstractContextManager):
-    """metrics.jsonl: a line for every `log_every` steps, with means over them, and one for each evaluation.
+    """metrics.jsonl: a line for every `log_every` steps, with means over them, and one for each evaluation; and the
+    progress bar.
 
     What has been summed since the last line is `progress.window`, which state.pt holds, so that the line after an
     interruption has the means of an undisturbed run.
     """
 
-    def __init__(self, path: Path, progress: Progress) -> None:
-        """Go on behind progress.step: lines of later steps, written before an interruption, are cut off."""
-        self.progress = progress
-        path = path if parallel.is_first() else Path(os.devnull)
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-        with replacing(path) as file:
-            file.writelines(line.encode() for line in lines if is_before(line, progress.step))
-        self.file = open(path, "a", encoding="utf-8")
-        self.clock = time.monotonic()
+    def __init__(self, path: Path, method: str, progress: Progress, steps: int) -> None:
+        """Go on after `progress`: what was written later, before an interruption, is cut off."""
+        self.path, self.progress, self.clock = path, progress, time.monotonic()
+        if parallel.is_first():
+            with open(path, "ab") as file:
+                file.truncate(min(progress.logged, file.tell()))
+        patience = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
+        self.bar = tqdm(total=steps, initial=progress.step, desc=method, unit="step", mininterval=patience)
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # each line was flushed; what could not be has been reported
-            self.file.close()
+        self.bar.close()
 
     def add(self, losses: torch.Tensor, tokens: int) -> None:
         """losses: (3,) tensor of one step, left on its device until they are asked for."""
@@ -90,6 +88,7 @@ class Log(contextlib.AbstractContextManager):
         window["steps"] += 1
         window["tokens"] += tokens
         self.tick(training=True)
+        self.bar.update()
 
     def tick(self, training: bool) -> None:
         """The time since the last tick counts for the run, and for the speed if it was spent on training."""
@@ -97,43 +96,31 @@ class Log(contextlib.AbstractContextManager):
         self.progress.seconds += self.clock - before
         self.progress.window["seconds"] += self.clock - before if training else 0.0
 
-    def means(self) -> list[float]:
-        """The mean losses since the last line. Waits for the device. Raises FloatingPointError if one is no number."""
-        means = (self.progress.window["losses"] / max(self.progress.window["steps"], 1)).tolist()
-        if not math.isfinite(means[0]):
-            raise diverged(f"the loss is {means[0]}", self.progress.step)
-        return means
-
-    def write_means(self, rate: float, norm: torch.Tensor) -> str:
-        """Write the means of the steps since the last time. Returns what the progress bar shows of them."""
-        loss, label, rationale = self.means()
+    def write_means(self, rate: float, norm: torch.Tensor) -> None:
+        """Write the means of the steps since the last time. Raises FloatingPointError if the loss is no number."""
+        window = self.progress.window
+        loss, label, rationale = (window["losses"] / window["steps"]).tolist()  # waits for the device
+        if not math.isfinite(loss):
+            raise diverged(f"the loss is {loss}", self.progress.step)
         self.tick(training=True)
-        speed = round(self.progress.window["tokens"] / max(self.progress.window["seconds"], 1e-9))
+        speed = round(window["tokens"] / max(window["seconds"], 1e-9))
         losses = dict(loss=loss, label_loss=label, rationale_loss=rationale)
         self.write(**losses, learning_rate=rate, gradient_norm=norm.item(), tokens_per_second=speed)
         self.progress.window = Progress().window  # a new one
-        return f"loss {loss:.3f}, {speed:,} tokens/s"
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
 
     def write_accuracy(self, accuracy: float) -> None:
         """Write what an evaluation, which has just ended, found."""
         self.tick(training=False)
         self.write(validation_accuracy=accuracy)
+        line = f"{self.bar.desc}: step {self.progress.step:,}, validation accuracy {accuracy:.1%}"
+        self.bar.write(line, file=sys.stderr)
 
     def write(self, **figures: float) -> None:
-        self.file.write(json.dumps({"step": self.progress.step} | figures) + "\n")
-        self.file.flush()
-
-
-def is_before(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # the torn last line of a killed run
-        return False
-
-
-def progress_bar(method: str, step: int, steps: int) -> tqdm:
-    patience = 0.5 if sys.stderr.isatty() else 30  # seconds between lines in a log file
-    return tqdm(total=steps, initial=step, desc=method, unit="step", mininterval=patience)
+        if parallel.is_first():
+            with open(self.path, "ab") as file:
+                file.write((json.dumps({"step": self.progress.step} | figures) + "\n").encode())
+                self.progress.logged = file.tell()
 
 
 def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> None:

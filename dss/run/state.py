@@ -28,6 +28,7 @@ class Progress:
     best_accuracy: float = -1.0
     seconds: float = 0.0  # of training and evaluation
     tokens: int = 0  # trained on, inputs and targets
+    logged: int = 0  # bytes of metrics.jsonl
     window: dict = field(  # what the log has summed since its last line
         default_factory=lambda: dict(losses=torch.zeros(3, dtype=torch.float64), steps=0, tokens=0, seconds=0.0)
     )
