@@ -39,12 +39,11 @@ from dss.loss import distillation_loss
 from dss.model import T5
 from dss.rows import Rows, load_rows, rows_for, single_rationales
 from dss.run import parallel
-from dss.run.ending import Ended, Keeper, require_finite
 from dss.run.output import claimed, find_output, forget_state, identify
 from dss.run.plan import make_plan, plan_of
 from dss.run.report import Log, introduce, report, say_what_was_cut
 from dss.run.start import choose_device, choose_dtype, choose_threads, make_model, make_tokenizer
-from dss.run.state import Progress
+from dss.run.state import Ended, Keeper, Progress
 from dss.student import Student
 from tokenizer import T5Tokenizer
 
@@ -88,12 +87,12 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
     if method == "standard-matched":
         config = replace(config, steps=matched_steps(examples, run))
     optimizer = make_optimizer(student.model, config)
-    progress = parallel.load_state(out, student, optimizer, config)
+    keeper = Keeper(out, student, optimizer, config)
+    progress = keeper.progress
     log = Log(out / "metrics.jsonl", method, progress, config.steps)
-    keeper = Keeper(out, student, optimizer, progress, config)
 
     def validate() -> None:
-        require_finite(student.model, progress.step)  # a diverged student is never the best, and never saved
+        keeper.require_finite()  # a diverged student is never the best, and never saved
         right, _ = evaluate(student, rows.validation, stop, "validation")
         accuracy, progress.evaluated = sum(right) / len(right), progress.step
         if accuracy >= progress.best_accuracy:  # a tie goes to the weights that have learned longer
@@ -118,7 +117,7 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
             parallel.check(stop)  # raises Interrupted, in all processes at the same step
         log.bar.close()
         keeper.keep_state(at_once=True)
-        parallel.load_weights(student, out / "student", config)  # the best
+        keeper.load_best()
         return test(student, rows, progress, cut, out, stop)
 
 

@@ -21,9 +21,8 @@ from data.jsonl import Record, read_jsonl, write_jsonl
 from dss.batch import LABEL, RATIONALE
 from dss.config import parse_args
 from dss.rows import load_rows, rows_for, swap_rationales
-from dss.run import parallel
 from dss.run.start import make_model
-from dss.run.state import Progress, save_state
+from dss.run.state import Keeper, Progress, save_state
 from dss.study.presets import PRESETS
 from dss.weights import load_t5, save_t5
 
@@ -386,4 +385,4 @@ def test_a_damaged_state_is_one_line(files, tmp_path, monkeypatch, capsys):
     optimizer = train.make_optimizer(student.model, parse_args([]))
     save_state(state, student.model, optimizer, vars(Progress()) | {"patience": 3})
     with pytest.raises(ValueError, match="state.pt: the state of a run by another version"):
-        parallel.load_state(state.parent, student, optimizer, parse_args([]))
+        Keeper(state.parent, student, optimizer, parse_args([]))

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import TextIO
 
 import numpy as np
@@ -29,13 +27,9 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from data.arguments import Stop
-from data.files import read_json
 from dss.config import TrainConfig
 from dss.model import T5
-from dss.run import state
-from dss.run.state import Progress
 from dss.student import Student
-from dss.weights import load_t5
 
 MOMENT = 3.0  # seconds in which a process ends by itself when another has died
 STORE: list[dist.Store] = []  # torchrun's, of the run that this process has joined
@@ -181,7 +175,7 @@ def share_out(work: Callable[[list], list], items: list) -> list:
     return results
 
 
-# ---- The student and its state, on one device or several ------------------------------------------------------------
+# ---- The student, on one device or several --------------------------------------------------------------------------
 
 
 def place(student: Student, device: torch.device, config: TrainConfig) -> Student:
@@ -201,39 +195,3 @@ def place(student: Student, device: torch.device, config: TrainConfig) -> Studen
 
 def layers(model: T5) -> list[torch.nn.Module]:
     return [*model.encoder.layers, *model.decoder.layers]
-
-
-def load_weights(student: Student, directory: Path, config: TrainConfig) -> None:
-    """Put the weights of the student in `directory` into this one."""
-    source = load_t5(directory, mapped=True)  # read from the file, not copied into memory first
-    if config.shard:
-        student.load_weights(source)
-    else:
-        student.model.load_state_dict(source.state_dict())
-
-
-def save_student(student: Student, directory: Path, config: TrainConfig) -> None:
-    if config.shard or is_first():  # all processes have a part of a sharded student; the first one writes it
-        student.save(directory)
-    wait_for_all()
-
-
-def load_state(out: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Progress:
-    """Put back the state that was saved, if any, on whatever number of processes."""
-    path, files = state_of(out, config)
-    progress = files.load_state(path, student.model, optimizer)
-    if progress and (out / "best.json").exists():  # newer than the state, or as old
-        progress |= read_json(out / "best.json")
-    if progress.keys() - vars(Progress()).keys():
-        raise ValueError(f"{path}: the state of a run by another version of this program; --overwrite starts anew")
-    return Progress(**progress)
-
-
-def state_of(out: Path, config: TrainConfig) -> tuple[Path, ModuleType]:
-    """Where a run's state is, and the module that knows its form: OUT/METHOD/state.pt, or with --shard the directory
-    state/, to which each process writes its part."""
-    if not config.shard:
-        return out / "state.pt", state
-    from dss.run import shards  # a second of imports, only where it is needed
-
-    return out / "state", shards

@@ -19,7 +19,6 @@ from data.jsonl import read_lines
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows, count_shared
 from dss.run import parallel
-from dss.run.ending import diverged
 from dss.run.state import Progress
 from dss.student import Student
 
@@ -101,7 +100,7 @@ class Log(contextlib.AbstractContextManager):
         window = self.progress.window
         loss, label, rationale = (window["losses"] / window["steps"]).tolist()  # waits for the device
         if not math.isfinite(loss):
-            raise diverged(f"the loss is {loss}", self.progress.step)
+            raise FloatingPointError(f"the loss is {loss}")
         self.tick(training=True)
         speed = round(window["tokens"] / max(window["seconds"], 1e-9))
         losses = dict(loss=loss, label_loss=label, rationale_loss=rationale)
