@@ -149,22 +149,18 @@ def draw(out: Path, groups: list[dict], lines: dict) -> tuple[list[str], str]:
     for name, x, panels in (("share", "share", shares), ("size", "parameters", sizes)):
         if len({g["student" if name == "size" else x] for g in groups}) == 1:  # a tokenizer changes the parameters
             continue
-        figure = matplotlib.figure.Figure(figsize=(6.4 * len(panels), 5))
+        figure = matplotlib.figure.Figure(figsize=(6.4 * len(panels), 5), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, (title, mine) in zip(axes, panels.items()):
             curves(axis, mine, x, lines)
-            axis.set_title(title, fontsize=10)
             label = "parameters of the student" if x == "parameters" else "share of the training rows, %"
-            axis.set(xscale="log", xlabel=label)
+            axis.set(title=title, xscale="log", xlabel=label)
             if x == "share":
                 ticks = sorted({g[x] for g in mine})
                 axis.set_xticks(ticks, [f"{100 * share:g}" for share in ticks])
                 axis.minorticks_off()
         axes[0].set_ylabel("label accuracy on the test rows, %")
-        legend = list(zip(*axes[0].get_legend_handles_labels()))
-        legend.sort(key=lambda entry: all(entry[1] != name for *_, name in LOOKS.values()))  # methods, then levels
-        figure.legend(*zip(*legend), loc="lower center", ncols=2, fontsize=9)
-        figure.tight_layout(rect=(0, 0.05 * ((len(legend) + 1) // 2) + 0.01, 1, 1))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
         with replacing(out / f"accuracy_by_{name}.png") as file:
             figure.savefig(file, dpi=150, format="png")
         made.append(f"accuracy_by_{name}.png")
@@ -184,6 +180,4 @@ def curves(axis: object, groups: list[dict], x: str, lines: dict) -> None:
     for (name, level), style in zip(lines.items(), ("--", ":")):
         if level is not None:
             axis.axhline(100 * level, color="black", linestyle=style, linewidth=1, label=f"{name} ({100 * level:.1f})")
-    low, high = axis.get_ylim()
-    axis.set_ylim(max(low - 2, -2), min(high + 2, 102))
     axis.grid(alpha=0.3)
