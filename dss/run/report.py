@@ -148,18 +148,16 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     gold = "teacher's" if config.labels == "teacher" and which == "validation" and not config.eval_data else "gold"
     print(f"\nThe first {len(shown['samples'])} {which} rows, as the {shown['method']} student answers them:")
     for sample in shown["samples"]:
-        print(f"\n  question   {indent(sample['input'])}")
-        print(f"  predicted  {indent(sample['prediction']) or '(nothing)'}   ({gold}: {sample['label']})")
-        if sample["rationale"]:
-            print(f"  because    {textwrap.shorten(sample['rationale'], 400, placeholder=' ...')}")
+        texts = (sample[key] or "" for key in ("input", "prediction", "rationale"))
+        question, answer, why = (textwrap.shorten(text, 400, placeholder=" ...") for text in texts)
+        print(f"\n  question   {question}\n  predicted  {answer or '(nothing)'}   ({gold}: {sample['label']})")
+        if why:
+            print(f"  because    {why}")
     print(f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, for transformers too.")
     trained, left = ([m for m in METHODS if (out / m / "result.json").exists() == done] for done in (True, False))
     if left:
         print(f"Next: the same command with --resume --method {' '.join(trained)} NAME adds a student")
         print(f"      (NAME is one of {', '.join(left)})")
-    if not config.data:
-        print(f"      python -m data.toy --out D --seed {config.seed} writes these rows as JSONL; then with your own:")
-        print("      python train.py --data F.jsonl --test-data G.jsonl --weights google/t5-v1_1-base")
 
 
 def too_short(result: dict, metrics: Path, commonest: float) -> str:
@@ -207,7 +205,3 @@ def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[flo
     low, high = np.percentile(means, [2.5, 97.5])
     p = min(1.0, 2 * min(np.sum(means <= 0) + 1, np.sum(means >= 0) + 1) / (RESAMPLES + 1))
     return float(np.mean([d.mean() for d in differences])), float(low), float(high), float(p)
-
-
-def indent(text: str) -> str:
-    return text.replace("\n", "\n" + " " * 13)
