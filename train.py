@@ -38,12 +38,10 @@ from dss.config import TrainConfig, parse_args
 from dss.loss import distillation_loss
 from dss.model import T5
 from dss.rows import Rows, load_rows, rows_for, single_rationales
-from dss.run import parallel
-from dss.run.output import claimed, find_output, forget_state, identify
+from dss.run import parallel, start
 from dss.run.plan import make_plan, plan_of
 from dss.run.report import Log, introduce, report, say_what_was_cut
-from dss.run.start import choose_device, choose_dtype, choose_threads, make_model, make_tokenizer
-from dss.run.state import Ended, Keeper, Progress
+from dss.run.state import Ended, Keeper, Progress, forget_state
 from dss.student import Student
 from tokenizer import T5Tokenizer
 
@@ -58,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             run = prepare(config)
             notice = "stopping after this step; Ctrl-C again ends at once"
-            with claimed(run.out, config, run.identity), Stop(notice) as stop:
+            with start.claimed(run.out, config, run.identity), Stop(notice) as stop:
                 if parallel.is_first():
                     run.student.tokenizer.save(run.out)
                 results = [train(run, method, stop) for method in config.method]
@@ -147,9 +145,9 @@ def train_step(
 def evaluate(student: Student, rows: list[Record], stop: Stop, what: str) -> tuple[list[bool], list[tuple]]:
     """(right or not, (label, rationale)) of the student's answer to each row, by `predict:` alone."""
     found, size = [], 256 * parallel.size()
-    for start in tqdm(range(0, len(rows), size), desc=what, unit="batch", leave=False, delay=3):
+    for first in tqdm(range(0, len(rows), size), desc=what, unit="batch", leave=False, delay=3):
         parallel.check(stop)
-        found += parallel.share_out(lambda some: list(zip(*student.evaluate(some))), rows[start : start + size])
+        found += parallel.share_out(lambda some: list(zip(*student.evaluate(some))), rows[first : first + size])
     return [right for right, _ in found], [answer for _, answer in found]
 
 
@@ -204,20 +202,21 @@ class Run:
 
 def prepare(config: TrainConfig) -> Run:
     """Raises OSError or ValueError, in one line, for whatever the user can put right."""
-    device = choose_device(config.device, config.dtype)
-    config = replace(config, dtype=choose_dtype(config.dtype, device))
+    device = start.choose_device(config.device, config.dtype)
+    config = replace(config, dtype=start.choose_dtype(config.dtype, device))
     kernels.choice(device)  # raises for a DSS_KERNELS that cannot be
-    parallel.require_as_many(config.processes)
+    if config.processes not in (0, parallel.size()):
+        raise ValueError(f"--processes: torchrun --nproc_per_node={config.processes} train.py starts so many")
     rows = load_rows(config)
-    out = find_output(config, rows.name)
-    tok = make_tokenizer(config, rows, out)
+    out = start.find_output(config, rows.name)
+    tok = start.make_tokenizer(config, rows, out)
     make_plan(config, rows, tok, device).require_fit()
-    model = make_model(config, tok)
-    choose_threads(config.threads, model)
+    model = start.make_model(config, tok)
+    start.choose_threads(config.threads, model)
     lengths = {name: getattr(config, name) for name in ("max_input_length", "max_target_length", "max_new_tokens")}
     student = Student(model, tok, metric=rows.metric, labels=rows.labels, dtype=config.dtype, **lengths)
     introduce(rows, student, config, device)
-    return Run(config, rows, student, device, out, identify(config, rows, tok))
+    return Run(config, rows, student, device, out, start.identify(config, rows, tok))
 
 
 # ---- What a step needs ----------------------------------------------------------------------------------------------

@@ -47,12 +47,6 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def require_as_many(processes: int) -> None:
-    """Raise ValueError unless there are as many processes as --processes says, if it says so."""
-    if processes not in (0, size()):
-        raise ValueError(f"--processes {processes}: start it with torchrun --nproc_per_node={processes} train.py")
-
-
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """Be one of the processes that torchrun started, if it did, for the block. All but the first are silent.

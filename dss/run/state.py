@@ -7,6 +7,7 @@ case that state.pt is damaged.
 
 import contextlib
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -136,6 +137,12 @@ class Keeper(contextlib.AbstractContextManager):
         elif not isinstance(error, OSError):
             return  # there is no error, or a mistake of the program's, which keeps its traceback
         raise Ended(1, f"{line}; {kept}") from None
+
+
+def forget_state(out: Path) -> None:
+    """Delete from OUT/METHOD what only an unfinished run needs."""
+    for path in [*out.glob("state*"), out / "best.json"]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # ---- state.pt -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from data.files import read_json
 from data.jsonl import read_jsonl
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
 from dss.rows import load_rows
-from dss.run.output import find_output, identify, require_free, require_same
+from dss.run.start import find_output, identify, require_free, require_same
 from dss.study.presets import PRESETS
 from dss.study.report import levels, write_report
 from dss.weights import locate
