@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             run = prepare(config)
             notice = "stopping after this step; Ctrl-C again ends at once"
-            with start.claimed(run.out, config, run.identity), Stop(notice) as stop:
+            with start.claimed(run.out, run.config, run.rows, run.student.tokenizer), Stop(notice) as stop:
                 if parallel.is_first():
                     run.student.tokenizer.save(run.out)
                 results = [train(run, method, stop) for method in config.method]
@@ -77,8 +77,6 @@ def train(run: "Run", method: str, stop: Stop) -> dict:
     config, rows, out = run.config, run.rows, run.out / method
     if (out / "result.json").exists():  # under --resume: done before
         return read_json(out / "result.json")
-    if parallel.is_first():
-        write_json(out / "config.json", run.identity | {"method": method})
     student = parallel.place(replace(run.student, method=method), run.device, config)
     examples, cut = make_examples(rows.train, method, config, student.tokenizer)
     say_what_was_cut(method, cut, config)
@@ -197,7 +195,6 @@ class Run:
     student: Student  # untrained, on the CPU; every method starts from these weights
     device: torch.device
     out: Path
-    identity: dict  # what config.json says
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -216,7 +213,7 @@ def prepare(config: TrainConfig) -> Run:
     lengths = {name: getattr(config, name) for name in ("max_input_length", "max_target_length", "max_new_tokens")}
     student = Student(model, tok, metric=rows.metric, labels=rows.labels, dtype=config.dtype, **lengths)
     introduce(rows, student, config, device)
-    return Run(config, rows, student, device, out, start.identify(config, rows, tok))
+    return Run(config, rows, student, device, out)
 
 
 # ---- What a step needs ----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data.arguments import flag
-from data.files import locked, read_json
+from data.files import locked, read_json, write_json
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR
 from dss.config import METHODS, SIZES, T5Config, TrainConfig
 from dss.model import T5
@@ -154,7 +154,7 @@ def identify(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer | None = No
 
 
 @contextmanager
-def claimed(out: Path, config: TrainConfig, identity: dict) -> Iterator[None]:
+def claimed(out: Path, config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer) -> Iterator[None]:
     """Hold the output directory for the block; the first process holds it for all. With --overwrite, old output is
     deleted; with --resume, it must be of the same run.
 
@@ -166,6 +166,7 @@ def claimed(out: Path, config: TrainConfig, identity: dict) -> Iterator[None]:
         if parallel.is_first():
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(out / "run"))
+            identity = identify(config, rows, tokenizer)
             if config.resume:
                 for method in METHODS:
                     require_same(out / method, identity)
@@ -177,25 +178,24 @@ def claimed(out: Path, config: TrainConfig, identity: dict) -> Iterator[None]:
                 (out / method).mkdir(exist_ok=True)
                 if (out / method / "result.json").exists():
                     forget_state(out / method)
+                else:
+                    write_json(out / method / "config.json", identity | {"method": method})
         parallel.wait_for_all()
         yield
 
 
 def require_same(directory: Path, identity: dict) -> None:
     """Raise ValueError, naming the setting, if OUT/METHOD holds a run of another identity."""
-    if (directory / "config.json").exists():
-        before = read_json(directory / "config.json")
-        for key, now in json.loads(json.dumps(identity)).items():
-            if key not in FREE and not same_setting(key, before.get(key), now):
-                other = {"rows_sha256": "other rows", "tokenizer_sha256": "another tokenizer"}.get(key)
-                other = other or f"{setting(key, before.get(key))}, not {setting(key, now)}"
-                raise ValueError(f"--resume: {directory} was started with {other}; another --out starts anew")
-
-
-def same_setting(key: str, before: object, now: object) -> bool:
-    if key == "weights" and before and now:
-        return Path(before).resolve() == Path(now).resolve()
-    return before == now or (key == "dtype" and now == "auto")
+    if not (directory / "config.json").exists():
+        return
+    before = read_json(directory / "config.json")
+    for key, now in json.loads(json.dumps(identity)).items():
+        was = before.get(key)
+        same = key in FREE or was == now or (key == "dtype" and now == "auto")
+        if not same and not (key == "weights" and was and now and Path(was).resolve() == Path(now).resolve()):
+            other = {"rows_sha256": "other rows", "tokenizer_sha256": "another tokenizer"}.get(key)
+            other = other or f"{setting(key, was)}, not {setting(key, now)}"
+            raise ValueError(f"--resume: {directory} was started with {other}; another --out starts anew")
 
 
 def setting(key: str, value: object) -> str:
