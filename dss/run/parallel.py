@@ -162,11 +162,9 @@ def share_out(work: Callable[[list], list], items: list) -> list:
     """work(items), a result for each item: each process works on some of them, and has the results of all."""
     if size() == 1:
         return work(items)
-    results, gathered = [None] * len(items), [None] * size()
-    dist.all_gather_object(gathered, work(items[rank() :: size()]))
-    for r, part in enumerate(gathered):
-        results[r :: size()] = part
-    return results
+    n, parts = size(), [None] * size()
+    dist.all_gather_object(parts, work(items[rank() :: n]))
+    return [parts[i % n][i // n] for i in range(len(items))]
 
 
 # ---- The student, on one device or several --------------------------------------------------------------------------

@@ -191,11 +191,10 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
 
 def is_sound(path):
     """Whether a file ends in the digest of all before it."""
-    size = path.stat().st_size - DIGEST if path.is_file() else -1
-    if size < 0:
+    if not path.is_file():
         return False
     with open(path, "rb") as file:
-        file.seek(size)
+        size = file.seek(max(0, path.stat().st_size - DIGEST))
         return file.read() == digest(path, size)
 
 

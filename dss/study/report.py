@@ -11,6 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -66,18 +67,17 @@ def read_run(name: str, cell: TrainConfig, method: str) -> dict:
 def summarise(runs: list[dict]) -> list[dict]:
     """One dict for each labels x student x share x method: figures over its seeds, and the gain over standard."""
     groups = []
-    for key in dict.fromkeys((r["labels"], r["student"], r["share"], r["method"]) for r in runs):
-        mine = [r for r in runs if (r["labels"], r["student"], r["share"], r["method"]) == key]
-        base = {r["run"]: r for r in runs if r["method"] == "standard"}
-        group = dict(zip(("labels", "student", "share", "method"), key)) | {
-            "seeds": [r["seed"] for r in mine],
-            "accuracies": [r["accuracy"] for r in mine],
-            "accuracy": mean(r["accuracy"] for r in mine),
-            "deviation": float(np.std([r["accuracy"] for r in mine], ddof=1)) if len(mine) > 1 else None,
-            **{k: mean(r[k] for r in mine) for k in ("rows", "steps", "tokens", "seconds", "parameters")},
-        }
-        pairs = [r["answers"] - base[r["run"]]["answers"] for r in mine if r["run"] in base]
-        if pairs and key[-1] != "standard":
+    standard = {r["run"]: r["answers"] for r in runs if r["method"] == "standard"}
+    of_group = itemgetter("labels", "student", "share", "method")
+    for key in dict.fromkeys(map(of_group, runs)):
+        mine = [r for r in runs if of_group(r) == key]
+        accuracies = [r["accuracy"] for r in mine]
+        group = dict(zip(("labels", "student", "share", "method"), key))
+        group |= dict(seeds=[r["seed"] for r in mine], accuracies=accuracies, accuracy=mean(accuracies))
+        group |= dict(deviation=float(np.std(accuracies, ddof=1)) if len(mine) > 1 else None)
+        group |= {k: mean(r[k] for r in mine) for k in ("rows", "steps", "tokens", "seconds", "parameters")}
+        pairs = [r["answers"] - standard[r["run"]] for r in mine if r["run"] in standard]
+        if pairs and group["method"] != "standard":
             gain, low, high, p = paired_difference(pairs)
             group |= dict(gain=gain, interval=[low, high], p=p, seeds_needed=seeds_needed(gain, low, high, len(pairs)))
         groups.append(group)
