@@ -80,26 +80,20 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
     passes = [pass_of(config, method, rows, tokenizer, n) for method in config.method]
     kept = max(activations(model, batch, config, gpu, parts) for batch in passes)
     waiting = 0 if gpu or config.shard or len(config.method) == 1 else 4 * P  # the first weights, for the next method
-    least = (8 * P + state) / parts / GB  # weights, gradients and optimiser
-    peak, there = least + (kept + waiting) / GB, config.device_gb or memory_of(device) / GB
-    smaller = "" if config.shard else "--shard with more processes or " if n == 1 else "--shard or "
-    smaller += "--optimizer adafactor" if adam and not config.shard else "a smaller student"
-    saver = "" if config.micro_batch == 1 else "a smaller --micro-batch or "
-    saver += "a smaller student" if config.checkpoint_activations else "--checkpoint-activations"
-    alone = f"weights, gradients and optimiser alone take {least:.1f} GB of {there:.1f}; {smaller} takes less"
-    together = f"activations may bring the total to {peak:.1f} GB of {there:.1f}; {saver} takes less"
-    return Plan(
-        what=f"{config.weights or config.size}, {P:,} parameters, {config.optimizer}, {config.dtype}, "
-        f"{n} {'device' if n == 1 else 'devices'}{', sharded' * config.shard}",
-        weights=4 * P / parts / GB,
-        gradients=4 * P / parts / GB,
-        optimizer=state / parts / GB,
-        activations=kept / GB,
-        peak=peak,
-        device=there,
-        problem=alone if least > there else "",
-        warning=together if peak > there else "",
-    )
+    weights, optimizer = 4 * P / parts / GB, state / parts / GB  # gradients are as large as weights
+    least, there = 2 * weights + optimizer, config.device_gb or memory_of(device) / GB
+    peak, problem, warning = least + (kept + waiting) / GB, "", ""
+    if least > there:
+        smaller = "" if config.shard else "--shard with more processes or " if n == 1 else "--shard or "
+        smaller += "--optimizer adafactor" if adam and not config.shard else "a smaller student"
+        problem = f"weights, gradients and optimiser alone take {least:.1f} GB of {there:.1f}; {smaller} takes less"
+    elif peak > there:
+        saver = "" if config.micro_batch == 1 else "a smaller --micro-batch or "
+        saver += "a smaller student" if config.checkpoint_activations else "--checkpoint-activations"
+        warning = f"activations may bring the total to {peak:.1f} GB of {there:.1f}; {saver} takes less"
+    what = f"{config.weights or config.size}, {P:,} parameters, {config.optimizer}, {config.dtype}, {n} device"
+    what += "s" * (n > 1) + ", sharded" * config.shard
+    return Plan(what, weights, weights, optimizer, kept / GB, peak, there, problem, warning)
 
 
 def pass_of(config: TrainConfig, method: str, rows: Rows, tokenizer: T5Tokenizer, n: int) -> Batch:
@@ -118,7 +112,7 @@ def activations(model: T5, batch: Batch, config: TrainConfig, gpu: bool, parts: 
     """Bytes that a pass keeps for its backward pass, and those that come and go while both run."""
     layers = parallel.layers(model)
     kept, place = [0] * (len(layers) + 1), 0  # of each layer, and first of what lies outside of them
-    seen = {p.untyped_storage()._cdata: p for p in model.parameters()}  # keeps them, lest a place be used again
+    seen = {p.untyped_storage()._cdata: p for p in model.parameters()}  # held, so that no place in memory is used again
 
     def enter(number: int, *_: object) -> None:
         nonlocal place
