@@ -13,13 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
@@ -60,8 +55,8 @@ class ShardedStudent(Student):
     def save(self, directory: Path) -> None:
         """`Student.save` by the first process, which gathers the weights in the CPU's memory."""
         self.model.reshard()
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)  # empty in the others
+        options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = states.get_model_state_dict(self.model, options=options)  # empty in the others
         if is_first():
             with torch.device("meta"):
                 whole = T5(self.model.config)
@@ -142,10 +137,10 @@ def load_state(path: Path, model: T5, optimizer: torch.optim.Optimizer) -> dict:
         dcp.load(tensors, checkpoint_id=path)
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as problem:
         raise ValueError(f"{path}: not the state of this run ({one_line(problem)})") from None
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    states.set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     return progress
 
 
 def tensors_of(model: T5, optimizer: torch.optim.Optimizer) -> dict:
     model.reshard()
-    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
+    return dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer)))
