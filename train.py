@@ -198,7 +198,7 @@ class Run:
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Raises OSError or ValueError, in one line, for whatever the user can put right."""
+    """Raises OSError or ValueError, in one line, for what the user can put right."""
     device = start.choose_device(config.device, config.dtype)
     config = replace(config, dtype=start.choose_dtype(config.dtype, device))
     kernels.choice(device)  # raises for a DSS_KERNELS that cannot be

@@ -25,11 +25,11 @@ OPERATORS |= {ast.UAdd: operator.pos, ast.USub: operator.neg}
 
 
 def read_answer(output: str, next_examples: Iterable[str], markers: list[str], read: Callable, same: Callable) -> tuple:
-    """One raw output -> (rationale, label, the text behind the marker), each a text or None.
+    """One raw output -> (rationale, label, the text after the marker), each a text or None.
 
     What begins with one of `next_examples` is an invented next example and is cut off first. `markers` are in order of
-    preference: of those that have a label behind them, the best one divides rationale and answer. `read` finds the
-    label in the text behind a marker; an output with two labels that are not the `same` has none.
+    preference: of those that have a label after them, the best one divides rationale and answer. `read` finds the
+    label in the text after a marker; an output with two labels that are not the `same` has none.
     """
     for text in next_examples:
         output = output.split(text)[0]

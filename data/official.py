@@ -6,7 +6,7 @@ becomes NAME_SPLIT.jsonl, and NAME_SPLIT_gpt-neox.jsonl beside it.
 
 An output is a rationale, a marker, an answer ("... So the answer is (c) wooded area.") and nearly always an invented
 next example, which is cut off first. Without a marker it ended in mid-thought, and the row has neither rationale nor
-teacher label. A marker with no usable answer behind it (two choices, an unknown x) leaves the rationale alone.
+teacher label. A marker with no usable answer after it (two choices, an unknown x) leaves the rationale alone.
 """
 
 from collections.abc import Callable, Iterator

@@ -49,7 +49,7 @@ class Segments(NamedTuple):
 class Batch:
     input_ids: torch.Tensor  # (T_in,) int64, all inputs
     inputs: Segments
-    decoder_input_ids: torch.Tensor  # (T,) int64, all targets, each shifted right behind a start token
+    decoder_input_ids: torch.Tensor  # (T,) int64, all targets, each shifted right, after a start token
     labels: torch.Tensor  # (T,) int64, the tokens to predict
     task: torch.Tensor  # (T,) int64, LABEL or RATIONALE (or neither: NOTHING) for each target token
     targets: Segments
@@ -122,7 +122,7 @@ def segments(lengths: list[int], device: Device = "cpu") -> Segments:
 
 
 def pack(sequences: list[Sequence], device: Device = "cpu", start_token: int = 0) -> Batch:
-    """A non-empty list of Sequences, each side of each non-empty, as one Batch on `device`."""
+    """A non-empty list of Sequences, inputs and targets non-empty, as one Batch on `device`."""
 
     def stream(ids: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(ids.astype(np.int64)), device)

@@ -56,13 +56,13 @@ Rows = list[list[Sequence]]  # each row's two sequences, LABEL and RATIONALE
 class BenchConfig:
     """Time whole training steps and decoding, ours beside transformers and CTranslate2 where they are installed."""
 
-    data: tuple[str, ...] = ()  # rows with rationales, JSONL files; none: the embedded task
-    weights: str = ""  # public T5 weights, a directory or a hub id; none: random weights
+    data: tuple[str, ...] = ()  # rows with rationales, JSONL files; default: the embedded task
+    weights: str = ""  # public T5 weights, a directory or a hub id; default: random weights
     size: Literal[tuple(SIZES)] = "tiny"  # shape of a student with random weights
     batch_size: int = 16  # rows of a training step
     questions: int = 256  # inputs to decode
     what: tuple[Literal["training", "decoding"], ...] = ("training", "decoding")  # which of the two
-    repeats: int = 7  # turns that are counted, after one that is not
+    repeats: int = 7  # timed turns, after one that warms up
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     threads: int = 0  # CPU threads; 0: as train.py chooses
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast, for PyTorch's implementations
@@ -92,7 +92,7 @@ class Setting:
     """What all implementations are given: rows, a directory with the model as transformers loads it, device, dtype."""
 
     def __init__(self, config: BenchConfig, directory: Path):
-        """Raises OSError or ValueError, in one line, for whatever the user can put right."""
+        """Raises OSError or ValueError, in one line, for what the user can put right."""
         shared = {name: getattr(config, name) for name in ("data", "weights", "size", "device", "dtype", "threads")}
         train = TrainConfig(**shared)
         train.check()

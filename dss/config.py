@@ -83,7 +83,7 @@ SIZES |= {f"mt5-{name}": t5(*shape, **MT5) for name, shape in SHAPES.items()}
 METHODS = (  # what a student trains on: dss/batch.py
     "standard",  # the label
     "dss",  # step-by-step: the label and, as a second task, the rationale
-    "label_first",  # label, then rationale, in one target; an answer ends behind the label
+    "label_first",  # label, then rationale, in one target; an answer ends after the label
     "single_task",  # rationale, then label, in one target
     "dss-shuffled",  # control: dss with each rationale from another row
     "dss-scrambled",  # control: dss with the words of each rationale in random order
@@ -100,21 +100,21 @@ class TrainConfig:
     # Each default stands here and nowhere else; each comment is the help text of its flag.
 
     # data
-    data: tuple[str, ...] = ()  # training rows, JSONL files; none: the embedded task
-    eval_data: str = ""  # validation rows, JSONL; none: cut from the training rows
+    data: tuple[str, ...] = ()  # training rows, JSONL files; default: the embedded task
+    eval_data: str = ""  # validation rows, JSONL; default: cut from the training rows
     test_data: str = ""  # test rows, JSONL, answered once, at the end
     eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval-data is not given
-    subsample: float = 1.0  # share of all labelled rows used, validation cut included; smaller shares lie in larger
-    labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or beyond --subsample
+    subsample: float = 1.0  # share of all labelled rows used, validation cut included; a larger share adds to it
+    labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or not in --subsample
     # method
     method: tuple[Literal[METHODS], ...] = ("standard", "dss")  # a student for each, in this order: dss/README.md
-    lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale
+    lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale, for the dss methods
     # student
-    weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; none: random weights
+    weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; default: random weights
     size: Literal[tuple(SIZES)] = "tiny"  # shape of a student with random weights
-    spiece: str = ""  # SentencePiece model; none: the one beside --weights, else one trained on the training rows
+    spiece: str = ""  # SentencePiece model; default: the one beside --weights, else one trained on the training rows
     vocab_size: int = 4000  # most pieces of a tokenizer trained on the training rows
-    dropout: float | None = None  # dropout rate; unset: the student's own
+    dropout: float | None = None  # dropout rate; default: the student's own
     max_input_length: int = 1024  # tokens of an input, prefix included; longer ones are cut
     max_target_length: int = 256  # tokens of a target in training, and of a written rationale; longer ones are cut
     max_new_tokens: int = 64  # tokens of a predicted label
@@ -122,17 +122,17 @@ class TrainConfig:
     steps: int = 3000  # optimiser steps
     batch_size: int = 32  # rows a step; a row with a rationale is two sequences under dss
     micro_batch: int = 0  # rows a device computes at a time, to save memory; 0: all; only dropout draws change
-    lr: float | None = None  # peak learning rate; unset: 1e-3 from random weights, 5e-5 (the paper's) from --weights
+    lr: float | None = None  # peak learning rate; default: 1e-3 from random weights, 5e-5 (the paper's) from --weights
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0, or level
     warmup: int = 100  # steps of linear warm-up
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # torch.optim's
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # of torch.optim
     beta2: float = 0.98  # AdamW's second decay rate
     weight_decay: float = 0.01  # decoupled weight decay
     clip: float = 1.0  # largest gradient norm; 0: no clipping
-    seed: int = 0  # of the weights, the order of rows, dropout and every draw from the data
+    seed: int = 0  # random seed of weights, order of rows, dropout and every draw from the data
     # evaluation
     eval_every: int = 200  # steps between looks at the validation rows; the best weights are kept
-    metric: Literal[("auto", *METRICS)] = "auto"  # how a label counts as right; auto: by the rows
+    metric: Literal[("auto", *METRICS)] = "auto"  # how a label counts as right; auto: guessed from the rows
     log_every: int = 20  # steps between lines of metrics.jsonl
     # machine and files
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
@@ -142,9 +142,9 @@ class TrainConfig:
     checkpoint_activations: bool = False  # compute each layer again in the backward pass, to save memory
     save_minutes: float = 10.0  # minutes between saved states, which --resume goes on from; 0: at every evaluation
     plan: bool = False  # print the memory that the run needs on each device, and end
-    processes: int = 0  # number of torchrun processes, and of devices that --plan computes for; 0: as many as run
+    processes: int = 0  # number of torchrun processes (checked), or of devices to --plan for; 0: those that run
     device_gb: float = 0.0  # memory of a device, in GB; 0: of the one that is here
-    out: str = ""  # output directory; none: runs/NAME_OF_DATA
+    out: str = ""  # output directory; default: runs/NAME_OF_DATA
     resume: bool = False  # continue what --out holds: finished students are kept, an unfinished one goes on
     overwrite: bool = False  # replace the students that --out holds
 
@@ -169,7 +169,7 @@ class TrainConfig:
             require(math.isfinite(getattr(self, name) or 0), name, "a finite number", self)
         require(self.seed < 2**63, "seed", "below 2**63", self)
         require(self.threads <= (os.cpu_count() or 1), "threads", f"at most {os.cpu_count()}, the CPUs here", self)
-        require(not (self.resume and self.overwrite), "resume", "given without --overwrite", self)
+        require(not (self.resume and self.overwrite), "resume", "left out beside --overwrite", self)
         if self.shard and self.optimizer == "adafactor":
             raise ValueError("--shard goes with --optimizer adamw: torch's Adafactor cannot work on parts")
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)

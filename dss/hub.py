@@ -5,7 +5,7 @@
 Files land in $DSS_CACHE/ORG--NAME (default ~/.cache/dss), or are linked from Hugging Face's own cache. One is kept if
 its size and digest are those that the hub states, or, where it states none, if it can be read as what it should be. An
 interrupted download (.part) is continued, a file that you delete is downloaded again. HF_ENDPOINT names another hub,
-HF_TOKEN is shown to the hub alone, HF_HUB_OFFLINE=1 forbids all downloads.
+HF_TOKEN is sent to the hub alone, HF_HUB_OFFLINE=1 forbids all downloads.
 """
 
 import contextlib

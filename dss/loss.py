@@ -2,8 +2,8 @@
 
 Each term is the mean cross-entropy over its own target tokens. The means are taken over the whole optimiser step:
 N_label and N_rationale count the targets of all its micro-batches on all devices. Losses and gradients of these parts
-are then summed, never averaged, and do not depend on how a step is divided. (The released code weighs the terms alpha
-and 1 - alpha; with alpha = 1 / (1 + lambda) its loss is ours times alpha.)
+are then summed, never averaged. Apart from dropout's draws they do not depend on how a step is divided. (The released
+code weighs the terms alpha and 1 - alpha; with alpha = 1 / (1 + lambda) its loss is ours times alpha.)
 """
 
 from torch import Tensor

@@ -123,7 +123,8 @@ class Stack(nn.Module):
 class Layer(nn.Module):
     """One layer: T5 normalises the input of each part and adds its output to what came in ("pre-norm").
 
-    Each part returns the residual stream x and its own output, which the next norm adds to x: one kernel does both.
+    A layer returns the residual stream x and the output of its last part, which the next norm adds to x: one kernel
+    does both.
     """
 
     def __init__(self, config: T5Config, is_decoder: bool):
@@ -181,7 +182,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """T5 1.0: relu(x U) D. T5 1.1: (gelu(x G) * x U) D, gated. Dropout sits before the last matrix."""
+    """T5 1.0: relu(x U) W. T5 1.1: (gelu(x G) * x U) W, gated. Dropout sits before the last matrix."""
 
     def __init__(self, config: T5Config):
         super().__init__()

@@ -108,7 +108,7 @@ def list_choices(record: Record) -> list[str]:
     """The choices that a question lists, in order, one given twice once. Raises ValueError if it lists none."""
     choices = list(dict.fromkeys(choice for _, choice in CHOICES.findall(record.input)))
     if not choices:
-        raise ValueError(f'row {record.id}: --choices, but the input lists none, a line each: "(a) park"')
+        raise ValueError(f'row {record.id}: --choices, but the input lists none, such as a line "(a) park"')
     return choices
 
 
@@ -132,7 +132,7 @@ def print_report(judged: Counter) -> None:
 
 
 def read_rows(source: io.BufferedIOBase, args: argparse.Namespace) -> Iterator[Row]:
-    """Yield (Record, its line of JSON or None) from a binary file. Raises ValueError for a line that is no record."""
+    """Yield (Record, its line of JSON or None) from a binary file. Raises ValueError for an invalid record."""
     is_json, known = args.format == "jsonl", args.format != "auto"
     for where, _, text in read_lines(source, "standard input" if args.file == "-" else args.file):
         if not known and text.strip():
@@ -152,7 +152,7 @@ def as_they_come(rows: Iterator, most: int) -> Iterator[list]:
             for row in rows:
                 waiting.put(row)
             waiting.put(None)
-        except Exception as error:  # raised below, behind the rows before it
+        except Exception as error:  # raised below, after the rows before it
             waiting.put(error)
 
     threading.Thread(target=read, daemon=True).start()
@@ -175,7 +175,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("student", help="directory of a student (OUT/METHOD/student), or any T5 that was trained with these prefixes")
     add("file", nargs="?", default="-", metavar="FILE", help="rows as JSONL, or an input a line; -: standard input [-]")
     add("--format", choices=("auto", "jsonl", "lines"), default="auto", help="auto: JSONL if a row begins with {")
-    add("--output", default="", metavar="FILE", help="file to write, whole or not at all; none: standard output")
+    add("--output", default="", metavar="FILE", help="file to write, whole or not at all; default: standard output")
     closed = parser.add_mutually_exclusive_group()
     which = "answer with the likeliest of these labels; none named: of those that the student was trained on"
     closed.add_argument("--labels", nargs="*", metavar="LABEL", help=which)
@@ -184,7 +184,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--scores", action="store_true", help="the probability of each label of the set, for a threshold of your own")
     add("--explain", action="store_true", help='add the student\'s own rationale as "explanation"')
     add("--batch-size", type=int, default=64, metavar="N", help="rows at a time [64]")
-    kept = "unset: as in its training"
+    kept = "default: as in its training"
     add("--max-input-length", type=int, metavar="N", help=f"tokens; longer inputs are cut; {kept}")
     add("--max-new-tokens", type=int, metavar="N", help=f"tokens of a label; {kept}")
     add("--max-target-length", type=int, metavar="N", help=f"tokens of an explanation; {kept}")
@@ -198,7 +198,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.scores and args.labels is None and not args.choices:
         parser.error("--scores needs a closed set: --labels A B C, or --choices for those that each input lists")
     if args.format == "auto" and args.file.endswith((".csv", ".tsv")):
-        parser.error(f"{args.file}: a table; give JSONL or an input a line; --format lines labels lines as they are")
+        parser.error(f"{args.file}: a table; give JSONL or one input per line; --format lines labels lines as they are")
     if args.file == "-" and args.labels and os.path.exists(args.labels[-1]):
         parser.error(f"{args.labels[-1]} would be a label; the file stands before --labels")
     if args.labels and (len(set(args.labels)) < len(args.labels) or not all(label.strip() for label in args.labels)):

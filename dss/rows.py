@@ -30,7 +30,7 @@ def load_rows(config: TrainConfig, read: Callable[[str], Iterable[Record]] = rea
     labels of training: with --labels teacher, students are selected on a teacher's labels. Test labels are always gold.
     --subsample is the share of all labelled rows of --data, and the validation cut comes out of that share. With
     --labels gold-or-teacher it is the share of gold labels; every other row with a teacher's label trains on that, as
-    the paper does with unlabelled questions (section 4.2). read: of a file; a study reads each once for all its runs.
+    the paper does with unlabelled questions (section 4.2). read: reads a file; a study reads each once for all runs.
     """
     if config.data:
         name = Path(config.data[0]).stem
@@ -77,7 +77,7 @@ def require_rationales(files: str, rows: list[Record], config: TrainConfig) -> N
     for method in config.method:
         least = {"standard": 0, "standard-matched": 0, "dss-shuffled": 2}.get(method, 1)
         if having < least and (config.lam or not method.startswith("dss")):
-            few = "no training row has" if not having else "one training row alone has"
+            few = "no training row has" if not having else "only one training row has"
             raise ValueError(f"{files}: {few} a rationale, too few for --method {method}; --method standard needs none")
 
 

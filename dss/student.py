@@ -42,7 +42,7 @@ class Student:
     def load(cls, directory: str | Path, device: str | torch.device = "cpu", **settings) -> "Student":
         """The student in OUT/METHOD/student, or any T5 (a directory or a hub id) trained with these prefixes.
 
-        settings: fields to set, whatever dss.json says. Raises OSError or ValueError, naming the file.
+        settings: fields that override dss.json. Raises OSError or ValueError, naming the file.
         """
         if (Path(directory) / "student").is_dir():
             raise ValueError(f"{directory}: this is the output of a run; its student is {directory}/student")

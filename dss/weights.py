@@ -69,8 +69,8 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
             raise ValueError(f"{directory}: the weights lack {key}")
         if (found := tensors[key].shape) != shape:
             raise ValueError(f"{directory}: {key} is {list(found)}, but config.json makes it {list(shape)}")
-    if homeless := sorted(tensors.keys() - shapes):
-        raise ValueError(f"{directory}: {len(homeless)} tensors have no place in this T5: {', '.join(homeless[:3])}")
+    if others := sorted(tensors.keys() - shapes):
+        raise ValueError(f"{directory}: {len(others)} tensors have no place in this T5: {', '.join(others[:3])}")
     if mapped:
         model.load_state_dict({n: tensors[checkpoint_name(n, model)] for n, _ in model.named_parameters()}, assign=True)
         return model.eval()
@@ -133,7 +133,7 @@ def locate(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
 def weight_files(directory: Path, has: Callable[[str], bool]) -> list[str]:
     """The names of the files that hold a checkpoint's weights, whole or in shards; [] if there are none.
 
-    has(name) says whether `directory` has a file, or sees to it. Raises ValueError for an index that is none.
+    has(name) says whether `directory` has a file, or downloads it. Raises ValueError for an invalid index.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if has(name):
@@ -223,7 +223,7 @@ def is_dense(value):
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """{name: tensor}, each a view of the mapped file. Raises ValueError, naming the file, if it breaks the format:
-    each byte behind the header belongs to one tensor."""
+    each byte after the header belongs to one tensor."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""

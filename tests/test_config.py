@@ -24,7 +24,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert stop.value.code == 0
     for field in dataclasses.fields(TrainConfig):
         assert flag(field.name) in text
-    assert "lambda in L = L_label + lambda * L_rationale [1.0]" in text and "[standard dss]" in text
+    assert "L = L_label + lambda * L_rationale, for the dss methods [1.0]" in text and "[standard dss]" in text
 
 
 def test_the_learning_rate_left_out_depends_on_the_start():
@@ -47,7 +47,7 @@ def test_the_learning_rate_left_out_depends_on_the_start():
         ("--method finetune", "--method: invalid choice: 'finetune'"),
         ("--method dss dss", "--method must be named once each"),
         ("--size huge", "--size: invalid choice: 'huge'"),
-        ("--resume --overwrite", "--resume must be given without --overwrite"),
+        ("--resume --overwrite", "--resume must be left out beside --overwrite"),
         ("--lr inf", "--lr must be a finite number, got inf"),
         ("--weight_decay inf", "--weight-decay must be a finite number, got inf"),
         ("--clip inf", "--clip must be a finite number, got inf"),

@@ -140,7 +140,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path, ext
     assert several.run(2, tmp_path, run, *arguments, "--out", tmp_path / "whole") == [0, 0]
     cut = [*arguments, "--out", tmp_path / "cut"]
     assert several.run(2, tmp_path, at_step, 6, 1, signal.SIGTERM, cut) == [130, 130]
-    assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: interrupted at step 7 of dss") == 1
+    assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: dss interrupted at step 7;") == 1
     assert several.run(2, tmp_path, run, *cut, "--resume") == [0, 0]
     whole, cut = (weights(tmp_path / name / "dss") for name in ("whole", "cut"))
     assert same(whole, cut)

@@ -68,7 +68,7 @@ def test_a_plan_is_printed_a_run_that_cannot_fit_refused_and_a_tight_one_warned_
     assert train.main(["--plan", *flags[2:]]) == 0
     assert capsys.readouterr().out.startswith("plan: tiny, 185,216 parameters, adamw, ")
     error = refused(train.main, *flags, "--device_gb", "0.5")
-    assert "optimiser alone take 1.0 GB of 0.5; " in error and "--shard" in error and "adafactor" in error
+    assert "optimizer alone take 1.0 GB of 0.5; " in error and "--shard" in error and "adafactor" in error
     assert not (tmp_path / "out").exists()
     train.prepare(parse_args([*flags, "--device_gb", "1.0", "--method", "dss"]))
     assert "warning: activations may bring the total to" in capsys.readouterr().err

@@ -103,7 +103,7 @@ class Prompt:
         return Answer(rationale, label)
 
     def read(self, text: str, input: str) -> str | None:
-        """The label in the text behind a marker."""
+        """The label in the text after a marker."""
         return read_label(text, self.label_type, self.labels, input)
 
     def same(self, a: str, b: str, input: str) -> bool:

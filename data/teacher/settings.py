@@ -22,7 +22,7 @@ class ExtractConfig:
     input: str = ""  # rows to ask about, JSONL: "input", "label" (gold, if known), "id" (if none, file name and line)
     output: str = ""  # where answered rows are written, JSONL; also the state that a second start goes on from
     prompt: str = ""  # prompt file, such as data/prompts/svamp.json
-    errors: str = ""  # where rows without a usable answer are written; none: OUTPUT.errors.jsonl
+    errors: str = ""  # where rows without a usable answer are written; default: OUTPUT.errors.jsonl
     limit: int = 0  # only the first N rows of the input; 0: all
     sample: int = 0  # only N rows of the input, drawn at random by --seed; a larger N adds to them; 0: all
     id_field: str = "id"  # the input's name for the id
@@ -33,7 +33,7 @@ class ExtractConfig:
     retry_failed: bool = False  # ask the rows of the errors file again
     dry_run: bool = False  # print one request, the rows, tokens and cost; send and write nothing
     # teacher
-    base_url: str = ""  # URL up to and with /v1; none: $OPENAI_BASE_URL
+    base_url: str = ""  # URL up to and with /v1; default: $OPENAI_BASE_URL
     model: str = ""  # the teacher's name, as the server knows it
     endpoint: Literal["chat", "completions"] = "chat"  # chat, or plain text to go on from (for base models)
     api_key_env: str = "OPENAI_API_KEY"  # environment variable that holds the key; unset: no key is sent
@@ -41,7 +41,7 @@ class ExtractConfig:
     extra_body: str = ""  # more parameters for every request, a JSON object
     # sampling
     temperature: float = 0.0  # 0: the likeliest text
-    top_p: float | None = None  # nucleus sampling; unset: the server's own
+    top_p: float | None = None  # nucleus sampling; default: the server's own
     max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # newer models want the second
     no_stop: bool = False  # do not send the prompt file's stop texts, which some models refuse

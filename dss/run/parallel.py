@@ -5,7 +5,7 @@ all processes, which then take the same optimiser step. Rows to evaluate are sha
 writes files and shows progress. A process that is alone does everything, and nothing here costs it anything.
 
 A process that dies takes the others along: each waits, in a thread, for the last word of its neighbour, whose
-connection breaks when it ends without one.
+connection breaks if it ends without one.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def watch(neighbour: int, words: dist.ProcessGroup, terminal: TextIO) -> None:
     except RuntimeError:
         mine = str(rank())
         speaks_first(f"{mine} {neighbour}")
-        time.sleep(2 * MOMENT)  # the main thread ends by itself, unless it waits for a GPU that waits for the dead
+        time.sleep(2 * MOMENT)  # the main thread ends by itself, unless it waits on a GPU for the dead process
         if speaks_first(mine):
             kept = "if a state was saved, --resume goes on from it"
             print(f"train.py: process {neighbour} has ended; {kept}", file=terminal, flush=True)

@@ -86,7 +86,7 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
     if least > there:
         smaller = "" if config.shard else "--shard with more processes or " if n == 1 else "--shard or "
         smaller += "--optimizer adafactor" if adam and not config.shard else "a smaller student"
-        problem = f"weights, gradients and optimiser alone take {least:.1f} GB of {there:.1f}; {smaller} takes less"
+        problem = f"weights, gradients and optimizer alone take {least:.1f} GB of {there:.1f}; {smaller} takes less"
     elif peak > there:
         saver = "" if config.micro_batch == 1 else "a smaller --micro-batch or "
         saver += "a smaller student" if config.checkpoint_activations else "--checkpoint-activations"

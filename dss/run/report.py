@@ -96,7 +96,7 @@ class Log(contextlib.AbstractContextManager):
         self.progress.window["seconds"] += self.clock - before if training else 0.0
 
     def write_means(self, rate: float, norm: torch.Tensor) -> None:
-        """Write the means of the steps since the last time. Raises FloatingPointError if the loss is no number."""
+        """Write the means of the steps since the last time. Raises FloatingPointError if the loss is not finite."""
         window = self.progress.window
         loss, label, rationale = (window["losses"] / window["steps"]).tolist()  # waits for the device
         if not math.isfinite(loss):
@@ -143,7 +143,7 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
         )
     for r in results:
         if why := too_short(r, out / r["method"] / "metrics.jsonl", accuracy):
-            print(f"{r['method']}: {why}; it was trained too briefly to be judged, see --steps")
+            print(f"{r['method']}: {why}")
     shown = next((r for r in results if r["method"] == "dss"), results[-1])
     gold = "teacher's" if config.labels == "teacher" and which == "validation" and not config.eval_data else "gold"
     print(f"\nThe first {len(shown['samples'])} {which} rows, as the {shown['method']} student answers them:")
@@ -167,9 +167,9 @@ def too_short(result: dict, metrics: Path, commonest: float) -> str:
     tenth = max(1, len(losses) // 10)
     before, last = (sum(part) / tenth for part in (losses[-2 * tenth : -tenth], losses[-tenth:]))
     if result["validation_accuracy"] <= commonest + 0.01:
-        return "no better than the commonest label"
+        return "no better than the commonest label; try more --steps, another student or pretrained --weights"
     if before - last > max(0.1 * before, 0.02) and result["best_step"] == result["steps"]:  # nats a token
-        return "its loss was still falling fast and its last evaluation was its best"
+        return "trained too briefly to be judged: its loss was falling fast, its last evaluation was its best"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What stands before training: the device, the threads, the tokenizer, the untrained model and the output directory."""
+"""What is set up before training: device, threads, tokenizer, untrained model and output directory."""
 
 import hashlib
 import json

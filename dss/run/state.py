@@ -53,7 +53,7 @@ class Ended(Exception):
 class Keeper(contextlib.AbstractContextManager):
     """In a `with` block of training: keeps the best student so far, and from time to time the state to go on from.
 
-    The block ends early with Ended, which says what is kept, or with what a mistake of the program's raises.
+    The block ends early with Ended, which says what is kept, or with the original exception, where that is a bug.
     """
 
     def __init__(self, out: Path, student: Student, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
@@ -123,7 +123,7 @@ class Keeper(contextlib.AbstractContextManager):
                 if not self.progress.best_step:
                     self.save_student()
                     kept = f"{self.out}/student is the current one, none was evaluated yet"
-                line = f"interrupted at step {step:,} of {self.out.name}; {kept}, --resume goes on"
+                line = f"{self.out.name} interrupted at step {step:,}; {kept}, --resume goes on"
                 raise Ended(130, line) from None
             except (FloatingPointError, OSError) as second:
                 error = second

@@ -54,17 +54,17 @@ class StudyConfig(TrainConfig):
     data_dir: str = "."  # where a preset's files are, as data.official names them
     method: tuple[Literal[METHODS], ...] = ("standard", "dss", "dss-shuffled")  # students of every run, in order
     labels: tuple[Literal[LABELS], ...] = ("gold",)  # label sources
-    weights: tuple[str, ...] = ()  # public T5 weights, directories or hub ids; none: random weights of --size
+    weights: tuple[str, ...] = ()  # public T5 weights, directories or hub ids; default: random weights of --size
     size: tuple[Literal[tuple(SIZES)], ...] = ("tiny",)  # students with random weights
     subsample: tuple[float, ...] = (1.0,)  # shares of all labelled rows, the validation cut included
     seed: tuple[int, ...] = (0, 1, 2)  # each draws weights, order of rows and subsample anew
     jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core; with --processes, one
-    out: str = ""  # output directory; none: runs/study-NAME
+    out: str = ""  # output directory; default: runs/study-NAME
 
     def check(self) -> None:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         require(self.jobs >= 0, "jobs", "0 or more", self)
-        require(not (self.resume and self.overwrite), "resume", "given without --overwrite", self)
+        require(not (self.resume and self.overwrite), "resume", "left out beside --overwrite", self)
         for name in ("labels", "weights", "size", "subsample", "seed"):
             require(len(set(getattr(self, name))) == len(getattr(self, name)), name, "different values", self)
         for cell in self.cells().values():
