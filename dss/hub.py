@@ -188,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
         line = str(directory := locate(args.model))
         if args.check:
             student = Student.load(directory, prefixes={"predict": ""}, max_new_tokens=32)
-            line += f": {student.model.num_parameters():,} parameters; {QUESTION!r} -> {student.answer([QUESTION])!r}"
+            (answer,) = student.answer([QUESTION])
+            line += f": {student.model.num_parameters():,} parameters; {QUESTION!r} -> {answer!r}"
     except (OSError, ValueError) as problem:
         return arguments.fail("dss.hub", 2, problem)
     print(line)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.answers import same_label
 from data.files import read_json, replacing, write_json
@@ -112,7 +113,7 @@ def markdown(groups: list[dict], lines: dict, about: dict) -> str:
     for g in groups:
         spread = "" if g["deviation"] is None else f" ± {100 * g['deviation']:.1f}"
         row = [g["labels"], g["student"], f"{g['share']:.4g}", f"{g['rows']:,.0f}", g["method"], f"{g['steps']:,.0f}"]
-        row += [f"{g['tokens'] / 1e6:.1f}M", str(len(g["seeds"])), f"{100 * g['accuracy']:.1f}{spread}"]
+        row += [tqdm.format_sizeof(g["tokens"]), str(len(g["seeds"])), f"{100 * g['accuracy']:.1f}{spread}"]
         if "gain" in g:
             low, high = g["interval"]
             row += [f"{100 * g['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{g['p']:.2g}"]
