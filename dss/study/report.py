@@ -181,4 +181,6 @@ def curves(axis: object, groups: list[dict], x: str, lines: dict) -> None:
     for (name, level), style in zip(lines.items(), ("--", ":")):
         if level is not None:
             axis.axhline(100 * level, color="black", linestyle=style, linewidth=1, label=f"{name} ({100 * level:.1f})")
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, -2), min(high, 102))
     axis.grid(alpha=0.3)
