@@ -80,7 +80,7 @@ def require(condition, name, what, config):
     """Raise ValueError, naming the flag of a config's field, what it must be and what it is, unless `condition`."""
     if not condition:
         value = getattr(config, name)
-        raise ValueError(f"{flag(name)} must be {what}" + (f", got {value!r}" if value not in ("", True) else ""))
+        raise ValueError(f"{flag(name)} must be {what}" + ("" if value is True or value == "" else f", got {value!r}"))
 
 
 def run(program, main):

@@ -159,7 +159,8 @@ class TrainConfig:
         least |= dict(save_minutes=0, processes=0, device_gb=0, max_input_length=2, max_target_length=2)
         for name, bound in least.items():
             require(getattr(self, name) >= bound, name, f"at least {bound}", self)
-        require(self.batch_size <= 2**20, "batch_size", f"at most {2**20:,} rows", self)
+        for name in ("batch_size", "max_input_length", "max_target_length", "max_new_tokens"):
+            require(getattr(self, name) <= 2**20, name, f"at most {2**20:,}", self)
         require(0 < self.subsample <= 1, "subsample", "more than 0 and at most 1", self)
         require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)

@@ -132,7 +132,8 @@ def score(
     """
     if not all(map(len, inputs)) or not all(map(len, candidates)) or not all(len(c) for cs in candidates for c in cs):
         raise ValueError("score: every input needs a token and a candidate, every candidate a token")
-    pairs = [Sequence(ids, candidate, LABEL) for ids, some in zip(inputs, candidates) for candidate in some]
+    both = zip(inputs, candidates, strict=True)
+    pairs = [Sequence(ids, candidate, LABEL) for ids, some in both for candidate in some]
     scores = []
     for start in range(0, len(pairs), batch_size):
         some = pairs[start : start + batch_size]

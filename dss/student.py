@@ -66,7 +66,7 @@ class Student:
         """(label, rationale) for each input; the rationale is None, except for single_task."""
         if self.method == "single_task":  # rationale <extra_id_0> label; without a separator there is no label
             return self.write_both(inputs)
-        stop = self.tokenizer.special[SEPARATOR] if self.method == "label_first" else None
+        stop = self.tokenizer.special.get(SEPARATOR) if self.method == "label_first" else None
         return [(self.tokenizer.decode(ids), None) for ids in self.write("predict", inputs, self.max_new_tokens, stop)]
 
     def explain(self, inputs: Sequence[str]) -> list[str]:
@@ -100,8 +100,9 @@ class Student:
         self.model.eval()
         with self.autocast():
             likelihoods = score(self.model, self.encode("predict", inputs), candidates, self.batch_size)
-        shares = (torch.tensor(logs, dtype=torch.float64).softmax(0).tolist() for logs in likelihoods)
-        return [dict(sorted(zip(row, some), key=lambda pair: -pair[1])) for row, some in zip(labels, shares)]
+        ranked = [sorted(zip(row, logs), key=lambda pair: -pair[1]) for row, logs in zip(labels, likelihoods)]
+        shares = [torch.tensor([log for _, log in row], dtype=torch.float64).softmax(0).tolist() for row in ranked]
+        return [dict(zip((label for label, _ in row), some)) for row, some in zip(ranked, shares)]
 
     def evaluate(self, rows: Sequence[Record]) -> tuple[list[bool], list[tuple[str, str | None]]]:
         """(right or not, (label, rationale)) of the student's answer to each row with a label."""
@@ -138,7 +139,7 @@ def read_about(path: Path) -> dict:
         good = method in METHODS and metric in METRICS and isinstance(prefixes, dict) and isinstance(labels, list)
         good = good and prefixes.keys() == {"predict", "explain"}
         good = good and all(isinstance(text, str) for text in [*prefixes.values(), *labels])
-        good = good and all(type(n) is int and 1 <= n < 2**31 for n in lengths)
+        good = good and all(type(n) is int and 1 <= n <= 2**20 for n in lengths)
     if not good:
         raise ValueError(f"{path}: not a valid {ABOUT}; delete it to use the defaults")
     return about

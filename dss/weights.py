@@ -158,8 +158,8 @@ def shards(index: str | os.PathLike) -> list[str]:
 def check_file(path: Path, name: str) -> None:
     """Raise OSError or ValueError unless the file at `path` is what a checkpoint's file called `name` must be."""
     by_name = {"spiece.model": T5Tokenizer, "config.json": read_config, "tokenizer_config.json": read_json}
-    by_ending = {".safetensors": read_safetensors, ".bin": read_bin, ".json": shards}
-    (by_name.get(name) or by_ending[Path(name).suffix])(path)
+    by_ending = {"safetensors": read_safetensors, "bin": read_bin}
+    (by_name.get(name) or by_ending.get(name.rpartition(".")[2], shards))(path)
 
 
 def read_config(path: str | os.PathLike) -> T5Config:

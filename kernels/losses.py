@@ -164,7 +164,7 @@ def cross_entropy_row_kernel(
             here = start + columns
             if not ONE_BLOCK:
                 z = load_logits(logits_ptr, here, V)
-            g = tl.exp(z - lse) * weight - tl.where(here == y, weight, 0.0)
+            g = tl.where(ignored, 0.0, tl.exp(z - lse) * weight - tl.where(here == y, weight, 0.0))
             tl.store(gradient_ptr + here, g.to(gradient_ptr.dtype.element_ty), mask=here < V)
 
 

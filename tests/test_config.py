@@ -54,7 +54,9 @@ def test_the_learning_rate_left_out_depends_on_the_start():
         ("--clip nan", "--clip must be at least 0, got nan"),
         ("--seed 9223372036854775808", "--seed must be below 2**63"),
         ("--threads 100000", "--threads must be at most"),
-        ("--dropout 1", "--dropout must be at least 0 and less than 1"),
+        ("--dropout 1", "--dropout must be at least 0 and less than 1, got 1.0"),
+        ("--max_input_length 1", "--max-input-length must be at least 2, got 1"),
+        ("--max_new_tokens 2147483647", "--max-new-tokens must be at most 1,048,576"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(refused, arguments, words):

@@ -206,6 +206,14 @@ def test_no_tokens_are_no_loss(ours):
 
 
 @needs_triton
+def test_infinite_logits_of_an_ignored_row_add_nothing():
+    logits = torch.tensor([[0.0, 1.0], [float("inf"), 0.0]], device=DEVICE, requires_grad=True)
+    labels = torch.tensor([0, IGNORE], device=DEVICE)
+    TRITON.cross_entropy(logits, labels, torch.ones(2, device=DEVICE)).backward()
+    assert (logits.grad[1] == 0).all() and logits.grad[0].isfinite().all()
+
+
+@needs_triton
 @pytest.mark.parametrize("label", [-1, 40, 2**40])
 def test_a_label_the_host_could_not_look_at_gives_nan(label):
     """On a GPU a wrong label is not seen before the launch; counted as logit 0 it would go unnoticed."""

@@ -106,6 +106,12 @@ def test_a_score_does_not_depend_on_what_else_is_scored(student, batch_size):
         assert math.isclose(a, b, rel_tol=1e-5)
 
 
+def test_labels_of_probability_0_are_ranked_too(student, monkeypatch):
+    monkeypatch.setattr("dss.student.score", lambda *_: [[-1.0, -1000.0, -800.0]])
+    (scores,) = Student.load(student).score(["How many?"], [["one", "two", "left"]])
+    assert list(scores) == ["one", "left", "two"] and scores["left"] == 0
+
+
 def test_choices_are_those_of_each_question(student, tmp_path, capsysbinary):
     rows = [Record("a", "Where?\nAnswer Choices:\n(a) park\n(b) sea"), Record("b", "Who?\n(a) Tom\n(b) Mia\n(c) Ann")]
     write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -396,3 +396,12 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(hub, shard):
     (hub.directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="another directory"):
         load_t5("google/t5-test")
+
+
+@pytest.mark.parametrize("shard", ["weights.pt", "README"])
+def test_an_index_that_names_no_weights_is_refused(hub, shard):
+    (hub.directory / "model.safetensors").rename(hub.directory / shard)
+    index, hub.stating = {"weight_map": {"shared.weight": shard}}, False
+    (hub.directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{shard}: not the expected file"):
+        load_t5("google/t5-test")
