@@ -18,6 +18,7 @@ from running import at_step, counting, prepare, result, run, same, watched, weig
 import tokenizer
 import train
 from data.arguments import Interrupted, Stop, guard_streams
+from data.files import write_json
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows
@@ -314,7 +315,12 @@ def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, ca
     assert run(*arguments, "--method", "standard") == 0
     shown = capsys.readouterr().out
     assert shown.count("  question   ") == 3 and "(nothing)   (gold: 16 + 1)" in shown
-    assert len(result(tmp_path / "out", "standard")["samples"]) == 3
+    finished = result(tmp_path / "out", "standard")
+    assert len(finished["samples"]) == 3
+    finished["samples"][0]["input"] = "字" * 500
+    write_json(tmp_path / "out" / "standard" / "result.json", finished)
+    assert run(*arguments, "--method", "standard", "--resume") == 0
+    assert "字" * 396 + " ...\n" in capsys.readouterr().out, "a long text without spaces is cut, too"
     assert "with --resume --method standard NAME adds a student" in shown and "data.toy" not in shown
     assert run(*arguments, "--method", "standard", "dss", "--resume") == 0
     assert "dss - standard:" in capsys.readouterr().out

@@ -305,6 +305,8 @@ def test_overwrite_deletes_nothing_but_runs(files, tmp_path, refused):
     precious.write_text("years of work")
     said = refused(train.main, *files, *QUICK, "--out", tmp_path / "out", "--overwrite")
     assert "will not delete" in said and precious.read_text() == "years of work"
+    precious.unlink()
+    assert run(*files, *QUICK, "--out", tmp_path / "out", "--overwrite") == 0, "an empty directory is no loss"
 
 
 def test_resume_refuses_changed_rows(files, tmp_path, capsys):
@@ -383,6 +385,8 @@ def test_a_damaged_state_is_one_line(files, tmp_path, monkeypatch, capsys):
     assert "state.pt: not the state of this run" in capsys.readouterr().err
     student = prepare(*files, *QUICK, "--out", tmp_path / "new").student
     optimizer = train.make_optimizer(student.model, parse_args([]))
-    save_state(state, student.model, optimizer, vars(Progress()) | {"patience": 3})
-    with pytest.raises(ValueError, match="state.pt: the state of a run by another version"):
-        Keeper(state.parent, student, optimizer, parse_args([]))
+    older = {name: value for name, value in vars(Progress()).items() if name != "logged"}
+    for progress in (older, vars(Progress()) | {"patience": 3}):
+        save_state(state, student.model, optimizer, progress)
+        with pytest.raises(ValueError, match="state.pt: the state of a run by another version"):
+            Keeper(state.parent, student, optimizer, parse_args([]))

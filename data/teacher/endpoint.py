@@ -177,7 +177,7 @@ class Teacher:
 
 
 class Replies:
-    """The replies of batch files, asked for as a Teacher is. A line, in the form of OpenAI's batch API:
+    """The replies of batch files, in memory, asked for as a Teacher is. A line, in the form of OpenAI's batch API:
 
     {"custom_id": "ID-HASH-SAMPLE", "response": {"status_code": 200, "body": {...}}, "error": null}
     """

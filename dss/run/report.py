@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import sys
-import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -148,8 +147,8 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     gold = "teacher's" if config.labels == "teacher" and which == "validation" and not config.eval_data else "gold"
     print(f"\nThe first {len(shown['samples'])} {which} rows, as the {shown['method']} student answers them:")
     for sample in shown["samples"]:
-        texts = (sample[key] or "" for key in ("input", "prediction", "rationale"))
-        question, answer, why = (textwrap.shorten(text, 400, placeholder=" ...") for text in texts)
+        texts = (" ".join((sample[key] or "").split()) for key in ("input", "prediction", "rationale"))
+        question, answer, why = (text if len(text) <= 400 else f"{text[:396]} ..." for text in texts)
         print(f"\n  question   {question}\n  predicted  {answer or '(nothing)'}   ({gold}: {sample['label']})")
         if why:
             print(f"  because    {why}")

@@ -125,7 +125,8 @@ def find_output(config: TrainConfig, name: str) -> Path:
     for directory in (out / method for method in config.method):
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"{directory}: not a directory")
-        if config.overwrite and directory.exists() and not (directory / "config.json").exists():
+        ours = not directory.exists() or (directory / "config.json").exists() or not any(directory.iterdir())
+        if config.overwrite and not ours:
             raise ValueError(f"{directory} is not the output of a run; --overwrite will not delete it")
         for path in (config.weights, config.spiece, *config.data, config.eval_data, config.test_data):
             if config.overwrite and path and Path(path).resolve().is_relative_to(directory.resolve()):

@@ -70,7 +70,7 @@ class Keeper(contextlib.AbstractContextManager):
         progress = load(self.path, student.model, optimizer)
         if progress and (out / "best.json").exists():  # newer than the state, or as old
             progress |= read_json(out / "best.json")
-        if progress.keys() - vars(Progress()).keys():
+        if progress and progress.keys() != vars(Progress()).keys():
             raise ValueError(f"{self.path}: the state of a run by another version of this program; try --overwrite")
         self.progress = Progress(**progress)
         self.saved, self.clock = self.progress.step, time.monotonic()
