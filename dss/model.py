@@ -10,6 +10,8 @@ sequences begin (`Segments`). Dimensions: T tokens of all sequences, C model wid
 B sequences. The arithmetic that dominates is in `kernels`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,7 +113,10 @@ class Stack(nn.Module):
         self.final_norm = RMSNorm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, positions, memory=None, inputs=None, cache=None):
+    def forward(
+        self, x: Tensor, positions: Segments,
+        memory: Tensor | None = None, inputs: Segments | None = None, cache: list | None = None,
+    ) -> Tensor:  # fmt: skip
         """x: (T, C) of the `Segments` positions; a decoder also reads memory (T_in, C) of the `Segments` inputs."""
         x, part = self.dropout(x), None
         for i, layer in enumerate(self.layers):
@@ -137,7 +142,10 @@ class Layer(nn.Module):
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, part, positions, bias_table, memory, inputs, cache):
+    def forward(
+        self, x: Tensor, part: Tensor | None, positions: Segments, bias_table: Tensor,
+        memory: Tensor | None, inputs: Segments | None, cache: tuple | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """x, part: (T, C), the sum of which goes into the layer (no part: x alone); the rest is as `Stack` has it."""
         x, y = self.self_attention_norm(x, part)
         own, across = cache or (None, None)
@@ -162,7 +170,9 @@ class Attention(nn.Module):
         self.d_kv, self.causal = config.d_kv, causal
         self.max_distance, self.dropout_p = config.relative_attention_max_distance, config.dropout_rate
 
-    def forward(self, x, queries, memory, keys, bias_table, cache):
+    def forward(
+        self, x: Tensor, queries: Segments, memory: Tensor, keys: Segments, bias_table: Tensor | None, cache: Any
+    ) -> Tensor:
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table: (num_buckets, H) or None."""
         if cache:
             return self.o(cache.attend(self, self.heads(self.q(x)), x).flatten(1))

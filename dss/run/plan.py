@@ -93,7 +93,8 @@ def make_plan(config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer, device: t
         warning = f"activations may bring the total to {peak:.1f} GB of {there:.1f}; {saver} takes less"
     what = f"{config.weights or config.size}, {P:,} parameters, {config.optimizer}, {config.dtype}, {n} device"
     what += "s" * (n > 1) + ", sharded" * config.shard
-    return Plan(what, weights, weights, optimizer, kept / GB, peak, there, problem, warning)
+    figures = dict(weights=weights, gradients=weights, optimizer=optimizer, activations=kept / GB, peak=peak)
+    return Plan(what, **figures, device=there, problem=problem, warning=warning)
 
 
 def pass_of(config: TrainConfig, method: str, rows: Rows, tokenizer: T5Tokenizer, n: int) -> Batch:

@@ -26,7 +26,7 @@ RESAMPLES = 10_000
 
 def introduce(rows: Rows, student: Student, config: TrainConfig, device: torch.device) -> None:
     """Print what is trained where, and what there is to train, select and test it on. On stderr: which inputs are in
-    two places, and what a run may do, but hardly on purpose."""
+    two places, and likely mistakes."""
     where = f"{parallel.size()} x {device.type}" if parallel.size() > 1 else str(device)
     where += f", {student.dtype}"
     where += " (--dtype bfloat16 is faster)" if device.type == "cuda" and student.dtype == "float32" else ""
