@@ -31,9 +31,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from data import arguments
+from data import cli
 from data.answers import split_thinking
-from data.arguments import Interrupted, Stop
+from data.cli import Interrupted, Stop
 from data.files import locked, open_regular
 from data.jsonl import read_jsonl, write_jsonl
 from data.teacher.endpoint import PATHS, RAW, Replies, RequestError, Teacher, shown
@@ -46,7 +46,7 @@ from data.teacher.tally import bar_text, print_estimate, print_header, print_lin
 
 def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
     """Returns the exit status, whose meanings ExtractConfig lists. `scale` shortens every pause, for tests."""
-    config = arguments.parse(argv, ExtractConfig)
+    config = cli.parse(argv, ExtractConfig)
     try:
         if config.dry_run:
             print_estimate(prepare(config, scale))
@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
                 run.aborted = str(error)
             status, message = print_summary(run)
     except (OSError, ValueError) as error:
-        return arguments.fail("extract.py", 2, error if isinstance(error, OSError) else shown(str(error)))
-    return arguments.fail("extract.py", status, shown(message)) if message else status
+        return cli.fail("extract.py", 2, error if isinstance(error, OSError) else shown(str(error)))
+    return cli.fail("extract.py", status, shown(message)) if message else status
 
 
 @dataclass
@@ -402,4 +402,4 @@ def ask_all(run, stop):
 
 
 if __name__ == "__main__":
-    arguments.run("extract.py", main)
+    cli.run("extract.py", main)

@@ -29,8 +29,8 @@ import torch
 from tqdm import tqdm
 
 import kernels
-from data import arguments
-from data.arguments import Stop
+from data import cli
+from data.cli import Stop
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
 from dss.batch import Examples, Step, ahead, count_tokens, make_step, sequences
@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> int:
             if parallel.is_first():
                 report(run.out, run.rows, config, results)
     except Ended as end:
-        return arguments.fail("train.py", end.status, end)
+        return cli.fail("train.py", end.status, end)
     except KeyboardInterrupt:
-        return arguments.fail("train.py", 130, "interrupted; if a state was saved, --resume goes on from it")
+        return cli.fail("train.py", 130, "interrupted; if a state was saved, --resume goes on from it")
     except (OSError, ValueError) as error:
-        return arguments.fail("train.py", 2, error)
+        return cli.fail("train.py", 2, error)
     return 0
 
 
@@ -283,4 +283,4 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    arguments.run("train.py", main)
+    cli.run("train.py", main)

@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from data import arguments
+from data import cli
 from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
 from data.files import parse_json, read_json
 from data.jsonl import Record, parse_record, read_lines, write_jsonl
@@ -118,7 +118,7 @@ def summary(rows, form):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = arguments.OneLineParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
+    parser = cli.OneLineParser(prog="python -m data.official", description="The paper's datasets -> JSONL.")
     parser.add_argument("datasets", type=Path, help="the release's folder `datasets`")
     parser.add_argument("--out", type=Path, required=True, help="where NAME_SPLIT.jsonl are written")
     args = parser.parse_args(argv)
@@ -126,9 +126,9 @@ def main(argv: list[str] | None = None) -> int:
         for line in import_all(args.datasets, args.out):
             print(line)
     except (OSError, ValueError) as error:
-        return arguments.fail("data.official", 2, error)
+        return cli.fail("data.official", 2, error)
     return 0
 
 
 if __name__ == "__main__":
-    arguments.run("data.official", main)
+    cli.run("data.official", main)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from data import arguments
+from data import cli
 from data.answers import choose_label_type, same_label
 from data.jsonl import read_jsonl
 
@@ -24,7 +24,7 @@ CLASSES = 10  # that are shown, the most frequent
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong."""
-    parser = arguments.OneLineParser(prog="python -m data.report", description=__doc__)
+    parser = cli.OneLineParser(prog="python -m data.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows as JSONL")
     parser.add_argument("--spiece", default="", help="a spiece.model, or its directory, to count tokens with")
     args = parser.parse_args(argv)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         for a, b in combinations(inputs, 2):  # test rows among the training rows are the usual accident
             print(f"{a} and {b} share {len(inputs[a] & inputs[b]):,} inputs (white space and case of letters apart)")
     except (OSError, ValueError) as error:
-        return arguments.fail("data.report", 2, error)
+        return cli.fail("data.report", 2, error)
     return 0
 
 
@@ -128,4 +128,4 @@ def normal(text):
 
 
 if __name__ == "__main__":
-    arguments.run("data.report", main)
+    cli.run("data.report", main)

@@ -17,7 +17,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from data import arguments
+from data import cli
 from data.jsonl import Record, write_jsonl
 
 WORDS = {  # of each kind
@@ -60,7 +60,7 @@ def make_rows(seed=0):
 
 
 def main(argv=None):
-    parser = arguments.OneLineParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
+    parser = cli.OneLineParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
     parser.add_argument("--out", type=Path, required=True, help="where toy_train.jsonl and the others are written")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the rows [0]")
     args = parser.parse_args(argv)
@@ -70,9 +70,9 @@ def main(argv=None):
             write_jsonl(args.out / f"toy_{split}.jsonl", rows)
             print(f"{args.out / f'toy_{split}.jsonl'}: {len(rows):,} rows")
     except OSError as problem:
-        return arguments.fail("data.toy", 2, problem)
+        return cli.fail("data.toy", 2, problem)
     return 0
 
 
 if __name__ == "__main__":
-    arguments.run("data.toy", main)
+    cli.run("data.toy", main)

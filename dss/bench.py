@@ -30,8 +30,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import arguments
-from data.arguments import require
+from data import cli
+from data.cli import require
 from data.files import write_json
 from dss.batch import LABEL, RATIONALE, Sequence, count_targets, count_tokens, pack, sequences
 from dss.config import SIZES, TrainConfig
@@ -80,12 +80,12 @@ class BenchConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a peer computes something else than ours, 2 the arguments or files are wrong."""
-    config = arguments.parse(argv, BenchConfig, prog="dss.bench")
+    config = cli.parse(argv, BenchConfig, prog="dss.bench")
     try:
         with tempfile.TemporaryDirectory() as directory:
             return compare(Setting(config, Path(directory)), sys.argv[1:] if argv is None else argv)
     except (OSError, ValueError) as error:
-        return arguments.fail("dss.bench", 2, error)
+        return cli.fail("dss.bench", 2, error)
 
 
 class Setting:
@@ -321,7 +321,7 @@ def compare(setting: Setting, argv: list[str]) -> int:
         report["plot"] = plot(setting, names, config.plot)
     if config.json:
         write_json(Path(config.json), report)
-    return 0 if good else arguments.fail("dss.bench", 1, "a peer computes something else than ours")
+    return 0 if good else cli.fail("dss.bench", 1, "a peer computes something else than ours")
 
 
 def show(found, title):
@@ -367,4 +367,4 @@ def plot(setting, names, file):
 
 
 if __name__ == "__main__":
-    arguments.run("dss.bench", main)
+    cli.run("dss.bench", main)

@@ -5,8 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from data import arguments
-from data.arguments import require
+from data import cli
+from data.cli import require
 
 
 @dataclass(frozen=True)
@@ -178,4 +178,4 @@ class TrainConfig:
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """The command line as a TrainConfig. Exits 2 with one line if it is wrong."""
-    return arguments.parse(argv, TrainConfig)
+    return cli.parse(argv, TrainConfig)

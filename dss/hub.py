@@ -25,7 +25,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
-from data import arguments
+from data import cli
 from data.files import digest, locked
 
 QUESTION = "translate English to German: The house is wonderful."  # T5 1.0 and Flan-T5 have learned to
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     from dss.student import Student  # these import this module
     from dss.weights import locate
 
-    parser = arguments.OneLineParser(prog="python -m dss.hub", description="Download a public T5.")
+    parser = cli.OneLineParser(prog="python -m dss.hub", description="Download a public T5.")
     parser.add_argument("model", help="its id on the hub, such as google/flan-t5-small, or a directory")
     parser.add_argument("--check", action="store_true", help="load it, too, and decode one known input")
     args = parser.parse_args(argv)
@@ -191,10 +191,10 @@ def main(argv: list[str] | None = None) -> int:
             (answer,) = student.answer([QUESTION])
             line += f": {student.model.num_parameters():,} parameters; {QUESTION!r} -> {answer!r}"
     except (OSError, ValueError) as problem:
-        return arguments.fail("dss.hub", 2, problem)
+        return cli.fail("dss.hub", 2, problem)
     print(line)
     return 0
 
 
 if __name__ == "__main__":
-    arguments.run("dss.hub", main)
+    cli.run("dss.hub", main)

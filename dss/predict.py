@@ -29,7 +29,7 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from data import arguments
+from data import cli
 from data.answers import CHOICES, same_label
 from data.files import replacing
 from data.jsonl import Record, parse_record, read_lines, to_line
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
                     bar.update(len(part))
         print_report(judged)
     except (OSError, ValueError) as error:
-        return arguments.fail("dss.predict", 2, error)
+        return cli.fail("dss.predict", 2, error)
     return 0
 
 
@@ -170,7 +170,7 @@ def as_they_come(rows: Iterator, most: int) -> Iterator[list]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.OneLineParser(prog="dss.predict", description=__doc__)
+    parser = cli.OneLineParser(prog="dss.predict", description=__doc__)
     add = parser.add_argument
     add("student", help="directory of a student (OUT/METHOD/student), or any T5 that was trained with these prefixes")
     add("file", nargs="?", default="-", metavar="FILE", help="rows as JSONL, or an input a line; -: standard input [-]")
@@ -194,7 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("max_target_length", 1), ("max_input_length", 2)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
-            parser.error(f"{arguments.flag(name)} must be at least {least}, got {value}")
+            parser.error(f"{cli.flag(name)} must be at least {least}, got {value}")
     if args.scores and args.labels is None and not args.choices:
         parser.error("--scores needs a closed set: --labels A B C, or --choices for those that each input lists")
     if args.format == "auto" and args.file.endswith((".csv", ".tsv")):
@@ -207,4 +207,4 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    arguments.run("dss.predict", main)
+    cli.run("dss.predict", main)

@@ -90,7 +90,7 @@ def bucket(rate, burst, headers):
 
 def start(folder, url, line="", before="", after=""):
     """A process of its own, with statements before and after extract.main."""
-    code = f"import sys, extract; from data.arguments import run\n{before}\n"
+    code = f"import sys, extract; from data.cli import run\n{before}\n"
     code += f"def main():\n  status = extract.main(scale={FAST}); {after}\n  return status\nrun('extract.py', main)"
     command = [sys.executable, "-c", code, *arguments(folder, url, line)]
     environment = os.environ | {"OPENAI_API_KEY": KEY}

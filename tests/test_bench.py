@@ -4,7 +4,7 @@ import pytest
 import torch
 from comparing import needs_triton
 
-from data import arguments
+from data import cli
 from dss.bench import BenchConfig
 from kernels import bench
 
@@ -26,7 +26,7 @@ def test_the_most_wanted_cases_come_first_and_each_kernel_has_its_turn():
 
 
 def test_dss_bench_takes_the_arguments_that_all_gives_it():
-    assert arguments.parse(bench.STEPS[1:], BenchConfig).dtype == "bfloat16"
+    assert cli.parse(bench.STEPS[1:], BenchConfig).dtype == "bfloat16"
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from data.arguments import fail, field_comments, flag
+from data.cli import fail, field_comments, flag
 from dss.config import TrainConfig, parse_args
 
 

@@ -17,7 +17,7 @@ from running import at_step, counting, prepare, result, run, same, watched, weig
 
 import tokenizer
 import train
-from data.arguments import Interrupted, Stop, guard_streams
+from data.cli import Interrupted, Stop, guard_streams
 from data.files import write_json
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args

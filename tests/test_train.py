@@ -16,7 +16,7 @@ from running import ROOT, at_step, counting, prepare, result, run, same, wait_un
 
 import tokenizer
 import train
-from data.arguments import Interrupted, Stop
+from data.cli import Interrupted, Stop
 from data.jsonl import Record, read_jsonl, write_jsonl
 from dss.batch import LABEL, RATIONALE
 from dss.config import parse_args

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from data.arguments import Interrupted
+from data.cli import Interrupted
 from data.teacher.endpoint import RequestError
 from data.teacher.tally import print_line
 

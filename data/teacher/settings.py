@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from data.arguments import require
+from data.cli import require
 from data.files import parse_json
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from data.arguments import Stop
+from data.cli import Stop
 from dss.config import TrainConfig
 from dss.model import T5
 from dss.student import Student

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
 
-from data.arguments import one_line
+from data.cli import one_line
 from dss.batch import segments
 from dss.model import T5
 from dss.run.parallel import highest, is_first, layers, size, wait_for_all

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.arguments import flag
+from data.cli import flag
 from data.files import locked, read_json, write_json
 from dss.batch import EXPLAIN, PREDICT, SEPARATOR
 from dss.config import METHODS, SIZES, T5Config, TrainConfig

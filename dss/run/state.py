@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.arguments import Interrupted, one_line
+from data.cli import Interrupted, one_line
 from data.files import digest, read_json, reason, replacing, write_json
 from dss.config import TrainConfig
 from dss.run import parallel

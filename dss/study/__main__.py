@@ -30,8 +30,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from data import arguments
-from data.arguments import Interrupted, Stop, require
+from data import cli
+from data.cli import Interrupted, Stop, require
 from data.files import read_json
 from data.jsonl import read_jsonl
 from dss.config import LABELS, METHODS, SIZES, TrainConfig
@@ -105,7 +105,7 @@ class StudyConfig(TrainConfig):
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 a run failed, 2 the arguments or files are wrong, 130 interrupted."""
-    config = arguments.parse(argv, StudyConfig, presets=PRESETS, prog="python -m dss.study")
+    config = cli.parse(argv, StudyConfig, presets=PRESETS, prog="python -m dss.study")
     out, cells = config.directory, config.cells()
     try:
         require_free(out, config)
@@ -210,7 +210,7 @@ def command_line(cell: TrainConfig) -> list[str]:
         value = getattr(cell, field.name)
         if value != field.default:
             values = value if isinstance(value, list | tuple) else [value] if value is not True else []
-            words += [arguments.flag(field.name), *map(str, values)]
+            words += [cli.flag(field.name), *map(str, values)]
     return words
 
 
@@ -227,8 +227,8 @@ def last_line(log: str) -> str:
     return next((line for line in reversed(lines) if line.startswith("train.py: ")), f"see {log}")
 
 
-fail = partial(arguments.fail, "dss.study")
+fail = partial(cli.fail, "dss.study")
 
 
 if __name__ == "__main__":
-    arguments.run("dss.study", main)
+    cli.run("dss.study", main)
