@@ -39,7 +39,6 @@ from dss.loss import distillation_loss
 from dss.model import T5
 from dss.rows import Rows, load_rows, rows_for, single_rationales
 from dss.run import parallel, start
-from dss.run.plan import make_plan, plan_of
 from dss.run.report import Log, introduce, report, say_what_was_cut
 from dss.run.state import Ended, Keeper, Progress, forget_state
 from dss.student import Student
@@ -51,9 +50,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with parallel.joined():
             config = parse_args(argv)
-            if config.plan:
-                print(plan_of(config))
-                return 0
             run = prepare(config)
             notice = "stopping after this step; Ctrl-C again ends at once"
             with start.claimed(run.out, run.config, run.rows, run.student.tokenizer), Stop(notice) as stop:
@@ -202,12 +198,9 @@ def prepare(config: TrainConfig) -> Run:
     device = start.choose_device(config.device, config.dtype)
     config = replace(config, dtype=start.choose_dtype(config.dtype, device))
     kernels.choice(device)  # raises for a DSS_KERNELS that cannot be
-    if config.processes not in (0, parallel.size()):
-        raise ValueError(f"--processes: torchrun --nproc_per_node={config.processes} train.py starts so many")
     rows = load_rows(config)
     out = start.find_output(config, rows.name)
     tok = start.make_tokenizer(config, rows, out)
-    make_plan(config, rows, tok, device).require_fit()
     model = start.make_model(config, tok)
     start.choose_threads(config.threads, model)
     lengths = {name: getattr(config, name) for name in ("max_input_length", "max_target_length", "max_new_tokens")}

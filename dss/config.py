@@ -141,9 +141,6 @@ class TrainConfig:
     shard: bool = False  # weights, gradients and optimiser in parts on all of torchrun's processes, not whole on each
     checkpoint_activations: bool = False  # compute each layer again in the backward pass, to save memory
     save_minutes: float = 10.0  # minutes between saved states, which --resume goes on from; 0: at every evaluation
-    plan: bool = False  # print the memory that the run needs on each device, and end
-    processes: int = 0  # number of torchrun processes (checked), or of devices to --plan for; 0: those that run
-    device_gb: float = 0.0  # memory of a device, in GB; 0: of the one that is here
     out: str = ""  # output directory; default: runs/NAME_OF_DATA
     resume: bool = False  # continue what --out holds: finished students are kept, an unfinished one goes on
     overwrite: bool = False  # replace the students that --out holds
@@ -156,7 +153,7 @@ class TrainConfig:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         least = dict.fromkeys(("steps", "batch_size", "eval_every", "log_every", "max_new_tokens", "vocab_size"), 1)
         least |= dict.fromkeys(("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed"), 0)
-        least |= dict(save_minutes=0, processes=0, device_gb=0, max_input_length=2, max_target_length=2)
+        least |= dict(save_minutes=0, max_input_length=2, max_target_length=2)
         for name, bound in least.items():
             require(getattr(self, name) >= bound, name, f"at least {bound}", self)
         for name in ("batch_size", "max_input_length", "max_target_length", "max_new_tokens"):
@@ -166,7 +163,7 @@ class TrainConfig:
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)
         require(self.learning_rate > 0, "lr", "more than 0", self)
         require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "at least 0 and less than 1", self)
-        for name in ("lr", "lam", "weight_decay", "clip", "save_minutes", "device_gb"):
+        for name in ("lr", "lam", "weight_decay", "clip", "save_minutes"):
             require(math.isfinite(getattr(self, name) or 0), name, "a finite number", self)
         require(self.seed < 2**63, "seed", "below 2**63", self)
         require(self.threads <= (os.cpu_count() or 1), "threads", f"at most {os.cpu_count()}, the CPUs here", self)

@@ -27,7 +27,7 @@ from tokenizer import T5Tokenizer, train
 
 # What a resumed run may change: the machine, the place of its output, and that of its rows if they are the same rows.
 FREE = {"data", "eval_data", "test_data", "spiece", "method", "device", "threads", "out", "resume", "overwrite"}
-FREE |= {"checkpoint_activations", "save_minutes", "plan", "processes", "device_gb", "lr"}  # identify() has lr's value
+FREE |= {"checkpoint_activations", "save_minutes", "lr"}  # identify() has lr's value
 
 
 def choose_device(name: str, dtype: str = "float32") -> torch.device:

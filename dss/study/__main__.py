@@ -58,7 +58,7 @@ class StudyConfig(TrainConfig):
     size: tuple[Literal[tuple(SIZES)], ...] = ("tiny",)  # students with random weights
     subsample: tuple[float, ...] = (1.0,)  # shares of all labelled rows, the validation cut included
     seed: tuple[int, ...] = (0, 1, 2)  # each draws weights, order of rows and subsample anew
-    jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core; with --processes, one
+    jobs: int = 0  # runs at a time; 0: one a GPU where there are GPUs, else one a core
     out: str = ""  # output directory; default: runs/study-NAME
 
     def check(self) -> None:
@@ -99,8 +99,7 @@ class StudyConfig(TrainConfig):
 
     @property
     def parallel(self) -> int:
-        many = 1 if self.processes else self.gpus
-        return self.jobs or many or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
+        return self.jobs or self.gpus or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,15 +185,13 @@ def run_all(config: StudyConfig, cells: dict[str, TrainConfig], stop: Stop) -> l
 
 
 def start(config: StudyConfig, name: str, cell: TrainConfig, slot: int) -> subprocess.Popen:
-    """One run: train.py with its output in a file and its share of the cores, on a GPU of its own where there are any,
-    or with --processes on as many."""
+    """One run: train.py with its output in a file and its share of the cores, on a GPU of its own where there are any."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // config.parallel))} | os.environ
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={config.processes}"]
-    if config.gpus and not config.processes:
+    if config.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot % config.gpus)
     with open(f"{config.directory / name}.log", "a", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, *(torchrun if config.processes else []), str(TRAIN), *command_line(cell)],
+            [sys.executable, str(TRAIN), *command_line(cell)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

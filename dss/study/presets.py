@@ -19,12 +19,12 @@ PAPER = dict(
     max_target_length=256,
     max_new_tokens=64,
 )
-SHARDED = dict(shard=True, checkpoint_activations=True)  # on `processes` GPUs of 80 GB, see train.py --plan
+SHARDED = dict(shard=True, checkpoint_activations=True)
 STUDENTS = {
     "base": dict(weights=("google/t5-v1_1-base",), steps=10_000, batch_size=64),
     "large": dict(weights=("google/t5-v1_1-large",), steps=10_000, batch_size=64),
-    "xl": dict(weights=("google/t5-v1_1-xl",), steps=4_000, batch_size=32, processes=4, **SHARDED),
-    "xxl": dict(weights=("google/t5-v1_1-xxl",), steps=4_000, batch_size=32, processes=8, **SHARDED),
+    "xl": dict(weights=("google/t5-v1_1-xl",), steps=4_000, batch_size=32, **SHARDED),
+    "xxl": dict(weights=("google/t5-v1_1-xxl",), steps=4_000, batch_size=32, **SHARDED),
 }
 CURVE = dict(subsample=(0.125, 0.25, 0.5, 0.75, 1.0))
 
