@@ -178,14 +178,14 @@ class Redirects(HTTPRedirectHandler):
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 there is no such model, or it is not one that this code computes."""
     from dss.student import Student  # these import this module
-    from dss.weights import locate
+    from dss.weights import resolve_checkpoint
 
     parser = cli.OneLineParser(prog="python -m dss.hub", description="Download a public T5.")
     parser.add_argument("model", help="its id on the hub, such as google/flan-t5-small, or a directory")
     parser.add_argument("--check", action="store_true", help="load it, too, and decode one known input")
     args = parser.parse_args(argv)
     try:
-        line = str(directory := locate(args.model))
+        line = str(directory := resolve_checkpoint(args.model))
         if args.check:
             student = Student.load(directory, prefixes={"predict": ""}, max_new_tokens=32)
             (answer,) = student.answer([QUESTION])

@@ -45,7 +45,7 @@ def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None
     damaged or not a T5 that this code computes; both name the file. No memory is taken for weights before every shape
     is known to be the one in the files.
     """
-    directory = locate(path_or_hub_id)
+    directory = resolve_checkpoint(path_or_hub_id)
     config = read_config(directory / "config.json")
     tensors = read_tensors(directory)
     shared, *copies = [tensors.pop(name) for name in EMBEDDING if name in tensors] or [None]
@@ -115,7 +115,7 @@ def checkpoint_name(name: str, model: T5) -> str:
     return name
 
 
-def locate(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
+def resolve_checkpoint(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
     """The directory of a checkpoint: the path itself, or the download of a hub id, `weights` or tokenizer alone.
 
     Raises FileNotFoundError if it is neither, or has no config.json.
@@ -178,7 +178,6 @@ def read_config(path: str | os.PathLike) -> T5Config:
     else:
         given.setdefault("scale_decoder_outputs", given.get("tie_word_embeddings", True))
     config = T5Config(**given)
-    config.check(path)
     gated = config.feed_forward_proj == "gated-gelu"  # transformers says the same thing up to three times
     for key, value in dict(dense_act_fn="gelu_new" if gated else "relu", is_gated_act=gated).items():
         if raw.get(key, value) != value:

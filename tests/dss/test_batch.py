@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import tokenizer
 from data.jsonl import Record
-from dss.batch import LABEL, RATIONALE, SEPARATOR, Sequence, count_targets, pack, sequences
+from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
+from dss.methods import SEPARATOR, sequences
 
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=12)
 batches = st.lists(st.builds(Sequence, ids, ids, st.sampled_from([LABEL, RATIONALE])), min_size=1, max_size=6)
