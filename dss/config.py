@@ -37,24 +37,6 @@ class T5Config:
     decoder_start_token_id: int = 0  # T5 has no start token: pad begins every target
     model_type: str = "t5"  # or "mt5"
 
-    def check(self, path: object) -> None:
-        """Raise ValueError, naming `path` and key, for a value that no T5 has: a config.json may come from anywhere."""
-        for key, value in vars(self).items():
-            kind = type(getattr(T5Config, key))
-            if type(value) is not kind and not (key == "dropout_rate" and type(value) is int):  # as in transformers
-                raise ValueError(f"{path}: {key} is {value!r}, not {kind.__name__}")
-        size, layers, token, share = (1, 2**20), (1, 100), (0, self.vocab_size - 1), (0, 0.99)
-        ranges = dict(vocab_size=size, d_model=size, d_kv=size, d_ff=size, num_heads=size)
-        ranges |= dict(num_layers=layers, num_decoder_layers=layers, relative_attention_num_buckets=(4, 1024))
-        ranges |= dict(relative_attention_max_distance=(self.relative_attention_num_buckets // 2 + 1, 2**20))
-        ranges |= dict(dropout_rate=share, layer_norm_epsilon=share, initializer_factor=(0, 1000))
-        ranges |= dict(pad_token_id=token, eos_token_id=token, decoder_start_token_id=token)
-        for key, (least, most) in ranges.items():
-            if not least <= getattr(self, key) <= most:  # not a number is in no range
-                raise ValueError(f"{path}: {key} is {getattr(self, key)!r}, not from {least} to {most}")
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"{path}: feed_forward_proj is {self.feed_forward_proj!r}; known: 'relu', 'gated-gelu'")
-
 
 def t5(d_model: int, d_ff: int, layers: int, heads: int, d_kv: int = 64, **other) -> T5Config:
     return T5Config(

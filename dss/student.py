@@ -16,7 +16,7 @@ from dss.batch import EXPLAIN, PREDICT, SEPARATOR, label_ids, shorten
 from dss.config import METHODS, METRICS, TrainConfig
 from dss.generate import generate, score
 from dss.model import T5
-from dss.weights import load_t5, locate, save_t5
+from dss.weights import load_t5, resolve_checkpoint, save_t5
 from tokenizer import T5Tokenizer
 
 ABOUT = "dss.json"  # beside config.json in a student's directory; transformers does not read it
@@ -46,7 +46,7 @@ class Student:
         """
         if (Path(directory) / "student").is_dir():
             raise ValueError(f"{directory}: this is the output of a run; its student is {directory}/student")
-        directory = locate(directory)
+        directory = resolve_checkpoint(directory)
         tokenizer, model = T5Tokenizer(directory), load_t5(directory).to(device)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{directory}: the tokenizer has more ids than the student embeds")

@@ -22,7 +22,7 @@ from dss.model import T5
 from dss.rows import Rows, as_list
 from dss.run import parallel
 from dss.run.state import forget_state
-from dss.weights import load_t5, locate, read_config
+from dss.weights import load_t5, resolve_checkpoint, read_config
 from tokenizer import T5Tokenizer, train
 
 # What a resumed run may change: the machine, the place of its output, and that of its rows if they are the same rows.
@@ -72,7 +72,7 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
     Raises ValueError where a method needs a separator and there is none; warns of a --spiece that is not the weights'.
     """
     if config.spiece or config.weights:
-        tokenizer = T5Tokenizer(config.spiece or locate(config.weights, weights=False))
+        tokenizer = T5Tokenizer(config.spiece or resolve_checkpoint(config.weights, weights=False))
     elif config.resume and (out / "spiece.model").exists():
         tokenizer = T5Tokenizer(out)
     else:
@@ -86,7 +86,7 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
     for method in {"single_task", "label_first"} & set(config.method):
         if SEPARATOR not in tokenizer.special:
             raise ValueError(f"--method {method} needs the token {SEPARATOR}, and this tokenizer has no sentinels")
-    own = locate(config.weights, weights=False) / "spiece.model" if config.spiece and config.weights else None
+    own = resolve_checkpoint(config.weights, weights=False) / "spiece.model" if config.spiece and config.weights else None
     if own and own.exists() and own.read_bytes() != tokenizer.model:
         text = f"warning: --spiece {config.spiece} is not the tokenizer that {config.weights} was trained with"
         print(f"train.py: {text}", file=sys.stderr)
@@ -95,7 +95,7 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
 
 def shape_of(config: TrainConfig, tokenizer: T5Tokenizer) -> T5Config:
     """The shape of the student, of which no weights need be there yet."""
-    shape = read_config(locate(config.weights, weights=False) / "config.json") if config.weights else SIZES[config.size]
+    shape = read_config(resolve_checkpoint(config.weights, weights=False) / "config.json") if config.weights else SIZES[config.size]
     dropout = shape.dropout_rate if config.dropout is None else config.dropout
     return replace(shape, vocab_size=shape.vocab_size or tokenizer.vocab_size, dropout_rate=dropout)
 
@@ -103,7 +103,7 @@ def shape_of(config: TrainConfig, tokenizer: T5Tokenizer) -> T5Config:
 def make_model(config: TrainConfig, tokenizer: T5Tokenizer) -> T5:
     """--weights, or a T5 of --size with random weights. Raises ValueError for a tokenizer with too many ids."""
     if config.weights:
-        model = load_t5(config.weights, config.dropout, mapped=config.shard)
+        model = load_t5(config.weights, config.dropout)
     else:
         torch.manual_seed(config.seed)
         model = T5(shape_of(config, tokenizer))

@@ -85,7 +85,7 @@ class Keeper(contextlib.AbstractContextManager):
 
     def load_best(self) -> None:
         """Give the student the weights that it had at its best."""
-        best = load_t5(self.out / "student", mapped=True)  # read from the file, not copied into memory first
+        best = load_t5(self.out / "student")
         if self.config.shard:
             self.student.load_weights(best)
         else:
