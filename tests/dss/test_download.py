@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from layouts import LAYOUTS, relayout
+from checkpoints import LAYOUTS, relayout
 from running import V1_1, student
 
 from dss.download import download

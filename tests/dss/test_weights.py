@@ -6,9 +6,9 @@ import struct
 
 import pytest
 import torch
+from checkpoints import LAYOUTS, read_weights, relayout
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import LAYOUTS, read_weights, relayout
 from running import V1_1, student
 
 from dss.weights import load_t5, read_safetensors, resolve_checkpoint, save_t5, write_safetensors

@@ -1,13 +1,26 @@
-"""The public layouts of a checkpoint, made from a directory that save_t5 wrote."""
+"""Checkpoints for tests: an untrained student, and the public layouts of its weights."""
 
 import json
+from dataclasses import replace
 
 import torch
 
-from dss.weights import read_safetensors, write_safetensors
+from dss.config import SIZES
+from dss.model import T5
+from dss.weights import read_safetensors, save_t5, write_safetensors
+from tokenizer import T5Tokenizer
 
 LAYOUTS = ["model.safetensors", "pytorch_model.bin", "legacy pytorch_model.bin"]
 LAYOUTS += ["model.safetensors in shards", "pytorch_model.bin in shards"]
+
+
+def make_student(directory, spiece):
+    """Write an untrained student and its tokenizer, but no dss.json."""
+    torch.manual_seed(3)
+    tokenizer = T5Tokenizer(spiece)
+    save_t5(T5(replace(SIZES["tiny"], vocab_size=tokenizer.vocab_size)), directory)
+    tokenizer.save(directory)
+    return directory
 
 
 def read_weights(directory):
