@@ -39,7 +39,7 @@ from dss.rows import load_rows
 from dss.run.start import find_output, identify, require_free, require_same
 from dss.study.presets import PRESETS
 from dss.study.report import levels, write_report
-from dss.weights import locate
+from dss.weights import resolve_checkpoint
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         require_free(out, config)
         for weights in config.weights:
-            locate(weights, weights=False)
+            resolve_checkpoint(weights, weights=False)
         levels, done = look_at_rows(config, cells)  # whatever is wrong with a file is found here
         if config.overwrite:
             for cell in cells.values():  # refuses to delete what is no run, or holds what a run reads
