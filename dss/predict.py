@@ -24,7 +24,7 @@ from data import cli
 from data.answers import same_label
 from data.files import replacing
 from data.jsonl import Record, parse_record, read_lines, to_line
-from dss.run.start import choose_device
+from dss.distributed import choose_device
 from dss.student import Student
 
 LEAST = {"batch_size": 1, "max_input_length": 2, "max_new_tokens": 1}

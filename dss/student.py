@@ -150,8 +150,8 @@ class Student:
         ranked = []
         for row, logs in zip(labels, likelihoods):
             shares = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
-            likeliest_first = sorted(zip(row, shares), key=lambda pair: -pair[1])
-            ranked.append(dict(likeliest_first))
+            likeliest_first = sorted(range(len(row)), key=lambda i: -logs[i])
+            ranked.append({row[i]: shares[i] for i in likeliest_first})
         return ranked
 
     def evaluate(self, rows: Sequence[Record]) -> tuple[list[bool], list[Answer]]:
