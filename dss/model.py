@@ -205,7 +205,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout_p if self.training else 0.0
-        y = kernels.geglu(*products(x, self.gate, self.up), p) if self.gated else kernels.relu(self.up(x), p)  # (T, F)
+        if self.gated:
+            y = kernels.geglu(*products(x, self.gate, self.up), p)  # (T, F)
+        else:
+            y = F.dropout(F.relu(self.up(x)), p, self.training)
         return self.down(y)
 
 

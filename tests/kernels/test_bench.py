@@ -13,7 +13,9 @@ KERNELS = ["attention", "cross_entropy", "linear_cross_entropy", "rms_norm", "ge
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-@pytest.mark.parametrize("line, word", [("", "needs a GPU"), ("--only softmax", "softmax"), ("--json no/f", "--json")])
+@pytest.mark.parametrize(
+    "line, word", [("", "needs a GPU"), ("--only softmax", "softmax"), ("--json no/f", "--json")]
+)
 def test_without_a_gpu_and_with_bad_arguments_it_is_one_line_and_exit_2(line, word, refused):
     said = refused(bench.main, *line.split())
     assert word in said and said.startswith("python -m kernels.bench: ")
@@ -39,8 +41,12 @@ def no_compiler(monkeypatch):
 
 
 def test_a_case_that_fails_is_reported_and_the_next_is_timed(monkeypatch, no_compiler):
-    timed = dict.fromkeys([*bench.COLUMNS[2:], "both rate", "both roofline"], 1.0) | dict(unit="GB/s")
-    monkeypatch.setattr(bench, "timings", lambda case, function, inputs, best: (function(**inputs), timed)[1])
+    timed = dict.fromkeys([*bench.COLUMNS[2:], "both rate", "both roofline"], 1.0) | dict(
+        unit="GB/s"
+    )
+    monkeypatch.setattr(
+        bench, "timings", lambda case, function, inputs, best: (function(**inputs), timed)[1]
+    )
     case = bench.geglu(16, 48, torch.float32)
     case.peers = {"a peer": (lambda gate, up: 1 / 0, case.inputs)}
     rows = {row["implementation"]: row for row in bench.measure("geglu", case, {})}
@@ -61,7 +67,11 @@ def test_peers_compute_what_ours_does(make, size, no_compiler):
     detached = lambda inputs: {name: x if x is None else x.detach() for name, x in inputs.items()}
     todo = make(*size, torch.float32).todo()
     got = {name: function(**detached(inputs)) for name, (function, inputs) in todo.items()}
-    others = {"ours with dropout 0.1", "ours without bias", "torch, no weights"}  # they compute something else
+    others = {
+        "ours with dropout 0.1",
+        "ours without bias",
+        "torch, no weights",
+    }  # they compute something else
     others |= {"SDPA without bias"} if "SDPA, materialised bias" in got else set()
     for name in got.keys() - others:
         torch.testing.assert_close(got[name], got["eager"], rtol=1e-4, atol=1e-5)
