@@ -244,8 +244,15 @@ def compile_case(case: str, architecture: str) -> Iterator[Figures]:
         yield compile_launch(case, architecture, call)
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An argument that is wrong is one line, not the usage as well."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m kernels.compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -262,9 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = [case for case in all_cases() if any(text in case for text in args.only)]
     if not cases:
-        return fail(f"--only: no case is named {' or '.join(args.only)}")
+        parser.error(f"--only: no case is named {' or '.join(args.only)}")
     if not launch.INSTALLED or launch.INTERPRETED:
-        return fail("needs Triton, and TRITON_INTERPRET unset")
+        parser.error("needs Triton, and TRITON_INTERPRET unset")
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # triton 3.9 says it once
     if not args.json:
         print(HEADER)
@@ -273,11 +280,6 @@ def main(argv: list[str] | None = None) -> int:
             for figures in compile_case(case, architecture):
                 print(json.dumps(asdict(figures)) if args.json else figures.line(), flush=True)
     return 0
-
-
-def fail(problem: str) -> int:
-    print(f"python -m kernels.compile: {problem}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

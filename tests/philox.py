@@ -14,7 +14,12 @@ def philox(seed, counters, rounds=7):
     k = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(rounds):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [b >> np.uint64(32) ^ c[1] ^ np.uint64(k[0]), b & low, a >> np.uint64(32) ^ c[3] ^ np.uint64(k[1]), a & low]
+        c = [
+            b >> np.uint64(32) ^ c[1] ^ np.uint64(k[0]),
+            b & low,
+            a >> np.uint64(32) ^ c[3] ^ np.uint64(k[1]),
+            a & low,
+        ]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c
 

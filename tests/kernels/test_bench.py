@@ -1,77 +1,100 @@
-"""The benchmark: that its peers are peers, and that a failure does not end it."""
+"""The benchmark: that peers compute what ours does, and that a failure does not end it."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from comparing import needs_triton
 
-from data import cli
-from dss.bench import BenchConfig
+import kernels
 from kernels import bench
 
 pytestmark = needs_triton
-KERNELS = ["attention", "cross_entropy", "linear_cross_entropy", "rms_norm", "geglu"]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-@pytest.mark.parametrize(
-    "line, word", [("", "needs a GPU"), ("--only softmax", "softmax"), ("--json no/f", "--json")]
-)
-def test_without_a_gpu_and_with_bad_arguments_it_is_one_line_and_exit_2(line, word, refused):
-    said = refused(bench.main, *line.split())
-    assert word in said and said.startswith("python -m kernels.bench: ")
+@without_gpu
+def test_without_a_gpu_it_prints_what_is_known_without_one(capsys, tmp_path):
+    names = ["encoder CQA 64", "geglu CQA 64"]
+    assert bench.main(["--only", *names, "--json", str(tmp_path / "rows")]) == 0
+    printed = capsys.readouterr().out
+    assert "no GPU: nothing is timed" in printed and "geglu CQA 64 rows" in printed
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert len(rows) == 2 and 0 < rows[0]["useful"] < 1 and rows[0]["both"] is None
+    assert rows[0]["megabytes"] == pytest.approx(139, abs=5), "46 MB forward and 92 backward"
 
 
-def test_the_most_wanted_cases_come_first_and_each_kernel_has_its_turn():
-    names = list(bench.cases())
-    assert [name.split()[0] for name in names[:5]] == KERNELS and len(names) > 25
-    assert names[0] == bench.COUNTED[-1] == "attention encoder N=1024 D=64"
+@without_gpu
+@pytest.mark.parametrize("flags", [["--only", "softmax"], ["--json", "no/such/file"]])
+def test_wrong_arguments_are_one_line_and_exit_2(flags, refused):
+    problem = refused(bench.main, *flags)
+    assert problem.startswith(f"python -m kernels.bench: {flags[0]}")
 
 
-def test_dss_bench_takes_the_arguments_that_all_gives_it():
-    assert cli.parse(bench.STEPS[1:], BenchConfig).dtype == "bfloat16"
+@pytest.mark.parametrize("dataset", bench.DATASETS)
+def test_lengths_are_like_those_of_the_data_sets(dataset):
+    mean, percentile, longest, label, rationale = bench.DATASETS[dataset]
+    inputs, targets = bench.draw_lengths(dataset, 2000)
+    assert len(inputs) == len(targets) == 4000
+    assert np.mean(inputs) == pytest.approx(mean, rel=0.02)
+    assert np.percentile(inputs, 95) == pytest.approx(percentile, rel=0.05)
+    assert max(inputs) <= longest and min(targets) >= 1
+    assert np.mean(targets) == pytest.approx((label + rationale) / 2, rel=0.03)
 
 
 @pytest.fixture
-def no_compiler(monkeypatch):
-    """What torch.compile compiles on a GPU, in plain PyTorch."""
+def plain(monkeypatch):
+    """Leaves are fp32 without gradient (FlexAttention has none on a CPU); nothing is compiled."""
+
+    def leaf(*shape, dtype=None, scale=1.0):
+        return torch.randn(*shape) * scale
+
+    monkeypatch.setattr(bench, "leaf", leaf)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    bench.flex_attention.cache_clear()
-    yield
-    bench.flex_attention.cache_clear()
-
-
-def test_a_case_that_fails_is_reported_and_the_next_is_timed(monkeypatch, no_compiler):
-    timed = dict.fromkeys([*bench.COLUMNS[2:], "both rate", "both roofline"], 1.0) | dict(
-        unit="GB/s"
-    )
-    monkeypatch.setattr(
-        bench, "timings", lambda case, function, inputs, best: (function(**inputs), timed)[1]
-    )
-    case = bench.geglu(16, 48, torch.float32)
-    case.peers = {"a peer": (lambda gate, up: 1 / 0, case.inputs)}
-    rows = {row["implementation"]: row for row in bench.measure("geglu", case, {})}
-    assert list(rows) == ["ours", "a peer", "eager", "torch.compile", "ours, again"]
-    assert "ZeroDivisionError: division by zero" in bench.show(rows["a peer"])
-    assert bench.show(rows["eager"]).count("|") == len(bench.COLUMNS) + 1
-
-
-SMALL = [(bench.attention, use, 2, 48, 2, 32) for use in ("encoder", "decoder", "cross")]
-SMALL += [(bench.cross_entropy, 8, 70), (bench.linear_cross_entropy, 16, 8, 70)]
-SMALL += [(bench.rms_norm, 16, 48), (bench.geglu, 16, 48)]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("make, size", [(make, size) for make, *size in SMALL])
-def test_peers_compute_what_ours_does(make, size, no_compiler):
-    """In fp32, forward alone, which is what FlexAttention has on a CPU."""
-    detached = lambda inputs: {name: x if x is None else x.detach() for name, x in inputs.items()}
-    todo = make(*size, torch.float32).todo()
-    got = {name: function(**detached(inputs)) for name, (function, inputs) in todo.items()}
-    others = {
-        "ours with dropout 0.1",
-        "ours without bias",
-        "torch, no weights",
-    }  # they compute something else
-    others |= {"SDPA without bias"} if "SDPA, materialised bias" in got else set()
-    for name in got.keys() - others:
-        torch.testing.assert_close(got[name], got["eager"], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    "case, peers",
+    [
+        (bench.Attention("encoder", [5, 40], [5, 40]).case("small"), {"flex", "eager"}),
+        (bench.Attention("decoder", [5, 40], [5, 40]).case("small"), {"eager"}),
+        (bench.loss_case("small", 16, 70, linear=True), {"torch", "eager"}),
+        (bench.loss_case("small", 16, 70, linear=False), {"eager"}),
+        (bench.norm_case("small", 16), {"eager"}),
+        (bench.geglu_case("small", 16), {"eager"}),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_peers_compute_what_ours_does(case, peers, plain):
+    results = {}
+    for name in ("ours", *peers):
+        torch.manual_seed(0)  # each makes its own inputs
+        results[name] = case.peers[name]().function()
+    if "flex" in peers:
+        results["flex"] = results["flex"][0].transpose(0, 1)  # (1, H, T, D) -> (T, H, D)
+    for name in peers:
+        torch.testing.assert_close(results[name], results["ours"], rtol=1e-4, atol=1e-5)
+
+
+def test_an_implementation_that_raises_is_noted_and_the_next_is_timed(monkeypatch):
+    def microseconds(function, short):
+        function()
+        return 2.0 if short else 3.0
+
+    monkeypatch.setattr(bench, "microseconds", microseconds)
+    case = bench.geglu_case("small", 16)
+    case.peers = dict(ours=case.peers["ours"], broken=lambda: 1 / 0, eager=case.peers["eager"])
+    row = bench.Row(case.name, None, 1.0, roof=1.0)
+    bench.measure(case, row)
+    assert row.both == row.forward == 2.0 and row.peers == dict(eager=1.0)
+    assert "broken failed: ZeroDivisionError: division by zero" in row.line()
+
+
+def test_every_kernel_has_a_case():
+    names = [case.name for case in bench.all_cases()]
+    assert names[0].startswith("attention encoder CQA 64") and len(set(names)) == len(names)
+    operations = {name.split()[0] for name in names}
+    assert operations == {"attention", "linear_cross_entropy", "cross_entropy", "rms_norm", "geglu"}
+    assert all(hasattr(kernels, operation) for operation in operations)
