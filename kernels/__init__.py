@@ -25,14 +25,15 @@ from .losses import (
 )
 from .norms import rms_norm_reference, rms_norm_triton
 
+HEAD_WIDTHS = (16, 32, 64, 128)  # for which attention has Triton kernels
 __version__ = "0.3.0"  # transformers probes for a package named `kernels` and reads its version
 
 
 def choice(device: torch.device) -> str:
     """Which implementation tensors on this device get: "triton" or "reference".
 
-    Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this once
-    before it begins, so that no run ends in the middle. Warns once on a GPU without kernels.
+    Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this
+    once before it begins, so that no run ends in the middle. Warns once on a GPU without kernels.
     """
     asked = os.environ.get("DSS_KERNELS", "")
     if asked not in ("", "reference", "triton"):
@@ -77,7 +78,11 @@ def attention(
     """Attention within packed sequences, with T5's position bias: see `attention_reference`."""
     function = attention_reference
     if choice(q.device) == "triton":
-        function = attention_triton
+        if q.shape[-1] in HEAD_WIDTHS:
+            function = attention_triton
+        else:
+            text = f"attention: no Triton kernel for heads of width {q.shape[-1]}"
+            warnings.warn(f"{text}; the reference computes instead", stacklevel=2)
     return function(
         q,
         k,

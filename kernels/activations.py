@@ -50,7 +50,7 @@ def check_arguments(gate: Tensor, up: Tensor) -> None:
         raise ValueError(f"geglu: gate and up must have one shape and dtype, got {got}")
 
 
-# ---- Triton ---------------------------------------------------------------------------------------
+# ---- Triton -------------------------------------------------------------------------------------
 #
 # With r the dropout mask (0 or 1 / (1 - p)) and t = sigmoid(2 u):
 #
@@ -164,7 +164,7 @@ def launch_tiles(
 def geglu_triton(
     gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None
 ) -> Tensor:
-    """`geglu_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (dropout.py)."""
+    """`geglu_reference` in one pass; dropout_p is rounded as dropout.py says."""
     check_arguments(gate, up)
     if up.dim() != 2:
         raise ValueError(f"geglu: the Triton kernel takes inputs of (T, F), got {list(up.shape)}")

@@ -3,8 +3,9 @@
     python -m kernels.bench
     python -m kernels.bench --only "attention encoder" --minutes 2 --json times.jsonl
 
-Most important first: steps of 64 and 256 rows with lengths like those of CQA, e-SNLI and SVAMP, then
-sequences of 512, 1024 and 4096 tokens, in bfloat16 at T5-base's shape, without dropout. Columns:
+Most important first: steps of 64 and 256 rows with lengths like those of CQA, e-SNLI and SVAMP,
+then sequences of 512, 1024 and 4096 tokens, in bfloat16 at T5-base's shape, without dropout.
+Columns:
 
     useful     of the scores that attention's forward tiles compute, those of real queries and keys
     MB, roof   bytes that forward and backward must move; us at the speed of a copy and of a product
@@ -56,9 +57,9 @@ DATASETS = {
 def draw_lengths(dataset: str, rows: int) -> tuple[list[int], list[int]]:
     """Lengths of inputs and targets of a step: each row is a label and a rationale sequence.
 
-    Inputs are log-normal with the data set's mean and 95th percentile, up to its maximum. Rationales
-    have a deviation of 0.4 in the logarithm, labels are 2 tokens and a Poisson number more (the
-    spread of both is assumed).
+    Inputs are log-normal with the data set's mean and 95th percentile, up to its maximum.
+    Rationales have a deviation of 0.4 in the logarithm, labels are 2 tokens and a Poisson number
+    more (the spread of both is assumed).
     """
     mean, percentile, longest, label, rationale = DATASETS[dataset]
     deviation = 1.645 - math.sqrt(1.645**2 - 2 * math.log(percentile / mean))
@@ -73,7 +74,7 @@ def draw_lengths(dataset: str, rows: int) -> tuple[list[int], list[int]]:
     return inputs + inputs, labels + log_normal(rationale, 0.4, rows)
 
 
-# ---- Cases ----------------------------------------------------------------------------------------
+# ---- Cases --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -293,7 +294,7 @@ def all_cases() -> list[Case]:
     return cases
 
 
-# ---- Timing ---------------------------------------------------------------------------------------
+# ---- Timing -------------------------------------------------------------------------------------
 
 
 def microseconds(function: Callable, short: bool = False) -> float:

@@ -1,8 +1,9 @@
 """T5's relative position buckets (Raffel et al. 2020, section 2.1).
 
-A bucket is the entry of the bias table that a distance uses. Half of the buckets of a direction count
-single positions. The others grow logarithmically up to `max_distance`, and all distances beyond share
-the last one. A bidirectional table has one half for keys before the query and one for keys after it.
+A bucket is the entry of the bias table that a distance uses. Half of the buckets of a direction
+count single positions. The others grow logarithmically up to `max_distance`, and all distances
+beyond share the last one. A bidirectional table has one half for keys before the query and one
+for keys after it.
 """
 
 import functools
@@ -25,11 +26,12 @@ def relative_position_bucket(
 def bucket_table(
     num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device
 ) -> Tensor:
-    """(2 * max_distance + 1,) int64: the bucket of every distance from -max_distance to max_distance.
+    """(2 * max_distance + 1,) int64: the buckets of -max_distance .. max_distance.
 
-    It is made on the host, where the logarithm is exact at powers of two: a rounding error would move
-    the edge of a bucket. Bucket num_buckets / 2 of a bidirectional table is never used: it would mean
-    "after the query, at distance 0". In a causal table later keys have bucket 0; they are masked.
+    It is made on the host, where the logarithm is exact at powers of two: a rounding error would
+    move the edge of a bucket. Bucket num_buckets / 2 of a bidirectional table is never used: it
+    would mean "after the query, at distance 0". In a causal table later keys have bucket 0; they
+    are masked.
     """
     distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
     if bidirectional:

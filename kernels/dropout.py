@@ -115,8 +115,8 @@ def draw_seeds(device: torch.device) -> Iterator[Tensor]:
 def seed_on(device: torch.device, seed: int | Tensor | None) -> Tensor:
     """A seed as a (1,) int64 tensor on the device, drawn from torch's generator if it is None.
 
-    The host does not wait for it, and a CUDA graph draws a new one at every replay. Raises ValueError
-    for an integer outside [0, 2^63), or a tensor of another shape, dtype or device.
+    The host does not wait for it, and a CUDA graph draws a new one at every replay. Raises
+    ValueError for an integer outside [0, 2^63), or a tensor of another shape, dtype or device.
     """
     if seed is None:
         return next(draw_seeds(device) if seeds_at_hand is None else seeds_at_hand)

@@ -4,13 +4,14 @@ There is no Triton for macOS and Windows. There `@triton.jit` leaves a plain Pyt
 nobody calls: `kernels/__init__.py` chooses the references.
 
 `TRITON_INTERPRET=1`, set before Triton is imported, runs the kernels in NumPy on CPU tensors. The
-interpreter differs from a GPU in three ways (triton 3.9): `tl.dot` of bfloat16 is silently wrong, so
-kernels widen their operands to fp32 when INTERPRETED; rounding from fp32 to bfloat16 truncates; and
-`tl.dot` ignores `input_precision`.
+interpreter differs from a GPU in three ways (triton 3.9): `tl.dot` of bfloat16 is silently wrong,
+so kernels widen their operands to fp32 when INTERPRETED; rounding from fp32 to bfloat16
+truncates; and `tl.dot` ignores `input_precision`.
 """
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -52,8 +53,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: ob
 def architecture(device: torch.device) -> str | None:
     """Which row of a table of tiles holds for a device: "sm_90", "sm_80", "interpreter", or None.
 
-    Datacentre Blackwell takes Hopper's row. Other GPUs from Ampere on take Ampere's, whose tiles fit
-    into 99 KiB of shared memory. None: an older GPU, which has less, or one by AMD (not tested).
+    Datacentre Blackwell takes Hopper's row. Other GPUs from Ampere on take Ampere's, whose tiles
+    fit into 99 KiB of shared memory. None: an older GPU, which has less, or one by AMD (not
+    tested).
     """
     if device.type != "cuda":
         return "interpreter"
@@ -61,6 +63,18 @@ def architecture(device: torch.device) -> str | None:
     if torch.version.hip or major < 8:
         return None
     return "sm_90" if major in (9, 10) else "sm_80"
+
+
+def stages(device: torch.device) -> int:
+    """num_stages for loops that load tiles and multiply them: 2, or 1 where that is not safe.
+
+    On Hopper, Triton before 3.7.1 leaves out the fence between an asynchronous copy to shared memory
+    and the product (wgmma) that reads it, so that a pipelined loop may read a tile too early.
+    """
+    version = [int(part) for part in re.findall(r"\d+", triton.__version__)[:3]]
+    if architecture(device) == "sm_90" and version < [3, 7, 1]:
+        return 1
+    return 2
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

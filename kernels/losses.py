@@ -2,27 +2,28 @@
 
     loss = sum_t  w_t * ( logsumexp(z_t) - z_t[label_t] ),        z_t = scale * W h_t
 
-The weights carry the method: 1 / N_label on the tokens of label targets and lambda / N_rationale on
-those of rationales make one weighted sum of  L_label + lambda * L_rationale,  so both tasks are one
-pass over one stream. A token whose label is -100, or whose weight is 0, adds nothing to the loss and
-nothing to any gradient.
+The weights carry the method: 1 / N_label on the tokens of label targets and lambda / N_rationale
+on those of rationales make one weighted sum of  L_label + lambda * L_rationale,  so both tasks
+are one pass over one stream. A token whose label is -100, or whose weight is 0, adds nothing to
+the loss and nothing to any gradient.
 
-**Rows.** One program computes one row in fp32. Up to V = 32768 the row stays in registers between the
-sum and the gradient: the logits are read once and the gradient is written once. Longer rows (mT5 has
-V = 250112) are read twice.
+**Rows.** One program computes one row in fp32. Up to V = 32768 the row stays in registers between
+the sum and the gradient: the logits are read once and the gradient is written once. Longer rows
+(mT5 has V = 250112) are read twice.
 
-**Linear.** T x V logits would be the largest tensor of the model. The Triton version takes the tokens
-in chunks: one matrix product makes a chunk's logits (LOGITS_BYTES of them), the row kernel turns them
-into their gradient in place, and two more products give d(hidden) and a summand of d(weight). Each
-chunk reads and writes all of d(weight), so small chunks are expensive. d(weight) is summed in fp32
-whatever the dtype of the inputs: sums of bfloat16 over 32 chunks are off by 7e-3.
+**Linear.** T x V logits would be the largest tensor of the model. The Triton version takes the
+tokens in chunks: one matrix product makes a chunk's logits (LOGITS_BYTES of them), the row kernel
+turns them into their gradient in place, and two more products give d(hidden) and a summand of
+d(weight). Each chunk reads and writes all of d(weight), so small chunks are expensive. d(weight)
+is summed in fp32 whatever the dtype of the inputs: sums of bfloat16 over 32 chunks are off by
+7e-3.
 
 **The gradient is computed in the forward pass**, while the logits are at hand, for an upstream
-gradient of 1. The backward pass multiplies by the real one, on the device and in place. A kernel that
-finds a 1 there returns at once. A second backward pass through the same graph is refused.
+gradient of 1. The backward pass multiplies by the real one, on the device and in place. A kernel
+that finds a 1 there returns at once. A second backward pass through the same graph is refused.
 
-Labels outside [0, V) other than -100 are refused. On a GPU reading them would make the host wait, so
-there they give a loss of NaN.
+Labels outside [0, V) other than -100 are refused. On a GPU reading them would make the host wait,
+so there they give a loss of NaN.
 """
 
 from dataclasses import dataclass
@@ -104,11 +105,11 @@ def check_linear_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, weigh
     check_arguments(shape, hidden.dtype, labels, weights)
 
 
-# ---- Triton ---------------------------------------------------------------------------------------
+# ---- Triton -------------------------------------------------------------------------------------
 #
-# With p = softmax(z) and y the label,  d loss_t / d z_v = w_t (p_v - [v = y]).  At v = y a confident
-# row has p near 1, and what is left of p - 1 is formed here, in fp32, before it is rounded to the
-# dtype of the logits.
+# With p = softmax(z) and y the label,  d loss_t / d z_v = w_t (p_v - [v = y]).  At v = y a
+# confident row has p near 1, and what is left of p - 1 is formed here, in fp32, before it is
+# rounded to the dtype of the logits.
 
 
 @triton.jit
@@ -267,8 +268,8 @@ def linear_cross_entropy_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`linear_cross_entropy_reference`, chunk by chunk, with the row kernel.
 
-    Raises ValueError in fp16 where a gradient is wanted: entries below 6e-8 would be lost before the
-    factor of a loss scaler reaches them, and w_t / V is that small.
+    Raises ValueError in fp16 where a gradient is wanted: entries below 6e-8 would be lost before
+    the factor of a loss scaler reaches them, and w_t / V is that small.
     """
     check_linear_arguments(hidden, weight, labels, weights)
     tensors = dict(hidden=hidden, weight=weight, labels=labels, weights=weights)
@@ -328,7 +329,7 @@ def loss_in_chunks(
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in fp32, never rounded to the dtype of a and b; in place if there is a total."""
+    """total + a @ b in fp32, never rounded to a dtype of a and b; in place if there is a total."""
     if a.dtype == torch.float32:
         return a @ b if total is None else total.addmm_(a, b)
     if a.is_cuda:

@@ -47,9 +47,10 @@ def rms_norm_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalised x; with a residual, the pair (s, normalised s) of s = residual + dropout(x).
 
-    x, residual: (T, C), any float dtype; weight: (C,). s has the dtype of residual + x. The normalised
-    result has s's dtype or, under autocast, autocast's; the arithmetic of the norm is fp32.
-    seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes differ.
+    x, residual: (T, C), any float dtype; weight: (C,). s has the dtype of residual + x. The
+    normalised result has s's dtype or, under autocast, autocast's; the arithmetic of the norm is
+    fp32. seed: of the dropout; None draws one from torch's generator. Raises ValueError if shapes
+    differ.
     """
     check_arguments(x, weight, residual, dropout_p)
     s = x if residual is None else residual + dropout_reference(x, dropout_p, seed)
@@ -71,7 +72,7 @@ def check_arguments(x: Tensor, weight: Tensor, residual: Tensor | None, dropout_
         raise ValueError(f"rms_norm: {text}")
 
 
-# ---- Triton ---------------------------------------------------------------------------------------
+# ---- Triton -------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["T", "threshold"])  # these change often: compile once for all
@@ -253,7 +254,7 @@ def rms_norm_triton(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`rms_norm_reference` in one pass; dropout_p is rounded to a multiple of 1/256 (dropout.py)."""
+    """`rms_norm_reference` in one pass; dropout_p is rounded as dropout.py says."""
     check_arguments(x, weight, residual, dropout_p)
     if x.dim() != 2 or not 1 <= x.shape[1] <= MAX_COLUMNS:
         text = f"takes x of (T, C) with C up to {MAX_COLUMNS}, got {list(x.shape)}"

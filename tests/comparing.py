@@ -1,10 +1,11 @@
 """The one rule by which kernels are right, and what the kernel tests share.
 
-A test states an operation as a plain formula. Every output and gradient is compared with that formula
-in fp64. The error may be twice that of the formula computed in the inputs' dtype ("eager"), plus a
-floor for where eager is exact by luck. In half precision the floor is one rounding of the result and
-four fp32 roundings of a term of size 1. Where all inputs are fp32 it is 2e-6 of the result's size, or
-of 1 where the result is smaller: inputs have that size, and so have the terms that cancel.
+A test states an operation as a plain formula. Every output and gradient is compared with that
+formula in fp64. The error may be twice that of the formula computed in the inputs' dtype
+("eager"), plus a floor for where eager is exact by luck. In half precision the floor is one
+rounding of the result and four fp32 roundings of a term of size 1. Where all inputs are fp32 it
+is 2e-6 of the result's size, or of 1 where the result is smaller: inputs have that size, and so
+have the terms that cancel.
 """
 
 from types import SimpleNamespace
@@ -68,8 +69,8 @@ def check(what, got, eager, exact, eps):
 def forward_backward(function, leaves):
     """The outputs of function(*leaves) and the gradient of each leaf.
 
-    A leaf may be None. The upstream gradients are drawn from a fixed seed. Where a leaf is fp64, they
-    are what its fp32 or half-precision twin had.
+    A leaf may be None. The upstream gradients are drawn from a fixed seed. Where a leaf is fp64,
+    they are what its fp32 or half-precision twin had.
     """
     leaves = [x if x is None else x.detach().requires_grad_() for x in leaves]
     outputs = function(*leaves)
@@ -81,7 +82,7 @@ def forward_backward(function, leaves):
 
 
 def compare(function, formula, leaves):
-    """Hold outputs and gradients of function(*leaves) to the rule; they have the formula's dtypes."""
+    """Hold outputs and gradients of function(*leaves) to the rule, and to the formula's dtypes."""
     got = forward_backward(function, leaves)
     eager = forward_backward(formula, leaves)
     exact = forward_backward(formula, [x if x is None else x.double() for x in leaves])

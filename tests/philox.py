@@ -1,4 +1,4 @@
-"""Philox4x32-7 in NumPy, written from the paper, and with it the very masks that the Triton kernels draw.
+"""Philox4x32-7 in NumPy, written from the paper, and the masks that the Triton kernels draw with it.
 
 Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -25,7 +25,7 @@ def philox(seed, counters, rounds=7):
 
 
 def mask(seed, rows, plane, columns, threshold):
-    """What kernels/dropout.py multiplies by, (R, columns) for rows (R,); bytes below the threshold are dropped."""
+    """What kernels/dropout.py multiplies by: (R, columns) for rows (R,)."""
     row, column = np.broadcast_arrays(np.asarray(rows)[:, None], np.arange(columns)[None, :])
     group = 4 * (column // 64) + column % 8 // 2
     words = philox(seed, (row, np.full_like(row, plane), group, np.zeros_like(row)))

@@ -51,7 +51,7 @@ def compiled(*arguments):
 
 def test_each_kernel_compiles_for_hopper():
     rows = compiled("--only", *ONE_EACH)
-    assert KERNELS <= {row["kernel"] for row in rows}
+    assert {row["kernel"] for row in rows} >= KERNELS
     others = [row for row in rows if "attention" not in row["case"]]
     assert all(row["spills"] == 0 for row in others)
 

@@ -9,7 +9,8 @@ from comparing import DEVICE, OPERATIONS, REFERENCE, TRITON, needs_triton
 import kernels
 from kernels.compile import recording
 
-# DSS_KERNELS, device, whether Triton is installed and interpreted; the choice, or what the error says.
+# DSS_KERNELS, device, whether Triton is installed and interpreted; the choice, or what the error
+# says.
 CHOICES = [
     ("", "cpu", True, True, "reference"),
     ("", "cuda", True, False, "triton"),
@@ -19,6 +20,14 @@ CHOICES = [
     ("triton", "cpu", True, False, "TRITON_INTERPRET=1"),
     ("triton", "mps", False, False, "not installed"),
     ("cuda", "cuda", True, False, "must be 'triton' or 'reference', got 'cuda'"),
+]
+
+STAGES = [
+    ("3.6.0", "sm_90", 1),
+    ("3.7.0+git1", "sm_90", 1),
+    ("3.7.1", "sm_90", 2),
+    ("3.10.0", "sm_90", 2),
+    ("3.6.0", "sm_80", 2),
 ]
 
 
@@ -69,6 +78,24 @@ def test_dss_kernels_decides_which_implementation_an_operation_calls(monkeypatch
         with recording("sm_90") as launches:
             call_each()
         assert len(launches) == count
+
+
+@needs_triton
+def test_a_head_width_without_a_kernel_gets_the_reference_and_a_warning(monkeypatch):
+    monkeypatch.setenv("DSS_KERNELS", "triton")
+    x = torch.randn(5, 2, 24, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    with pytest.warns(UserWarning, match="no Triton kernel for heads of width 24; the reference"):
+        y = kernels.attention(x, x, x, None, cu_seqlens, cu_seqlens)
+    assert torch.equal(y, REFERENCE.attention(x, x, x, None, cu_seqlens, cu_seqlens))
+
+
+@needs_triton
+@pytest.mark.parametrize("version, row, count", STAGES)
+def test_pipelines_have_one_stage_where_triton_leaves_out_a_fence(monkeypatch, version, row, count):
+    monkeypatch.setattr("kernels.launch.architecture", lambda device: row)
+    monkeypatch.setattr("kernels.launch.triton.__version__", version)
+    assert kernels.launch.stages(torch.device("cuda")) == count
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

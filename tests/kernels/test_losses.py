@@ -1,4 +1,4 @@
-"""Cross-entropy, of given logits and straight from hidden states, against plain formulas: loss and gradients."""
+"""Cross-entropy, of given logits and from hidden states, against its formula: loss and gradients."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ def test_rows_of_a_larger_tensor_and_columns_that_are_not_contiguous(ours):
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_confident_logits_and_all_ignored(ours, dtype):
-    """+-80 overflows exp in half precision and in fp32 when squared; fp32 inside and the row maximum keep it finite."""
+    """exp(80) overflows in half precision and, squared, in fp32; the row maximum keeps it finite."""
     logits = torch.tensor(
         [[80.0, -80.0, 0.0], [-80.0, 80.0, -80.0]], dtype=dtype, device=DEVICE, requires_grad=True
     )
@@ -170,7 +170,7 @@ def test_confident_logits_and_all_ignored(ours, dtype):
 
 @both
 def test_a_confident_label_keeps_the_digits_of_p_minus_1(ours):
-    """p = 1 - 1.2e-4: subtracted in bf16, whose neighbour of 1 is 1 - 4e-3, nothing would be left."""
+    """p = 1 - 1.2e-4, but the bf16 number below 1 is 1 - 4e-3: subtracting in bf16 gives 0."""
     logits = torch.tensor([[9.0, 0.0]], dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     loss = ours.cross_entropy(
         logits, torch.tensor([0], device=DEVICE), torch.ones(1, device=DEVICE)
@@ -298,7 +298,7 @@ def test_infinite_logits_of_an_ignored_row_add_nothing():
 @needs_triton
 @pytest.mark.parametrize("label", [-1, 40, 2**40])
 def test_a_label_the_host_could_not_look_at_gives_nan(label):
-    """On a GPU a wrong label is not seen before the launch; counted as logit 0 it would go unnoticed."""
+    """On a GPU a wrong label is not seen before the launch; it must not count as logit 0."""
     logits, labels, weights = rows(2, 40, 0)
     of_rows, nll = torch.zeros(2, device=DEVICE), torch.zeros(2, device=DEVICE)
     launch_rows(logits, None, torch.full_like(labels, label), weights, of_rows, nll)
