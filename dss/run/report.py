@@ -12,16 +12,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.answers import same_label
 from data.files import parse_json
 from data.jsonl import read_lines
 from dss.config import METHODS, TrainConfig
 from dss.rows import Rows, count_shared
 from dss.run import parallel
 from dss.run.state import Progress
+from dss.stats import commonest_label, paired_interval
 from dss.student import Student
-
-RESAMPLES = 10_000
 
 
 def introduce(rows: Rows, student: Student, config: TrainConfig, device: torch.device) -> None:
@@ -131,11 +129,11 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
             f"{r['method']:<18}{r['rows']:>7,}{r['steps']:>8,}{r['best_step']:>9,}{r['validation_accuracy']:>12.1%}"
             f"{test:>8}{tqdm.format_sizeof(r['tokens']):>9}{r['seconds'] // 60:>6.0f}m{r['seconds'] % 60:02.0f}s"
         )
-    label, accuracy = commonest_label(rows)
+    label, accuracy = commonest_label([row.label for row in rows.train], asked, rows.metric)
     print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
     by_method = {r["method"]: correct(out / r["method"]) for r in results}
     for method in [m for m in by_method if m != "standard" and "standard" in by_method]:
-        gain, low, high, _ = (100 * x for x in paired_difference([by_method[method] - by_method["standard"]]))
+        gain, low, high = (100 * x for x in paired_interval([by_method[method] - by_method["standard"]]))
         print(
             f"{method} - standard: {gain:+.1f} points of label accuracy [{low:+.1f}, {high:+.1f}] "
             f"on {len(asked):,} {which} rows, 95 % interval over questions"
@@ -172,35 +170,8 @@ def too_short(result: dict, metrics: Path, commonest: float) -> str:
     return ""
 
 
-def commonest_label(rows: Rows) -> tuple[str, float]:
-    """The commonest label in training, and the accuracy of giving it to every test (or else validation) row."""
-    label, _ = Counter(r.label for r in rows.train).most_common(1)[0]
-    asked = rows.test or rows.validation
-    return label, sum(same_label(label, r.label, rows.metric, r.input) for r in asked) / len(asked)
-
-
 def correct(directory: Path) -> np.ndarray:
     """0 or 1 for each question of OUT/METHOD/predictions.jsonl."""
     with open(path := directory / "predictions.jsonl", "rb") as file:
         lines = [parse_json(line, where)["correct"] for where, _, line in read_lines(file, str(path))]
     return np.array(lines, dtype=int)
-
-
-def paired_difference(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float, float]:
-    """(mean, low, high, p) of the mean of means: its 95 % percentile interval and two-sided p-value against 0.
-
-    differences: for each seed an array of -1, 0 or 1, one a question. Both come from one bootstrap, which draws seeds
-    with replacement and, for each, questions. With few seeds they are rough.
-    """
-    rng = np.random.default_rng(seed)
-    S = len(differences)
-    drawn = rng.integers(S, size=(RESAMPLES, S))
-    means = np.zeros((RESAMPLES, S))
-    for s, d in enumerate(differences):  # to draw n questions with replacement is to draw three counts
-        shares = [np.mean(d == value) for value in (-1, 0, 1)]
-        counts = rng.multinomial(len(d), shares, size=(RESAMPLES, S))
-        means = np.where(drawn == s, (counts[..., 2] - counts[..., 0]) / len(d), means)
-    means = means.mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    p = min(1.0, 2 * min(np.sum(means <= 0) + 1, np.sum(means >= 0) + 1) / (RESAMPLES + 1))
-    return float(np.mean([d.mean() for d in differences])), float(low), float(high), float(p)

@@ -4,7 +4,6 @@ Accuracies are label accuracies on the test rows (validation rows where there ar
 standard deviation between seeds. A method is compared with `standard` of the same run, question by question.
 """
 
-import math
 import os
 import platform
 import shlex
@@ -22,7 +21,8 @@ from data.answers import same_label
 from data.files import read_json, replacing, write_json
 from dss.config import TrainConfig
 from dss.rows import Rows
-from dss.run.report import commonest_label, correct, paired_difference
+from dss.run.report import correct
+from dss.stats import commonest_label, paired_interval
 
 LOOKS = {  # colour (Okabe and Ito's, told apart by colour-blind readers too), marker, name in a legend
     "standard": ("#555555", "o", "standard finetuning"),
@@ -79,18 +79,10 @@ def summarise(runs: list[dict]) -> list[dict]:
         group |= {k: mean(r[k] for r in mine) for k in ("rows", "steps", "tokens", "seconds", "parameters")}
         pairs = [r["answers"] - standard[r["run"]] for r in mine if r["run"] in standard]
         if pairs and group["method"] != "standard":
-            gain, low, high, p = paired_difference(pairs)
-            group |= dict(gain=gain, interval=[low, high], p=p, seeds_needed=seeds_needed(gain, low, high, len(pairs)))
+            gain, low, high = paired_interval(pairs)
+            group |= dict(gain=gain, interval=[low, high])
         groups.append(group)
     return groups
-
-
-def seeds_needed(gain: float, low: float, high: float, seeds: int) -> int | None:
-    """How many seeds it would take for the interval to leave 0 out, if the gain stays what it is: the interval's width
-    falls with the root of their number. None where the interval leaves 0 out already, or the gain is 0."""
-    if low > 0 or high < 0 or gain == 0:
-        return None
-    return math.ceil(seeds * ((high - low) / 2 / abs(gain)) ** 2)
 
 
 def levels(rows: Rows) -> dict[str, float | None]:
@@ -99,7 +91,7 @@ def levels(rows: Rows) -> dict[str, float | None]:
     asked = rows.test or rows.validation
     answered = any(r.teacher_label is not None for r in asked)
     right = (same_label(r.teacher_label or "", r.label, rows.metric, r.input) for r in asked)
-    return {"teacher": mean(right) if answered else None, "commonest label": commonest_label(rows)[1]}
+    return {"teacher": mean(right) if answered else None, "commonest label": commonest_label([row.label for row in rows.train], asked, rows.metric)[1]}
 
 
 def mean(values: Iterable) -> float | None:
@@ -108,7 +100,7 @@ def mean(values: Iterable) -> float | None:
 
 
 def markdown(groups: list[dict], lines: dict, about: dict) -> str:
-    head = "labels student share rows method steps tokens seeds accuracy".split() + ["- standard, points", "p"]
+    head = "labels student share rows method steps tokens seeds accuracy".split() + ["- standard, points"]
     table = [head, ["---"] * len(head)]
     for g in groups:
         spread = "" if g["deviation"] is None else f" ± {100 * g['deviation']:.1f}"
@@ -116,21 +108,16 @@ def markdown(groups: list[dict], lines: dict, about: dict) -> str:
         row += [tqdm.format_sizeof(g["tokens"]), str(len(g["seeds"])), f"{100 * g['accuracy']:.1f}{spread}"]
         if "gain" in g:
             low, high = g["interval"]
-            row += [f"{100 * g['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{g['p']:.2g}"]
+            row += [f"{100 * g['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"]
         table.append(row + [""] * (len(head) - len(row)))
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
     teacher = "unknown" if lines["teacher"] is None else f"{lines['teacher']:.1%}"
     notes = [
         "Label accuracy in %, mean over seeds ± standard deviation between seeds; beside it the difference from",
-        "standard finetuning on the same rows and questions, its 95 % bootstrap interval over seeds and questions, and",
-        "the two-sided p-value from the same bootstrap, not corrected for the number of comparisons.",
+        "standard finetuning on the same rows and questions, and its 95 % bootstrap interval over seeds and questions.",
         f"On the same questions the teacher's own accuracy is {teacher}; always giving the commonest",
         f"training label, {lines['commonest label']:.1%}.",
     ]
-    for g in groups:
-        if g.get("seeds_needed"):
-            where = f"{g['method']} ({g['labels']}, {g['student']}, {g['share']:.4g})"
-            notes.append(f"{where}: not resolved; it takes about {g['seeds_needed']:,} seeds.")
     return "\n".join([text, "", *notes, "", f"{about['date']}, {about['machine']}: `{about['command']}`", ""])
 
 

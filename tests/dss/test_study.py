@@ -12,11 +12,10 @@ from running import ROOT, wait_until, write_rows
 
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
-from dss.run.report import paired_difference
 from dss.study import __main__ as study
 from dss.study.__main__ import StudyConfig, command_line
 from dss.study.presets import PRESETS
-from dss.study.report import seeds_needed, summarise
+from dss.study.report import summarise
 
 QUICK = "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8".split()
 ROWS = [Record(f"r{i}", f"How many are {i}?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)]
@@ -158,27 +157,6 @@ def test_overwrite_deletes_runs_and_nothing_else(files, tmp_path, refused, finis
     before = times(out)
     assert run(*files, *ONE, "--overwrite", "--out", out) == 0
     assert times(out).keys() == before.keys() and times(out) != before
-
-
-def test_the_interval_is_that_of_a_bootstrap_over_seeds_and_questions():
-    """Against a plain bootstrap that draws every question."""
-    rng = np.random.default_rng(1)
-    differences = [rng.choice([-1, 0, 1], size=60, p=[0.1, 0.6, 0.3]) for _ in range(4)]
-    mean, low, high, p = paired_difference(differences)
-    means = []
-    for _ in range(4000):
-        drawn = [differences[s] for s in rng.integers(4, size=4)]
-        means.append(np.mean([d[rng.integers(60, size=60)].mean() for d in drawn]))
-    assert np.allclose([low, high], np.percentile(means, [2.5, 97.5]), atol=0.015)
-    assert mean == pytest.approx(np.mean(differences))
-    assert p == pytest.approx(2 * np.mean(np.array(means) <= 0), abs=0.02)
-    assert paired_difference([np.ones(5, dtype=int)])[:3] == (1.0, 1.0, 1.0)
-    assert paired_difference([np.array([1, -1] * 30)] * 3)[3] > 0.9, "no difference, no small p"
-
-
-def test_the_seeds_it_takes_to_resolve_a_difference():
-    assert seeds_needed(0.02, -0.02, 0.06, 3) == 12, "a difference half as wide as the interval's half takes four times"
-    assert seeds_needed(0.05, 0.01, 0.09, 3) is None and seeds_needed(0.0, -0.1, 0.1, 3) is None
 
 
 def test_gains_are_paired_within_a_run():
