@@ -19,14 +19,10 @@ PAPER = dict(
     max_target_length=256,
     max_new_tokens=64,
 )
-SHARDED = dict(shard=True, checkpoint_activations=True)  # on `processes` GPUs of 80 GB, see train.py --plan
 STUDENTS = {
     "base": dict(weights=("google/t5-v1_1-base",), steps=10_000, batch_size=64),
     "large": dict(weights=("google/t5-v1_1-large",), steps=10_000, batch_size=64),
-    "xl": dict(weights=("google/t5-v1_1-xl",), steps=4_000, batch_size=32, processes=4, **SHARDED),
-    "xxl": dict(weights=("google/t5-v1_1-xxl",), steps=4_000, batch_size=32, processes=8, **SHARDED),
 }
-CURVE = dict(subsample=(0.125, 0.25, 0.5, 0.75, 1.0))
 
 CPU = dict(method=("standard", "dss", "label_first", "dss-shuffled"), seed=(0, 1, 2), size=("tiny",), max_new_tokens=8)
 NLI = dict(data=("esnli_valid.jsonl",), test_data="esnli_test.jsonl")  # 9,842 rows of the release's validation split
@@ -40,4 +36,3 @@ PRESETS = {
 for dataset, files in DATASETS.items():
     for student, shape in STUDENTS.items():
         PRESETS[f"{dataset}-{student}"] = files | PAPER | shape | dict(subsample=(1.0,))  # a row of table 1
-        PRESETS[f"{dataset}-{student}-curve"] = files | PAPER | shape | CURVE  # a curve of figures 4 and 5

@@ -123,7 +123,7 @@ def test_bad_input_ends_in_one_line_and_nothing_is_made(files, tmp_path, refused
 
 def test_a_cell_has_the_command_line_of_its_settings():
     """A study's run, repeated by hand with the same flags, is the same run. (A weight decay of 0 was once left out.)"""
-    for name in ("toy", "cqa-base", "svamp-large-curve", "esnli-xxl"):
+    for name in ("toy", "cqa-base", "svamp-large"):
         cells = StudyConfig(**PRESETS[name], preset=name, data_dir="D").cells()
         for cell in cells.values():
             assert parse_args(command_line(cell)) == cell
@@ -135,9 +135,6 @@ def test_presets_have_the_papers_settings():
     assert (cell.steps, cell.batch_size, cell.learning_rate, cell.schedule) == (10_000, 64, 5e-5, "linear")
     assert (cell.data, cell.test_data) == (("D/cqa_train.jsonl",), "D/cqa_test.jsonl")
     assert round(cell.eval_fraction * 9741) == 975 and cell.weights == "google/t5-v1_1-base"
-    xxl = StudyConfig(**PRESETS["anli-xxl"], preset="anli-xxl").cells()["gold-google--t5-v1_1-xxl-1-seed0"]
-    assert (xxl.steps, xxl.batch_size) == (4_000, 32)
-    assert (xxl.processes, xxl.shard, xxl.checkpoint_activations) == (8, True, True)
 
 
 def test_students_of_one_name_are_two_runs():
