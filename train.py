@@ -42,6 +42,7 @@ from dss.run import parallel, start
 from dss.run.plan import make_plan, plan_of
 from dss.run.report import Log, introduce, report, say_what_was_cut
 from dss.run.state import Ended, Keeper, Progress, forget_state
+from dss.stats import commonest_label
 from dss.student import Student
 from tokenizer import T5Tokenizer
 
@@ -169,6 +170,7 @@ def test(student: Student, rows: Rows, progress: Progress, cut: Counter, out: Pa
         "best_step": progress.best_step,
         "steps": progress.step,
         "rows": len(rows.train),
+        "commonest_label": commonest_label([row.label for row in rows.train], asked, rows.metric)[1],
         "tokens": progress.tokens,
         "inputs_cut": cut["inputs"],
         "targets_cut": cut["targets"],

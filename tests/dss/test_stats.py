@@ -23,6 +23,9 @@ def test_the_interval_is_that_of_a_bootstrap_over_seeds_and_questions():
 
 def test_the_commonest_label_counts_as_right_by_the_metric():
     train_labels = ["b", "a", "b"]
-    rows = [Record("1", "Which?\n(a) car\n(b) park", "park"), Record("2", "Which?\n(a) x\n(b) y", "x")]
+    rows = [
+        Record("1", "Which?\n(a) car\n(b) park", "park"),
+        Record("2", "Which?\n(a) x\n(b) y", "x"),
+    ]
     assert commonest_label(train_labels, rows, "choice") == ("b", 0.5)
     assert commonest_label(train_labels, rows, "text") == ("b", 0.0)
