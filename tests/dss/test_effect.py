@@ -1,4 +1,4 @@
-"""The headline claim: rationales help, and it is what they say that does. Shortened in CI, whole under -m slow."""
+"""Rationales help, and because of what they say. Shortened in CI, whole under -m slow."""
 
 import subprocess
 import sys
@@ -7,11 +7,21 @@ import pytest
 from running import ROOT, result
 
 METHODS = ["standard", "dss", "dss-shuffled"]
-SHORT = "--steps 1000 --eval-every 500 --lr 2e-3 --batch-size 16 --subsample 0.5".split()  # a sixth of the work
+SHORT = (
+    "--steps 1000 --eval-every 500 --lr 2e-3 --batch-size 16 --subsample 0.5".split()
+)  # a sixth of the work
 
 
 def train(out, *arguments):
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, "--method", *METHODS, "--out", str(out / "out")]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *arguments,
+        "--method",
+        *METHODS,
+        "--out",
+        str(out / "out"),
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
