@@ -39,11 +39,12 @@ from dss import distributed
 from dss.batch import Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
-from dss.log import Log, Progress, introduce, report, warn_of_cut_sequences
+from dss.log import Log, Progress, introduce, reason_to_doubt, report, warn_of_cut_sequences
 from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
+from dss.stats import commonest_label
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
@@ -202,6 +203,8 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
     ].learns_rationales:  # for the reader's eyes: no test needs the rationale
         rationales = student.explain([sample["input"] for sample in samples])
         samples = [s | {"rationale": text} for s, text in zip(samples, rationales)]
+    labels = [row.label for row in rows.train]
+    _, commonest = commonest_label(labels, rows.asked, rows.metric)
     result = {
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
@@ -217,8 +220,10 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "parameters": student.model.num_parameters(),
         "device": str(run.placement.device),
         "torch": torch.__version__,
+        "commonest_label": commonest,
         "samples": samples,
     }
+    result["doubt"] = reason_to_doubt(result, run.out / student.method / "metrics.jsonl")
     if distributed.is_first():
         out = run.out / student.method
         write_jsonl(out / "predictions.jsonl", predictions)

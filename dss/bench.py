@@ -30,12 +30,13 @@ from data import cli, toy
 from data.cli import require
 from data.files import write_json
 from data.jsonl import read_jsonl
-from dss.batch import Sequence, count_targets, count_tokens, pack, sequences
+from dss.batch import Sequence, count_targets, count_tokens, pack
 from dss.config import SIZES
+from dss.distributed import choose_device
 from dss.generate import generate
 from dss.loss import distillation_loss
+from dss.methods import sequences
 from dss.model import T5
-from dss.run.start import choose_device
 from dss.weights import load_t5, save_t5
 
 OURS = "ours"

@@ -221,9 +221,8 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
     print_differences(out, rows, results)
     for result in results:
-        doubt = reason_to_doubt(result, out / result["method"] / "metrics.jsonl", accuracy)
-        if doubt:
-            print(f"{result['method']}: {doubt}")
+        if result["doubt"]:
+            print(f"{result['method']}: {result['doubt']}")
     print_samples(rows, config, results)
     print(
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, "
@@ -278,12 +277,9 @@ def read_correct(directory: Path) -> np.ndarray:
     return np.array(right, dtype=int)
 
 
-def reason_to_doubt(result: dict, metrics: Path, commonest: float) -> str:
+def reason_to_doubt(result: dict, metrics: Path) -> str:
     """Why a run's accuracy may say little about its method; an empty text if nothing speaks against
-    it.
-
-    commonest: the accuracy of the commonest label.
-    """
+    it. result: a result.json; metrics: the metrics.jsonl beside it."""
     losses = []
     for line in metrics.read_text("utf-8").splitlines():
         figures = json.loads(line)
@@ -292,7 +288,7 @@ def reason_to_doubt(result: dict, metrics: Path, commonest: float) -> str:
     tenth = max(1, len(losses) // 10)
     last = sum(losses[-tenth:]) / tenth
     before = sum(losses[-2 * tenth : -tenth]) / tenth
-    if result["validation_accuracy"] <= commonest + 0.01:
+    if result["validation_accuracy"] <= result["commonest_label"] + 0.01:
         return (
             "no better than the commonest label; try more --steps, another student or "
             "pretrained --weights"

@@ -28,24 +28,17 @@ from tqdm import tqdm
 from data import cli
 from data.cli import Interrupted, Stop, require
 from data.files import read_json, replacing, write_json
-from dss.config import LABELS, METHODS, SIZES, TrainConfig
+from dss.checkpoint import require_free
+from dss.config import LABELS, SIZES, TrainConfig
+from dss.methods import BASELINE, METHODS, require_methods
 from dss.rows import load_rows
-from dss.run.start import require_free
 from dss.stats import paired_interval
-from dss.weights import locate
+from dss.weights import resolve_checkpoint
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 GRID = ("labels", "weights", "size", "subsample", "method", "lam", "lr", "seed")
 BASELINES = ("commonest_label", "bag_of_words")  # their accuracies are in result.json
-COLOURS = (
-    "#555555",
-    "#0072B2",
-    "#CC79A7",
-    "#D55E00",
-    "#009E73",
-    "#E69F00",
-    "#56B4E9",
-)  # Okabe, Ito
+LINE_STYLES = ("-", "--", "-.", ":")  # of students, label sources and lambdas in a picture
 
 DATASETS = {  # DIR stands for --data-dir; the last two have no validation file
     "esnli": "--data DIR/esnli_train.jsonl --eval-data DIR/esnli_valid.jsonl"
@@ -91,7 +84,7 @@ class StudyConfig:
 
     preset: Literal[("", *PRESETS)] = ""  # a named study; flags given beside it override its own
     data_dir: str = "."  # where the files of a preset are, as data.official writes them
-    method: tuple[Literal[tuple(METHODS)], ...] = ("standard", "dss", "dss-shuffled")  # methods
+    method: tuple[str, ...] = ("standard", "dss", "dss-shuffled")  # names in dss/methods.py
     labels: tuple[Literal[LABELS], ...] = ("gold",)  # label sources
     weights: tuple[str, ...] = ()  # students: public T5 weights, directories or hub ids
     size: tuple[Literal[tuple(SIZES)], ...] = ("tiny",)  # without --weights: students' shapes
@@ -135,11 +128,12 @@ def main(argv: list[str] | None = None) -> int:
     out = study.directory
     cells = make_cells(study)
     try:
+        require_methods(study.method)
         for cell in cells:
             config = cli.parse(command(cell, study, train_flags), TrainConfig, prog="dss.study")
         load_rows(config)
         for weights in study.weights:
-            locate(weights, weights=False)
+            resolve_checkpoint(weights, weights=False)
         require_free(out, study)
         out.mkdir(parents=True, exist_ok=True)
         with Stop("stopping; the runs under way save their state") as stop:
@@ -298,7 +292,7 @@ def read_runs(cells: list[Cell], out: Path) -> list[Run]:
 def write_report(out: Path, runs: list[Run]) -> str:
     """Write study.md, study.json and, with matplotlib, study.png. Returns the text of study.md."""
     groups = summarise(runs)
-    command = shlex.join(["python -m dss.study", *sys.argv[1:]])
+    command = f"python -m dss.study {shlex.join(sys.argv[1:])}"
     about = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}: `{command}`"
     write_json(out / "study.json", dict(about=about, groups=groups))
     text = f"{table(groups)}\n\n{about}\n"
@@ -316,7 +310,7 @@ def summarise(runs: list[Run]) -> list[dict]:
     standard = {}
     members: dict[tuple, list[Run]] = {}
     for run in runs:
-        if run.cell["method"] == "standard":
+        if run.cell["method"] == BASELINE:
             standard[key(run.cell, without=("method", "lam", "lr"))] = run.correct
         members.setdefault(key(run.cell, without=("seed",)), []).append(run)
     groups = []
@@ -329,8 +323,9 @@ def summarise(runs: list[Run]) -> list[dict]:
             values = [run.result.get(figure) for run in some]
             group[figure] = None if None in values else float(np.mean(values))
         partners = [standard.get(key(run.cell, without=("method", "lam", "lr"))) for run in some]
-        if group["method"] != "standard" and all(partner is not None for partner in partners):
+        if group["method"] != BASELINE and all(partner is not None for partner in partners):
             group["gain"] = paired_interval([run.correct - p for run, p in zip(some, partners)])
+        group["doubts"] = sorted({run.result["doubt"] for run in some if run.result["doubt"]})
         groups.append(group)
     return groups
 
@@ -339,19 +334,20 @@ def table(groups: list[dict]) -> str:
     """The groups in Markdown."""
     names = [name for name in GRID if name in groups[0]]
     names += ["rows", "steps", "seconds"]
-    heads = [*names, "accuracy, %", "- standard, points", *BASELINES]
+    heads = [*names, "accuracy, %", f"- {BASELINE}, points", *BASELINES, "doubt"]
     lines = [heads, ["---"] * len(heads)]
     for group in groups:
         values = [group[name] for name in names]
         line = [f"{value:,.4g}" if isinstance(value, float) else str(value) for value in values]
         line.append(f"{100 * group['accuracy']:.1f} ± {100 * group['deviation']:.1f}")
         gain = ""
-        if "gain" in group:
+        if "gain" in group and not group["doubts"]:  # no interval beside a student in doubt
             mean, low, high = (100 * value for value in group["gain"])
             gain = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
         line.append(gain)
         for name in BASELINES:
             line.append("none" if group[name] is None else f"{100 * group[name]:.1f}")
+        line.append("; ".join(group["doubts"]))
         lines.append(line)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"""{text}
@@ -369,17 +365,23 @@ def draw(groups: list[dict], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[dict]] = {}
+    lines: dict[tuple[str, str], list[dict]] = {}  # (method, the other settings): its points
     for group in sorted(groups, key=lambda group: group["rows"]):
-        names = [name for name in ("labels", "weights", "size", "method", "lam") if name in group]
-        lines.setdefault(", ".join(str(group[name]) for name in names), []).append(group)
+        names = [name for name in ("labels", "weights", "size", "lam") if name in group]
+        other = ", ".join(str(group[name]) for name in names)
+        lines.setdefault((group["method"], other), []).append(group)
+    others = sorted({other for _, other in lines})
     figure = Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
-    for colour, (label, points) in zip(itertools.cycle(COLOURS), lines.items()):
+    for (name, other), points in lines.items():
+        method = METHODS[name]
+        style = LINE_STYLES[others.index(other) % len(LINE_STYLES)]
+        label = method.title if len(others) == 1 else f"{method.title}, {other}"
         rows = [group["rows"] for group in points]
         accuracy = [group["accuracy"] for group in points]
         deviation = [group["deviation"] for group in points]
-        axis.errorbar(rows, accuracy, deviation, color=colour, marker="o", capsize=3, label=label)
+        look = {"color": method.colour, "marker": method.marker, "linestyle": style}
+        axis.errorbar(rows, accuracy, deviation, capsize=3, label=label, **look)
     for baseline, style in zip(BASELINES, (":", "--")):
         level = [group[baseline] for group in points]
         if None not in level:
