@@ -37,7 +37,7 @@ WORDS = {  # of each kind
 WORDS = {kind: words.split() for kind, words in WORDS.items()}
 NAMES = "Mia Noah Lena Omar Ruth Ivan Sara Hugo Nina Paul Vera Finn".split()
 VERBS = "packed drew bought sold found moved".split()
-SIZES = dict(train=1000, validation=200, test=1000)
+SIZES = dict(train=450, validation=200, test=1000)
 
 
 def make_rows(seed=0):
