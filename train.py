@@ -23,7 +23,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,12 @@ from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
-from dss.stats import commonest_label
+from dss.stats import bag_of_words, commonest_label
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
+
+MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,17 @@ class Run:
     student: Student  # untrained, on the CPU; every method starts from these weights
     placement: distributed.Replicas  # on which devices the weights are
     out: Path
+
+    @cached_property
+    def baselines(self) -> dict[str, float | None]:
+        """The accuracies of simple predictors on the rows that students are compared on."""
+        rows = self.rows
+        labels = [row.label for row in rows.train]
+        _, commonest = commonest_label(labels, rows.asked, rows.metric)
+        bag = None
+        if rows.labels and len(rows.train) <= MOST_BAG_ROWS:
+            bag = bag_of_words(rows.train, rows.validation, rows.asked, rows.labels)
+        return {"commonest_label": commonest, "bag_of_words": bag}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,8 +216,6 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
     ].learns_rationales:  # for the reader's eyes: no test needs the rationale
         rationales = student.explain([sample["input"] for sample in samples])
         samples = [s | {"rationale": text} for s, text in zip(samples, rationales)]
-    labels = [row.label for row in rows.train]
-    _, commonest = commonest_label(labels, rows.asked, rows.metric)
     result = {
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
@@ -220,8 +231,8 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "parameters": student.model.num_parameters(),
         "device": str(run.placement.device),
         "torch": torch.__version__,
-        "commonest_label": commonest,
         "samples": samples,
+        **run.baselines,
     }
     result["doubt"] = reason_to_doubt(result, run.out / student.method / "metrics.jsonl")
     if distributed.is_first():

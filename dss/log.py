@@ -219,6 +219,8 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     print_table(results)
     label, accuracy = commonest_label([row.label for row in rows.train], rows.asked, rows.metric)
     print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
+    if results[0]["bag_of_words"] is not None:
+        print(f"a bag of words (dss/stats.py): {results[0]['bag_of_words']:.1%}")
     print_differences(out, rows, results)
     for result in results:
         if result["doubt"]:
@@ -293,6 +295,11 @@ def reason_to_doubt(result: dict, metrics: Path) -> str:
             "no better than the commonest label; try more --steps, another student or "
             "pretrained --weights"
         )
+    accuracy = result["test_accuracy"]
+    if accuracy is None:
+        accuracy = result["validation_accuracy"]
+    if result["bag_of_words"] is not None and accuracy < result["bag_of_words"]:
+        return "less accurate than a bag of words: nothing follows from comparing it"
     fell_fast = before - last > max(0.1 * before, 0.02)  # nats a token
     if fell_fast and result["best_step"] == result["steps"]:
         return (

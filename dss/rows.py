@@ -14,6 +14,7 @@ from data.answers import choose_label_type
 from data.jsonl import Record, read_jsonl
 from dss.config import TrainConfig
 from dss.methods import BASELINE, EXPLAIN, METHODS, PREDICT, SEPARATOR
+from dss.stats import closed_set
 from dss.weights import resolve_checkpoint
 from tokenizer import T5Tokenizer, train
 
@@ -105,14 +106,6 @@ def labelled(rows: list[Record], files: str, use: str, by_teacher: bool = False)
 def with_teacher_labels(rows: list[Record]) -> list[Record]:
     """The rows that have a teacher's label, with that as their label."""
     return [replace(row, label=row.teacher_label) for row in rows if row.teacher_label is not None]
-
-
-def closed_set(rows: list[Record], metric: str) -> list[str]:
-    """The labels of the rows, sorted, if they look like classes: texts, 2 to 50 of them, each 5
-    times on average."""
-    labels = sorted({record.label for record in rows})
-    is_closed = metric == "text" and 2 <= len(labels) <= min(50, len(rows) / 5)
-    return labels if is_closed else []
 
 
 def require_rationales(files: str, rows: list[Record], methods: tuple[str, ...]) -> None:

@@ -1,14 +1,28 @@
-"""Statistics of a comparison: intervals, and the simplest predictors that a student must beat."""
+"""Statistics of a comparison: intervals, and the simple predictors that a student must beat.
 
+    python -m dss.stats TRAIN TEST   the accuracies of the commonest label and of a bag of words
+
+The bag of words is multinomial logistic regression. A student that is less accurate has not learned
+enough for a comparison of methods to mean anything.
+"""
+
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from data.answers import same_label
-from data.jsonl import Record
+from data import cli
+from data.answers import choose_label_type, same_label
+from data.jsonl import Record, read_jsonl
 
 RESAMPLES = 10_000
+STRENGTHS = (2e-4, 5e-4, 1e-3)  # of the sum of squared weights in the bag of words' loss
 
 
 def paired_interval(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float]:
@@ -41,3 +55,124 @@ def commonest_label(
     label, _ = Counter(train_labels).most_common(1)[0]
     right = [same_label(label, row.label, metric, row.input) for row in asked_rows]
     return label, sum(right) / len(right)
+
+
+# ---- The bag of words ----------------------------------------------------------------------------
+
+
+def closed_set(rows: Sequence[Record], metric: str) -> list[str]:
+    """The labels of the rows, sorted, if they look like classes: texts, 2 to 50 of them, each 5
+    times on average. Else an empty list."""
+    labels = sorted({row.label for row in rows})
+    is_closed = metric == "text" and 2 <= len(labels) <= min(50, len(rows) / 5)
+    return labels if is_closed else []
+
+
+def features(text: str) -> set[str]:
+    """The features of a text: words and pairs of neighbours; if `</s>` divides it into parts, those
+    of its last part, the words there that no other part has, their number and their share."""
+    *others, last = text.lower().split("</s>")
+    words = re.findall(r"\w+", last)
+    framed = ["<", *words, ">"]
+    names = set(words)
+    names.update(f"{a} {b}" for a, b in pairwise(framed))
+    if others:
+        known = set(re.findall(r"\w+", " ".join(others)))
+        new = [word for word in words if word not in known]
+        names.update(f"new: {word}" for word in new)
+        names.add(f"new words: {len(new)}")
+        names.add(f"share of new words: {len(new) / max(len(words), 1):.1f}")
+    return names
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Rows as numbers of features, one after another in a stream."""
+
+    ids: Tensor  # (features of all rows,) int64
+    offsets: Tensor  # (rows,) int64: where the features of a row begin
+    labels: Tensor  # (rows,) int64; -1: a label that no training row has
+
+    def logits(self, weight: Tensor) -> Tensor:
+        """weight: (F, K) of F features and K labels -> (rows, K)."""
+        return F.embedding_bag(self.ids, weight, self.offsets, mode="sum")
+
+    def accuracy(self, weight: Tensor) -> float:
+        return (self.logits(weight).argmax(1) == self.labels).double().mean().item()
+
+
+def bag_of_words(
+    train: Sequence[Record],
+    validation: Sequence[Record],
+    asked: Sequence[Record],
+    labels: Sequence[str],
+) -> float:
+    """The accuracy, on the asked rows, of multinomial logistic regression on `features`.
+
+    The strength of its regularisation is the best of STRENGTHS on validation rows.
+    """
+    numbers: dict[str, int] = {}
+    for row in train:
+        for name in sorted(features(row.input)):
+            numbers.setdefault(name, len(numbers))
+
+    def encode(rows: Sequence[Record]) -> Bags:
+        ids: list[int] = []
+        offsets = []
+        for row in rows:
+            offsets.append(len(ids))
+            ids += [numbers[name] for name in features(row.input) if name in numbers]
+        known = [labels.index(row.label) if row.label in labels else -1 for row in rows]
+        return Bags(torch.tensor(ids), torch.tensor(offsets), torch.tensor(known))
+
+    bags = encode(train)
+    held_out = encode(validation)
+    fits = [fit(bags, len(numbers), len(labels), strength) for strength in STRENGTHS]
+    best = max(fits, key=held_out.accuracy)
+    return encode(asked).accuracy(best)
+
+
+def fit(bags: Bags, number_of_features: int, number_of_labels: int, strength: float) -> Tensor:
+    """The (F, K) weights that minimise mean cross-entropy + strength * sum of squared weights."""
+    weight = torch.zeros(number_of_features, number_of_labels, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(bags.logits(weight), bags.labels)
+        loss = loss + strength * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the arguments or files are wrong."""
+    parser = cli.OneLineParser(prog="dss.stats", description="Accuracies of two simple predictors.")
+    parser.add_argument("train", help="JSONL rows with labels; a tenth is cut for validation")
+    parser.add_argument("test", help="JSONL rows with labels")
+    arguments = parser.parse_args(argv)
+    try:
+        rows = [row for row in read_jsonl(arguments.train) if row.label is not None]
+        test = [row for row in read_jsonl(arguments.test) if row.label is not None]
+        if len(rows) < 2 or not test:
+            raise ValueError("TRAIN needs two rows with a label, and TEST needs one")
+    except (OSError, ValueError) as problem:
+        return cli.fail("dss.stats", 2, problem)
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    cut = max(1, len(rows) // 10)
+    metric = choose_label_type(rows + test)
+    label, accuracy = commonest_label([row.label for row in rows[cut:]], test, metric)
+    print(f"always answering {label!r}: {accuracy:.1%}")
+    labels = closed_set(rows[cut:], metric)
+    if labels:
+        print(f"bag of words: {bag_of_words(rows[cut:], rows[:cut], test, labels):.1%}")
+    else:
+        print("bag of words: none, since the labels are no closed set")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("dss.stats", main)
