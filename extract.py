@@ -24,7 +24,6 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -149,7 +148,7 @@ def scan(run):
         run.kept += body is None and record.id not in state
         digest = request_hash(run, body)
         if run.replies and body:
-            expected.update(sample_request(run, record, body, i)[0] for i in range(config.n))
+            expected.add(custom_id(run, record, body))
         old = state.get(record.id)
         if old and old.request_hash != digest:
             del state[record.id]  # if it failed, then under other settings: these may do
@@ -179,7 +178,7 @@ def write_batch(run):
     """Write the requests that are to be made into files, F.jsonl, F-2.jsonl, ..., and say how to go on."""
     config, path = run.config, Path(run.config.batch_requests)
     url = "/v1" + PATHS[config.endpoint]
-    requests = (sample_request(run, *job, i) for job in jobs_of(run) if job[1] for i in range(config.n))
+    requests = ((custom_id(run, *job), job[1]) for job in jobs_of(run) if job[1])
     lines = ({"custom_id": identity, "method": "POST", "url": url, "body": body} for identity, body in requests)
     for number, part in enumerate(iter(lambda: list(islice(lines, config.batch_rows)), []), 1):
         name = path.with_stem(f"{path.stem}-{number}") if number > 1 else path
@@ -210,15 +209,13 @@ def characters(body):
 def request_hash(run, body):
     """What makes two requests the same, as hexadecimal SHA-256; None for no request."""
     config = run.config
-    whole = {"endpoint": config.endpoint, "n": config.n, "reasoning": config.reasoning, "keep": config.keep}
+    whole = {"endpoint": config.endpoint, "reasoning": config.reasoning, "keep": config.keep}
     return body and hashlib.sha256(json.dumps(body | whole, sort_keys=True).encode()).hexdigest()
 
 
-def sample_request(run, record, body, number):
-    """(custom id, body) of one of the samples of a row: with a seed each sample has its own. The id is for batch files:
-    with the request's hash in it, replies to other requests are known as such."""
-    seed = {"seed": body["seed"] + number} if "seed" in body else {}
-    return f"{record.id}-{request_hash(run, body)[:12]}-{number}", body | seed
+def custom_id(run, record, body):
+    """The id of a request in batch files. With its hash in it, replies to other requests are known as such."""
+    return f"{record.id}-{request_hash(run, body)[:12]}"
 
 
 def work(run, jobs, results):
@@ -229,9 +226,9 @@ def work(run, jobs, results):
         while not run.pace.stopped.is_set():
             with run.lock:
                 record, body = next(jobs)
-            samples = [ask(run, teacher, record, body, i) for i in range(run.config.n if body else 0)]
-            if None not in samples:  # else a batch has no reply: the next start will ask
-                results.put(check(run, record, body, samples))
+            answer = ask(run, teacher, record, body) if body else None
+            if answer or not body:  # else a batch has no reply: the next start will ask
+                results.put(check(run, record, body, answer))
     except RequestError as error:
         question = "; is the teacher running there?" if error.kind == "disconnect" else ""
         run.aborted = run.aborted or f"{error}{question}"
@@ -242,11 +239,11 @@ def work(run, jobs, results):
     results.put(None)
 
 
-def ask(run, teacher, record, body, number):
-    """Sample `number` of a row: ask until there is a reply, read it; None if a batch has none. Raises Interrupted if
+def ask(run, teacher, record, body):
+    """Ask about a row until there is a reply, and read it; None if a batch has none. Raises Interrupted if
     the run ends first, RequestError if it must end."""
     pace, attempts, seconds, usage = run.pace, 0, 0.0, Counter()
-    identity, body = sample_request(run, record, body, number)
+    identity = custom_id(run, record, body)
     while True:
         sent = pace.wait()
         try:
@@ -313,37 +310,28 @@ def take(run, record, body, reply):
 def provenance(run):
     """The part of a row's `teacher` that is the same for all rows of a run."""
     config = run.config
-    params = config.params(run.prompt.stop) | {"n": config.n, "reasoning": config.reasoning}
+    params = config.params(run.prompt.stop) | {"reasoning": config.reasoning}
     given = {name: getattr(config, name) for name in ("model", "endpoint", "rationalize", "keep")}
     return {"base_url": run.teacher.url, "prompt_sha256": run.prompt.sha256, "params": params} | given
 
 
-def check(run, record, body, samples):
+def check(run, record, body, answer):
     """(Record to write, kind of error or None): the row with its answer, whether it is right, and where it is from."""
     config = run.config
     if body is None:
         return replace(record, teacher=None), None
-    usable = [s for s in samples if not s.error]
-    same = partial(run.prompt.same, input=record.input)
-    alike = [[t for t in usable if same(s.label, t.label)] for s in usable]
-    winners = max(alike, key=len, default=[])  # the samples with the label that most have
-    answer = (winners or samples)[0]
-    correct = same(answer.label, record.label) if winners and record.label is not None else None
-    usage = sum((s.usage for s in samples), Counter())
+    judged = not answer.error and record.label is not None
+    correct = run.prompt.same(answer.label, record.label, record.input) if judged else None
     teacher = provenance(run) | {
         "request_sha256": request_hash(run, body),
         "model_served": answer.model or None,
-        "usage": {name: usage[name] for name in ("prompt", "completion", "cached")},
-        "attempts": sum(s.attempts for s in samples),
-        "latency_s": round(sum(s.seconds for s in samples), 3),  # of the replies, without pauses
+        "usage": {name: answer.usage[name] for name in ("prompt", "completion", "cached")},
+        "attempts": answer.attempts,
+        "latency_s": round(answer.seconds, 3),  # of the reply, without pauses
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": data.__version__,
     }
-    if config.n > 1:
-        given = [{"label": s.label, "rationale": s.rationale} for s in samples]
-        failed = [{"error": s.error, "raw": s.raw} for s in samples]
-        teacher["samples"] = [f if s.error else g for s, f, g in zip(samples, failed, given)]
-    if winners and config.keep == "correct" and not correct:
+    if not answer.error and config.keep == "correct" and not correct:
         what = f"--keep correct: the label {answer.label!r} is not the gold one"
         answer = replace(answer, error="incorrect", detail=what)
     other = {name: value for name, value in record.other.items() if name != "error"} | {"correct": correct}
@@ -351,8 +339,6 @@ def check(run, record, body, samples):
     if answer.error:
         other["error"] = {"kind": answer.error, "message": answer.detail, "raw": answer.raw}
         rationale = label = None
-    elif config.keep == "samples":
-        rationale = list(dict.fromkeys(s.rationale for s in winners))
     row = replace(record, rationale=rationale, teacher_label=label, teacher=teacher, other=other)
     return row, answer.error
 
@@ -393,7 +379,7 @@ def ask_all(run, stop):
                 run.state[row.id] = Outcome(kind, row.other.get("correct"))
                 if row.teacher:
                     run.kinds[kind] += 1
-                    run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - config.n)
+                    run.spent.update(row.teacher["usage"], retries=row.teacher["attempts"] - 1)
             bar.set_postfix_str(bar_text(run), refresh=False)
             bar.update(len(ready))
     if not ending.is_set():

@@ -3,7 +3,7 @@
     {"id": "svamp-17", "input": "...", "label": "...", "rationale": "...", "teacher_label": "...", "teacher": {...}}
 
 Only `input` is required. `label` is gold, `teacher_label` and `rationale` are the teacher's, `teacher` says where those
-came from. A rationale may be a list of texts. Null, absent and blank mean the same: there is none. Keys not listed here
+came from. Null, absent and blank mean the same: there is none. Keys not listed here
 are kept.
 """
 
@@ -18,9 +18,8 @@ from typing import BinaryIO
 from data.files import MOST_JSON, parse_json, replacing
 
 TEXTS = ("label", "rationale", "teacher_label")
-KINDS = dict.fromkeys(("label", "teacher_label"), (str, "a text or null")) | {
+KINDS = dict.fromkeys(TEXTS, (str, "a text or null")) | {
     "id": (str, "a text"),
-    "rationale": (str | list, "a text, a list of texts or null"),
     "teacher": (dict, "an object"),
 }
 
@@ -30,7 +29,7 @@ class Record:
     id: str
     input: str
     label: str | None = None
-    rationale: str | list[str] | None = None  # several: each epoch trains on the next
+    rationale: str | None = None
     teacher_label: str | None = None
     teacher: dict = field(default_factory=dict)
     other: dict = field(default_factory=dict)  # keys of the line that are none of the above
@@ -61,7 +60,7 @@ def parse_record(line: str, where: str, default_id: str, names: dict[str, str] |
     found = {}
     for name, (kind, what) in KINDS.items():
         value = row.pop(name, None)
-        if not isinstance(value, kind | None) or isinstance(value, list) and not (value and all(map(is_text, value))):
+        if not isinstance(value, kind | None):
             raise ValueError(f'{where}: "{name}" must be {what}, got {repr(value)}')
         blank = name in TEXTS and isinstance(value, str) and not value.strip()
         found[name] = None if blank else value

@@ -83,11 +83,11 @@ def describe(records, count, unit):
 
 
 def texts(record, name):
-    """The texts of a record that train.py makes of its input (one for each target it has), label or rationales."""
+    """The texts of a record that train.py makes of its input (one for each target it has), label or rationale."""
     value = getattr(record, name)
     if name == "input":
         return [PREFIXES[target] + value for target in PREFIXES if getattr(record, target) is not None] or [value]
-    return value if isinstance(value, list) else [value] if value is not None else []
+    return [] if value is None else [value]
 
 
 def trains(r):

@@ -26,9 +26,9 @@ def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoin
     assert (teacher["model"], teacher["model_served"], teacher["base_url"]) == ("stub-1", "stub-1", stub.url)
     assert (teacher["endpoint"], teacher["keep"], teacher["rationalize"]) == (endpoint, "all", False)
     params = {"temperature": 0.0, "max_tokens": 256, "top_p": 0.5, "seed": 5, "stop": ["\nQ:"], "top_k": 3}
-    assert teacher["params"] == params | {"n": 1, "reasoning": "drop"}
+    assert teacher["params"] == params | {"reasoning": "drop"}
     assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100} and teacher["latency_s"] >= 0
-    assert teacher["version"] and teacher["created_at"].endswith("+00:00") and "samples" not in teacher
+    assert teacher["version"] and teacher["created_at"].endswith("+00:00") 
     assert second["id"] == "in-2" and second["correct"] is None
     for question, body, headers, _ in stub.requests:
         assert question.endswith("?\nA:") and "Authorization" not in headers
@@ -94,22 +94,6 @@ def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(
         assert stub.connections == 6 and [r["teacher"]["attempts"] for r in rows(files)] == [1] * 6
 
 
-def test_the_majority_of_n_samples_by_value_and_ties_go_to_the_first(files):
-    said = ["One. The answer is (9).", "Two. The answer is (1 + 3).", "nothing", "Three. The answer is (2 + 2)."]
-    behave = lambda question, attempt: completed(said[attempt])
-    stub = ask(files, behave, "--limit 1 --n 4 --temperature 0.7 --seed 10")
-    (row,) = rows(files)
-    assert (row["rationale"], row["teacher_label"]) == ("Two.", "(1 + 3)")
-    samples = row["teacher"]["samples"]
-    assert [s.get("label") for s in samples] == ["(9)", "(1 + 3)", None, "(2 + 2)"]
-    assert samples[2] == {"error": "unparsed", "raw": "nothing"}
-    assert [body["seed"] for _, body, _, _ in stub.requests] == [10, 11, 12, 13] and "n" not in stub.requests[0][1]
-    assert row["teacher"]["usage"]["completion"] == 80 and row["teacher"]["attempts"] == 4
-    for line, rationale in (("--n 2", "One."), ("--n 4 --keep samples", ["Two.", "Three."])):  # a tie, and all of them
-        ask(files, behave, f"--limit 1 --temperature 0.7 --seed 10 --overwrite {line}")
-        assert [r.rationale for r in read_jsonl(files / "out.jsonl")] == [rationale]
-
-
 def test_above_temperature_0_an_unusable_text_is_asked_for_again(files):
     ask(files, once("no marker", "empty"), "--temperature 0.5 --limit 1")
     assert rows(files)[0]["teacher"]["attempts"] == 3 and rows(files)[0]["teacher"]["usage"]["completion"] == 60
@@ -157,7 +141,7 @@ def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
 def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(files, capsys):
     lines = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
     lines[1] |= {"rationale": "Mine.", "mine": 1, "correct": ["yes"]}
-    lines[4] |= {"rationale": ["Mine.", "Ours."]}
+    lines[4] |= {"rationale": "Ours."}
     (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with Stub() as stub:
         assert run(files, stub.url, "--dry-run") == 0 and "rows: 4; requests: 4" in capsys.readouterr().out
@@ -168,7 +152,7 @@ def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(fi
             assert rows(files)[i] == lines[i] | {"teacher_label": None, "teacher": None}
         assert run(files, stub.url, "--replace") == 2 and "was made with no --replace" in capsys.readouterr().err
         assert run(files, stub.url, "--replace --overwrite") == 0 and len(stub.requests) == 10
-    assert all(r["teacher"] and r["rationale"] not in ("Mine.", ["Mine.", "Ours."]) for r in rows(files))
+    assert all(r["teacher"] and r["rationale"] not in ("Mine.", "Ours.") for r in rows(files))
 
 
 def test_a_sample_is_random_by_its_seed_and_lies_in_a_larger_one(tmp_path):
@@ -223,7 +207,7 @@ def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
     assert run(files, "", f"{line} --batch-rows 4") == 0
     lines = run_batch([again, files / "b-2.jsonl"], files / "c.jsonl", faulty)
     assert [len(p.read_text().splitlines()) for p in (again, files / "b-2.jsonl")] == [4, 2]
-    assert re.fullmatch("r0-[0-9a-f]{12}-0", lines[0]["custom_id"])
+    assert re.fullmatch("r0-[0-9a-f]{12}", lines[0]["custom_id"])
     assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
     assert "2 rows have no reply yet" in capsys.readouterr().err
     assert [r["id"] for r in rows(files)] == ["r0", "r3", "r5"]
@@ -240,16 +224,14 @@ def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
         assert lasting(asked) == lasting(read)
 
 
-def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too(files, capsys):
-    line = "--n 3 --temperature 1 --seed 5 --limit 2"
+def test_replies_to_other_requests_are_refused(files, capsys):
+    line = "--temperature 1 --seed 5 --limit 2"
     assert run(files, "", f"{line} --batch-requests {files}/b.jsonl") == 0
-    lines = run_batch([files / "b.jsonl"], files / "c.jsonl", batch_answer)
-    assert [(line["custom_id"][-2:], line["body"]["seed"]) for line in lines[:3]] == [("-0", 5), ("-1", 6), ("-2", 7)]
-    for other in ("--n 3 --temperature 1 --seed 6 --limit 2", "--n 3 --temperature 1 --seed 5 --limit 1"):
+    run_batch([files / "b.jsonl"], files / "c.jsonl", batch_answer)
+    for other in ("--temperature 1 --seed 6 --limit 2", "--temperature 1 --seed 5 --limit 1"):
         assert run(files, "", f"{other} --batch-replies {files}/c.jsonl") == 2
         assert "replies are to requests that these settings and rows do not make" in capsys.readouterr().err
     assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 0
-    assert [len(r["teacher"]["samples"]) for r in rows(files)] == [3, 3]
     for content in ("{", '{"id": 1}', '{"custom_id": "x", "response": {"status_code": "?"}}'):
         (files / "c.jsonl").write_text(content)
         assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 2
@@ -259,7 +241,6 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--n 3", "--n must be 1 at --temperature 0"),
         ("--concurrency 0", "--concurrency must be at least 1, got 0"),
         ("--extra-body [1]", "--extra-body must be a JSON object"),
         ('--extra-body {"stream":true}', '--extra-body must be without "stream"'),
@@ -273,7 +254,6 @@ def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too
         ("--header X-Id:sk-123456", "--header X-Id: a key must not stand on the command line"),
         ("--header api-key:$NOT_SET", "the environment variable NOT_SET is not set"),
         ("--header api-key", "--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'"),
-        ("--keep samples", "--keep must be all or correct unless --n is 2 or more"),
         ("--batch-requests b --batch-replies c", "--batch-replies must be left out beside --batch-requests"),
         ("--input /dev/null", "/dev/null: not a regular file"),
         ("--prompt nowhere.json", "nowhere.json"),

@@ -35,7 +35,6 @@ def test_nothing_left_to_do_sends_nothing(files, capsys):
         ('--extra-body {"top_k":1}', "top_k unset, not 1"),
         ("--rationalize", "rationalize False, not True"),
         ("--keep correct", "keep all, not correct"),
-        ("--n 2 --temperature 1", "n 1, not 2"),
     ],
 )
 def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(files, refused, line, words):

@@ -179,7 +179,7 @@ class Teacher:
 class Replies:
     """The replies of batch files, in memory, asked for as a Teacher is. A line, in the form of OpenAI's batch API:
 
-    {"custom_id": "ID-HASH-SAMPLE", "response": {"status_code": 200, "body": {...}}, "error": null}
+    {"custom_id": "ID-HASH", "response": {"status_code": 200, "body": {...}}, "error": null}
     """
 
     def __init__(self, paths: list[str], teacher: Teacher):

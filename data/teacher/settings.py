@@ -45,10 +45,9 @@ class ExtractConfig:
     max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # newer models want the second
     no_stop: bool = False  # do not send the prompt file's stop texts, which some models refuse
-    seed: int | None = None  # of --sample; also sent with every request, plus the number of the answer
-    n: int = 1  # answers to each question, asked one by one; the majority's label is taken, ties go to the first
+    seed: int | None = None  # of --sample; also sent with every request
     # choice
-    keep: Literal["all", "correct", "samples"] = "all"  # all (the paper), right ones, every rationale for the label
+    keep: Literal["all", "correct"] = "all"  # all (the paper), or only the rows whose label is the gold one
     rationalize: bool = False  # show the teacher the gold label and ask for the reasons
     reasoning: Literal["drop", "keep"] = "drop"  # a reasoning model's thoughts: not in the rationale, or before it
     # limits
@@ -69,7 +68,7 @@ class ExtractConfig:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         for name in ("input", "output", "prompt", "model"):
             require(getattr(self, name), name, "given", self)
-        for name in ("max_tokens", "n", "concurrency", "batch_rows"):
+        for name in ("max_tokens", "concurrency", "batch_rows"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
         for name in ("limit", "sample", "max_retries", "rpm", "max_consecutive_failures", "price_in", "price_out"):
             require(getattr(self, name) >= 0, name, "0 or more", self)
@@ -77,8 +76,6 @@ class ExtractConfig:
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0 and at most 1", self)
         require(0 < self.timeout < 1e6, "timeout", "more than 0", self)
         require(0 <= self.patience < 1e6, "patience", "0 or more", self)
-        require(self.n == 1 or self.temperature > 0, "n", "1 at --temperature 0, where all answers are alike", self)
-        require(self.n > 1 or self.keep != "samples", "keep", "all or correct unless --n is 2 or more", self)
         require(not (self.overwrite and self.retry_failed), "retry_failed", "left out beside --overwrite", self)
         twice = self.batch_requests and self.batch_replies
         require(not twice, "batch_replies", "left out beside --batch-requests", self)

@@ -86,10 +86,10 @@ def print_summary(run) -> tuple[int, str]:
 
 def print_estimate(run):
     """Print the first request and what asking may cost, on stdout: it is what a dry run is for."""
-    config, requests = run.config, (len(run.ids) - run.kept) * run.config.n
+    config, requests = run.config, len(run.ids) - run.kept
     print(json.dumps(run.first, indent=2, ensure_ascii=False) if run.first else "nothing to ask")
     replies = [len(run.prompt.reply(e)) / 3 for e in run.prompt.exemplars] or [config.max_tokens]
-    sent = run.characters * config.n // 3
+    sent = run.characters // 3
     written = round(requests * min(sum(replies) / len(replies), config.max_tokens))
     print(f"rows: {len(run.ids) - run.kept:,}; requests: {requests:,}")
     print(f"tokens: about {sent:,} in, and {written:,} out if answers are as long as the exemplars'", end="")
