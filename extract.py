@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import queue
-import random
 import sys
 import threading
 import time
@@ -74,7 +73,6 @@ class Run:
     pace: Pace
     state: dict = field(default_factory=dict)  # id: Outcome of what is done and what failed
     ids: dict = field(default_factory=dict)  # of the input, in order
-    drawn: set | None = None  # line numbers of --sample
     replies: Replies | None = None  # of --batch-replies
     resumed: int = 0  # rows of the input that are done or failed before
     kept: int = 0  # rows of the input that are to be written as they are
@@ -103,10 +101,6 @@ def prepare(config, scale):
     if teacher.hide(config.extra_body) != config.extra_body:
         raise ValueError("--extra-body must not hold the key, because it is written into every row")
     run = Run(config, prompt, teacher, Pace(config.rpm, config.patience, scale))
-    if config.sample:
-        order = list(range(sum(1 for _ in read_input(run))))
-        random.Random(config.seed or 0).shuffle(order)
-        run.drawn = set(order[: config.sample])
     if config.batch_replies:
         run.replies = Replies(config.batch_replies, teacher)
     if not (config.overwrite or config.dry_run):
@@ -125,8 +119,7 @@ def prepare(config, scale):
 def read_input(run):
     config = run.config
     names = {"id": config.id_field, "input": config.input_field, "label": config.label_field}
-    records = islice(read_jsonl(config.input, names), config.limit or None)
-    return records if run.drawn is None else (r for number, r in enumerate(records) if number in run.drawn)
+    return islice(read_jsonl(config.input, names), config.limit or None)
 
 
 def scan(run):

@@ -155,18 +155,6 @@ def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(fi
     assert all(r["teacher"] and r["rationale"] not in ("Mine.", "Ours.") for r in rows(files))
 
 
-def test_a_sample_is_random_by_its_seed_and_lies_in_a_larger_one(tmp_path):
-    make_files(tmp_path, 40)
-    with Stub() as stub:
-        assert run(tmp_path, stub.url, "--sample 5 --seed 1") == 0
-        five = {r["id"] for r in rows(tmp_path)}
-        assert run(tmp_path, stub.url, "--sample 12 --seed 1") == 0 and len(stub.requests) == 12
-        twelve = [r["id"] for r in rows(tmp_path)]
-        assert run(tmp_path, stub.url, "--sample 5 --seed 2 --overwrite") == 0
-    assert five < set(twelve) != {f"r{i}" for i in range(12)} and twelve == sorted(twelve, key=lambda r: int(r[1:]))
-    assert len(five) == len(rows(tmp_path)) == 5 and five != {r["id"] for r in rows(tmp_path)}
-
-
 def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(files, capsys):
     task = PROMPT | {"label_type": "class", "labels": ["positive", "negative"]}
     task["exemplars"] = [task["exemplars"][0] | {"label": "positive"}]

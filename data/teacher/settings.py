@@ -24,7 +24,6 @@ class ExtractConfig:
     prompt: str = ""  # prompt file, such as data/prompts/svamp.json
     errors: str = ""  # where rows without a usable answer are written; default: OUTPUT.errors.jsonl
     limit: int = 0  # only the first N rows of the input; 0: all
-    sample: int = 0  # only N rows of the input, drawn at random by --seed; a larger N adds to them; 0: all
     id_field: str = "id"  # the input's name for the id
     input_field: str = "input"  # the input's name for the question
     label_field: str = "label"  # the input's name for the gold label
@@ -45,7 +44,7 @@ class ExtractConfig:
     max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # newer models want the second
     no_stop: bool = False  # do not send the prompt file's stop texts, which some models refuse
-    seed: int | None = None  # of --sample; also sent with every request
+    seed: int | None = None  # sent with every request
     # choice
     keep: Literal["all", "correct"] = "all"  # all (the paper), or only the rows whose label is the gold one
     rationalize: bool = False  # show the teacher the gold label and ask for the reasons
@@ -70,7 +69,7 @@ class ExtractConfig:
             require(getattr(self, name), name, "given", self)
         for name in ("max_tokens", "concurrency", "batch_rows"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("limit", "sample", "max_retries", "rpm", "max_consecutive_failures", "price_in", "price_out"):
+        for name in ("limit", "max_retries", "rpm", "max_consecutive_failures", "price_in", "price_out"):
             require(getattr(self, name) >= 0, name, "0 or more", self)
         require(0 <= self.temperature <= 2, "temperature", "from 0 to 2", self)
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0 and at most 1", self)
