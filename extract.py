@@ -118,8 +118,7 @@ def prepare(config, scale):
 
 def read_input(run):
     config = run.config
-    names = {"id": config.id_field, "input": config.input_field, "label": config.label_field}
-    return islice(read_jsonl(config.input, names), config.limit or None)
+    return islice(read_jsonl(config.input), config.limit or None)
 
 
 def scan(run):

@@ -40,12 +40,9 @@ class Record:
         return to_line(row | {"teacher": self.teacher} | self.other)
 
 
-def parse_record(line: str, where: str, default_id: str, names: dict[str, str] | None = None) -> Record:
+def parse_record(line: str, where: str, default_id: str) -> Record:
     """One line -> Record. `where` ("FILE:LINE") begins the message of the ValueError that a bad line raises.
-
-    names: {"input": "question"} where the file has another name for a key of the record. A key so hidden is kept as
-    "original_KEY"; an id or a label may then be a number.
-    """
+    A whole number as id or label is taken as its text."""
     try:
         row = parse_json(line, where)
         if "\\ud" in line.lower():  # only an escape can be half a character, which UTF-8 cannot hold
@@ -54,12 +51,13 @@ def parse_record(line: str, where: str, default_id: str, names: dict[str, str] |
         raise ValueError(f"{where}: it holds half a character, a lone \\ud800 to \\udfff") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a record is a JSON object, this is {type(row).__name__}")
-    row = renamed(row, where, names or {})
     if not is_text(row.get("input")):
         raise ValueError(f'{where}: "input" must be a text that is not blank, got {repr(row.get("input"))}')
     found = {}
     for name, (kind, what) in KINDS.items():
         value = row.pop(name, None)
+        if name in ("id", "label", "teacher_label") and type(value) is int:
+            value = str(value)
         if not isinstance(value, kind | None):
             raise ValueError(f'{where}: "{name}" must be {what}, got {repr(value)}')
         blank = name in TEXTS and isinstance(value, str) and not value.strip()
@@ -71,17 +69,6 @@ def parse_record(line: str, where: str, default_id: str, names: dict[str, str] |
 
 def is_text(value):
     return isinstance(value, str) and bool(value.strip())
-
-
-def renamed(row, where, names):
-    """The row with the keys of the record in place of the file's own. With names, an id or label may be a number."""
-    taken, keys = {}, list(row)
-    for key, name in names.items():
-        if name not in keys and name != key:
-            raise ValueError(f'{where}: there is no "{name}"; the line has {", ".join(keys) or "nothing"}')
-        value = row.pop(name, None)
-        taken[key] = str(value) if type(value) is int and key != "input" else value
-    return {f"original_{key}" if key in taken else key: value for key, value in row.items()} | taken
 
 
 def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, int, str]]:
@@ -99,16 +86,15 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, int, str]]:
             raise ValueError(f"{where}: not UTF-8 ({problem.reason} at byte {problem.start})") from None
 
 
-def read_jsonl(path: str | PathLike, names: dict[str, str] | None = None) -> Iterator[Record]:
+def read_jsonl(path: str | PathLike) -> Iterator[Record]:
     """Yield the Records of a file, one at a time; blank lines are passed over. A row without an id gets STEM-LINE.
-    `names` as in parse_record.
 
     Raises ValueError for an invalid record, OSError for a file that cannot be read.
     """
     with open(path, "rb") as file:
         for where, number, line in read_lines(file, str(path)):
             if line.strip():
-                yield parse_record(line, where, f"{Path(path).stem}-{number}", names)
+                yield parse_record(line, where, f"{Path(path).stem}-{number}")
 
 
 def write_jsonl(path: str | PathLike, records: Iterable[Record | dict]) -> None:

@@ -8,7 +8,6 @@ from extracting import KEY, PROMPT, ROOT, always, arguments, ask, errors, lastin
 from teacher_stub import REPLIES, Stub, answer, completed
 
 import extract
-from data.jsonl import read_jsonl
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
@@ -74,15 +73,6 @@ def test_dry_run_sends_and_writes_nothing(files, capsys):
     assert '"content": "Q: What is 0 + 2?\\nA:"' in shown and "rows: 6; requests: 6" in shown
     assert re.search(r"tokens: about \d+ in, and \d+ out .*; \$\d\.\d\d", shown)
     assert sorted(files.iterdir()) == before
-
-
-def test_the_fields_of_the_input_may_have_other_names_and_hide_nothing(files):
-    line = {"key": 7, "question": "What is 7 + 2?", "gold": "9", "input": "mine", "label": 3}
-    (files / "in.jsonl").write_text(json.dumps(line))
-    ask(files, line="--id-field key --input-field question --label-field gold")
-    (row,) = rows(files)
-    assert (row["id"], row["input"], row["label"]) == ("7", "What is 7 + 2?", "9")
-    assert (row["original_input"], row["original_label"], row["correct"]) == ("mine", 3, True)
 
 
 def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(files):
@@ -246,8 +236,6 @@ def test_replies_to_other_requests_are_refused(files, capsys):
         ("--input /dev/null", "/dev/null: not a regular file"),
         ("--prompt nowhere.json", "nowhere.json"),
         ("--output nowhere/out.jsonl", "--output must be in a directory that exists"),
-        ("--id-field label --input-field label", 'in.jsonl:1: "input" must be a text'),
-        ("--input-field question", 'in.jsonl:1: there is no "question"; the line has id, input, label'),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_2(files, refused, line, words):

@@ -24,9 +24,6 @@ class ExtractConfig:
     prompt: str = ""  # prompt file, such as data/prompts/svamp.json
     errors: str = ""  # where rows without a usable answer are written; default: OUTPUT.errors.jsonl
     limit: int = 0  # only the first N rows of the input; 0: all
-    id_field: str = "id"  # the input's name for the id
-    input_field: str = "input"  # the input's name for the question
-    label_field: str = "label"  # the input's name for the gold label
     replace: bool = False  # ask also about rows that have a rationale, which are otherwise kept as they are
     overwrite: bool = False  # begin anew: delete the output and the errors file first
     retry_failed: bool = False  # ask the rows of the errors file again
