@@ -151,7 +151,7 @@ def train_step(
     run.placement.sum_gradients(model, losses)  # over processes: each had a part of the rows
     norm = run.placement.clip(model, run.config.clip or float("inf"))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     optimizer.step()
     optimizer.zero_grad()
     return losses, norm
@@ -298,11 +298,22 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.Optimizer:
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(model.parameters(), foreach=False, **settings)
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, config.beta2), fused=True, **settings)
+def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW. With scaled rates, the rate of a tensor is that of the step times the deviation with
+    which the tensor is initialised (at least 1e-3): a step changes all of them by a like share."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = 1.0
+        if config.scales_rates:
+            scale = max(model.initial_deviation(name), 1e-3)
+        groups.setdefault(scale, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

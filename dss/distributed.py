@@ -162,8 +162,7 @@ def require_memory(parameters: int, config: TrainConfig, device: torch.device) -
 
     Raises ValueError if the device has less. Activations come on top.
     """
-    moments = 8 if config.optimizer.startswith("adamw") else 0
-    needed = parameters * (4 + 4 + moments)
+    needed = parameters * (4 + 4 + 8)  # AdamW keeps two moments
     if config.shard:
         needed /= size()
     if device.type == "cuda":
