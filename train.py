@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         except Ended as end:
             with contextlib.redirect_stderr(own_stderr if end.local else sys.stderr):
                 status = cli.fail("train.py", end.status, end)
-            if end.local:
+            if end.local and distributed.size() > 1:  # the others are not here to leave together
                 raise SystemExit(status) from None
             return status
         except (OSError, ValueError) as error:
