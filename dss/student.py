@@ -162,13 +162,18 @@ class Student:
         self, prefix: str, inputs: list[str], longest: int, stop: int | None = None
     ) -> list[list[int]]:
         """What the model writes after a prefix ("predict" or "explain"): at most `longest` token
-        ids for each input."""
+        ids for each input, none for a blank one."""
+        encoded = self.encode(prefix, inputs)
+        asked = [ids for ids, text in zip(encoded, inputs) if text.strip()]
         self.model.eval()
         with self.autocast():
-            encoded = self.encode(prefix, inputs)
-            return generate(self.model, encoded, longest, self.batch_size, stop)
+            written = iter(generate(self.model, asked, longest, self.batch_size, stop))
+        return [next(written) if text.strip() else [] for text in inputs]
 
     def encode(self, prefix: str, inputs: list[str]) -> list[list[int]]:
+        """The ids of each input after a prefix. Raises TypeError for a text in place of a list."""
+        if isinstance(inputs, str):
+            raise TypeError("inputs must be a list of texts, not a text")
         encoded = [self.tokenizer.encode(self.prefixes[prefix] + text) for text in inputs]
         return [shorten(ids, self.max_input_length) for ids in encoded]
 
