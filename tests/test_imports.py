@@ -10,7 +10,7 @@ from running import ROOT
 OURS = {"data", "tokenizer", "kernels", "dss", "train", "extract", "tests"}
 MAY_IMPORT = {"data": set(), "tokenizer": set(), "kernels": set(), "dss": {"data", "tokenizer", "kernels"}}
 PACKAGES = {"torch", "triton", "sentencepiece", "numpy", "tqdm"}
-OPTIONAL = {"matplotlib", *"transformers ctranslate2 liger_kernel cut_cross_entropy".split()}  # imported where used
+OPTIONAL = {"huggingface_hub", "matplotlib", *"transformers ctranslate2 liger_kernel cut_cross_entropy".split()}  # imported where used
 
 
 def parse(path):
