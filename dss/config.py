@@ -64,9 +64,8 @@ SHAPES = {  # of T5 1.1 and mT5; Flan-T5 and the LM-adapted T5 have those of T5 
     "xxl": (4096, 10240, 24, 64),
 }
 SIZES = {
-    "tiny": t5(
-        64, 128, 2, 2, d_kv=32, vocab_size=0
-    ),  # for random weights on a CPU; V is the tokenizer's
+    # For random weights on a CPU; vocab_size is the tokenizer's.
+    "tiny": t5(64, 128, 2, 2, d_kv=32, vocab_size=0),
     "mini": t5(128, 256, 3, 4, d_kv=32, vocab_size=0),
     "t5-small": t5(512, 2048, 6, 8),
     "t5-base": t5(768, 3072, 12, 12),

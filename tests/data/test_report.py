@@ -8,7 +8,9 @@ from data.jsonl import Record, write_jsonl
 ROWS = [
     Record("a", "x", "yes", "because", "yes", {"model": "m"}),
     Record("b", "y", "yes", "since", "no", {"model": "m"}),
-    Record("c", "Y ", "no", None, "no", {"model": "m"}),  # b's question with another label, and no rationale
+    Record(
+        "c", "Y ", "no", None, "no", {"model": "m"}
+    ),  # b's question with another label, and no rationale
     Record("d", "z", "no", "for", None, {"model": "m"}),  # the teacher answered, but not usably
     Record("e", "w", None, "as", "yes", {"model": "m"}),  # no gold
     Record("e", "v"),  # nothing, and an id twice
@@ -42,9 +44,14 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
 
 
 def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
-    rows = [Record(str(n), "one " * n, "two") for n in (*range(1, 101), 1020)]  # too long with the prefix alone
+    rows = [
+        Record(str(n), "one " * n, "two") for n in (*range(1, 101), 1020)
+    ]  # too long with the prefix alone
     write_jsonl(tmp_path / "rows.jsonl", rows)
     tokens, words = "input 61 101 110 1,030 1 (over 1,024)", "input 53 93 102 1,022 0 (over 1,024)"
-    for flags, want in ((["--spiece", str(spiece)], tokens), ([], words)):  # </s>, and 9 of the prefix; words
+    for flags, want in (
+        (["--spiece", str(spiece)], tokens),
+        ([], words),
+    ):  # </s>, and 9 of the prefix; words
         assert report.main([str(tmp_path / "rows.jsonl"), *flags]) == 0
         assert want in " ".join(capsys.readouterr().out.split())

@@ -1,4 +1,6 @@
-"""Prompt files and the reading of answers: every file shipped works, a file that cannot work is refused in one line."""
+"""Prompt files and the reading of answers: every file shipped works, a file that cannot work is
+refused in one line.
+"""
 
 import json
 import re
@@ -10,8 +12,7 @@ from hypothesis import strategies as st
 from running import ROOT
 
 from data import toy
-from data.answers import read_label, value
-from data.teacher.prompt import load_prompt
+from data.prompt import load_prompt
 
 FOLDER = ROOT / "data" / "prompts"
 NAMES = sorted(path.stem for path in FOLDER.iterdir())
@@ -24,18 +25,17 @@ def prompt(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_invents_next(name):
     p = prompt(name)
-    assert 9 <= len(p.exemplars) <= 12 and len({e["input"] for e in p.exemplars}) == len(p.exemplars)
+    assert 9 <= len(p.exemplars) <= 12 and len({e["input"] for e in p.exemplars}) == len(
+        p.exemplars
+    )
     for e in p.exemplars:
-        for text in (p.reply(e), p.reply(e).strip(), p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0])):
+        for text in (
+            p.reply(e),
+            p.reply(e).strip(),
+            p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0]),
+        ):
             read = p.parse(text, e["input"])
             assert (read.rationale, read.label, read.error) == (e["rationale"], e["label"], None)
-
-
-def test_svamp_equations_evaluate_to_the_last_number_of_the_rationale_and_use_every_operator():
-    labels = [e["label"] for e in prompt("svamp").exemplars]
-    for e in prompt("svamp").exemplars:
-        assert value(e["label"]) == float(e["rationale"].rstrip(".").rsplit("= ", 1)[1])
-    assert all(sum(sign in label for label in labels) >= 2 for sign in "+-*/")
 
 
 def test_toy_exemplars_are_right_and_of_the_embedded_task():
@@ -48,26 +48,47 @@ def test_toy_exemplars_are_right_and_of_the_embedded_task():
 
 def test_the_prompt_file_in_the_readme_works(tmp_path):
     text = (FOLDER.parent / "README.md").read_text("utf-8")
-    (tmp_path / "p.json").write_text(re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1])
+    (tmp_path / "p.json").write_text(
+        re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1]
+    )
     p = load_prompt(tmp_path / "p.json")
-    assert p.label_type == "class" and p.completion("Fine.", "good").endswith("known to be good.)\nReasons:")
+    assert p.label_type == "class" and p.completion("Fine.", "good").endswith(
+        "known to be good.)\nReasons:"
+    )
 
 
 def test_a_question_is_put_as_chat_and_as_completion():
     p = prompt("esnli")
-    chat, text = p.chat("A dog runs.</s>An animal moves."), p.completion("A dog runs.</s>An animal moves.")
-    assert [m["role"] for m in chat] == ["user", "assistant"] * 9 + ["user"], "some templates refuse a system message"
+    chat, text = (
+        p.chat("A dog runs.</s>An animal moves."),
+        p.completion("A dog runs.</s>An animal moves."),
+    )
+    assert [m["role"] for m in chat] == ["user", "assistant"] * 9 + ["user"], (
+        "some templates refuse a system message"
+    )
     assert chat[0]["content"].startswith(p.instruction + "\n\nPremise: ")
     assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
-    assert chat[1]["content"].endswith("\nAnswer: entailment") and text.endswith("\n\n" + chat[-1]["content"])
-    assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9 and "known" not in text
+    assert chat[1]["content"].endswith("\nAnswer: entailment") and text.endswith(
+        "\n\n" + chat[-1]["content"]
+    )
+    assert (
+        text.startswith(p.instruction + "\n\nPremise: ")
+        and text.count("Answer: ") == 9
+        and "known" not in text
+    )
 
 
 def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_braces_stay():
-    assert prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"] == "Q: Is {label} {input} {x}?\nA:"
+    assert (
+        prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"]
+        == "Q: Is {label} {input} {x}?\nA:"
+    )
     p = prompt("cqa")
     text = p.completion("Hm?\n(a) x\n(b) y", "y")
-    assert text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:") and text.count("known") == 11
+    assert (
+        text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:")
+        and text.count("known") == 11
+    )
 
 
 Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) U.S."
@@ -78,36 +99,109 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
     [
         ("svamp", "Two. The answer is (1 + 1).", False, "Two.", "(1 + 1)", None),
         ("svamp", "Two. The answer is 4 ÷ 2 = 2.", False, "Two.", "4 / 2", None),
-        ("svamp", "Two. The answer is $2$.\nDone.", False, "Two.", "2", None),
         ("svamp", "Two. The answer is (9**9**9).", False, "Two.", None, "label_invalid"),
         ("svamp", "The answer is (1 + 1).", False, None, "(1 + 1)", "unparsed"),
         ("svamp", "Two.\n\n**The answer is:** $\\boxed{3 + 4}$.", False, "Two.", "3 + 4", None),
         ("svamp", "Two.\n\n### The answer is 1,000 + 5", False, "Two.", "1000 + 5", None),
-        ("svamp", "First the answer is (3 + 5).\nWait. The answer is (3 + 4).", False, "First", None, "label_invalid"),
-        ("svamp", "First the answer is (3 + 4). I mean: the answer is 7.", False, "First", "(3 + 4)", None),
+        (
+            "svamp",
+            "First the answer is (3 + 5).\nWait. The answer is (3 + 4).",
+            False,
+            "First",
+            None,
+            "label_invalid",
+        ),
+        (
+            "svamp",
+            "First the answer is (3 + 4). I mean: the answer is 7.",
+            False,
+            "First",
+            "(3 + 4)",
+            None,
+        ),
         ("svamp", " \n", False, None, None, "empty"),
         ("svamp", "\nQ: What? A: Two. The answer is (2).", False, None, None, "unparsed"),
         ("svamp", "Two and", True, None, None, "truncated"),
-        ("svamp", "Two. The answer is 84 / 2", True, None, None, "truncated"),  # it may have been going to be 84 / 24
+        (
+            "svamp",
+            "Two. The answer is 84 / 2",
+            True,
+            None,
+            None,
+            "truncated",
+        ),  # it may have been going to be 84 / 24
         ("svamp", "Two. The answer is (1 + 1).\n\nQ: And", True, "Two.", "(1 + 1)", None),
-        ("svamp", "It is two.\nQ: And", True, None, None, "unparsed"),
+        (
+            "svamp",
+            "So far: the answer is (3 + 5).\nBut wait, that is",
+            True,
+            None,
+            None,
+            "truncated",
+        ),
         ("cqa", "Trees. So the answer is (c) wooded area.", False, "Trees.", "wooded area", None),
-        ("cqa", "Trees. So the answer is (c) wooded area.<|im_end|>\nHi", True, "Trees.", "wooded area", None),
+        (
+            "cqa",
+            "Trees. So the answer is (c) wooded area.<|im_end|>\nHi",
+            True,
+            "Trees.",
+            "wooded area",
+            None,
+        ),
         ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
         ("cqa", "Trees. So the answer is c. wooded area", False, "Trees.", "wooded area", None),
         ("cqa", "Land. So the answer is D.", False, "Land.", "U.S.", None),
-        ("cqa", "Both. So the answer is either (a) park or (c) wooded area.", False, "Both.", None, "label_invalid"),
+        ("svamp", "Two. The answer is \\(\\boxed{\\text{3 + 4}}\\).", False, "Two.", "3 + 4", None),
+        ("esnli", "Same.\nAnswer：neutral", False, "Same.", "neutral", None),
+        ("esnli", "Same.\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", False, "Same.", "neutral", None),
+        ("esnli", "<plan> Same.\nAnswer: neutral", False, "<plan> Same.", "neutral", "unparsed"),
+        ("esnli", "<b>Same</b>.\nAnswer: neutral", False, "<b>Same</b>.", "neutral", None),
+        (
+            "esnli",
+            "Same.\nAnswer: neutral (maybe entailment)",
+            False,
+            "Same.",
+            None,
+            "label_invalid",
+        ),
+        (
+            "cqa",
+            "Both. So the answer is either (a) park or (c) wooded area.",
+            False,
+            "Both.",
+            None,
+            "label_invalid",
+        ),
         ("cqa", "Sea. So the answer is (e) sea.", False, "Sea.", None, "label_invalid"),
         ("esnli", "Same.\n\n**Answer**: **Neutral**", False, "Same.", "neutral", None),
         ("esnli", "Is it *so*?\n## Answer:\nneutral", False, "Is it *so*?", "neutral", None),
         ("esnli", "Same.\nAnswer: neutral or contradiction", False, "Same.", None, "label_invalid"),
         ("esnli", "Same.\nAnswer: neutral, not contradiction", False, "Same.", "neutral", None),
         ("esnli", "Same.\nANSWER: neutrality", False, "Same.", None, "label_invalid"),
-        ("anli", "Yes. The answer is entailment because", False, "Yes.", "entailment", None),
-        ("anli", "The answer is 71. So the answer is neutral.", False, "The answer is 71.", "neutral", None),
-        ("anli", "It is so, so the answer is neutral.", False, "It is so,", "neutral", None),
-        ("anli", "So the answer is plain. The answer is neutral.", False, "So the answer is plain.", "neutral", None),
-        ("esnli", "It is.\nAnswer: neutral\nAnswer: entailment", False, "It is.", None, "label_invalid"),
+        (
+            "anli",
+            "The answer is 71. So the answer is neutral.",
+            False,
+            "The answer is 71.",
+            "neutral",
+            None,
+        ),
+        (
+            "anli",
+            "So the answer is plain. The answer is neutral.",
+            False,
+            "So the answer is plain.",
+            "neutral",
+            None,
+        ),
+        (
+            "esnli",
+            "It is.\nAnswer: neutral\nAnswer: entailment",
+            False,
+            "It is.",
+            None,
+            "label_invalid",
+        ),
     ],
 )
 def test_an_answer_is_read_or_its_problem_named(name, text, short, rationale, label, problem):
@@ -123,7 +217,9 @@ def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
 
 
 FINE = dict(question="Q: {input}\nA:", answer=" {rationale} It is {label}.", answer_marker="It is")
-FINE |= dict(exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}], label_type="equation")
+FINE |= dict(
+    exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}], label_type="equation"
+)
 
 
 def write(tmp_path, content):
@@ -132,11 +228,12 @@ def write(tmp_path, content):
     return path
 
 
-def test_the_smallest_file_and_labels_of_type_text(tmp_path):
-    assert read_label(" Jean-Luc Picard.\nHe was", "text") == "Jean-Luc Picard" and read_label(" \n", "text") is None
+def test_the_smallest_file(tmp_path):
     p = load_prompt(write(tmp_path, FINE))
-    assert p.completion("2 and 2?") == "Q: 1 and 1?\nA: One more. It is 2.\n\nQ: 2 and 2?\nA:" and len(p.sha256) == 64
-    assert [m["role"] for m in p.chat("x")] == ["user", "assistant", "user"]
+    assert (
+        p.completion("2 and 2?") == "Q: 1 and 1?\nA: One more. It is 2.\n\nQ: 2 and 2?\nA:"
+        and len(p.sha256) == 64
+    )
     assert len(load_prompt(write(tmp_path, FINE | {"exemplars": []})).chat("x")) == 1
 
 
@@ -153,16 +250,26 @@ def test_the_smallest_file_and_labels_of_type_text(tmp_path):
         ({"question": "Q:"}, '{input} is missing from "question"'),
         ({"question": "{input} {premise}"}, '{premise} means nothing in "question"'),
         ({"answer": "{label}"}, '{rationale} is missing from "answer"'),
-        ({"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]}, "exemplar 1 must have input, rationale"),
+        (
+            {"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]},
+            "exemplar 1: input, rationale and label must be texts",
+        ),
         ({"answer_marker": "Therefore"}, "exemplar 1: its answer does not read back as itself"),
-        ({"input_parts": ["a", "b"], "question": "{a} {b}"}, "exemplar 1: the prompt wants 2 parts (a, b)"),
+        (
+            {"input_parts": ["a", "b"], "question": "{a} {b}"},
+            "exemplar 1: the prompt wants 2 parts (a, b)",
+        ),
     ],
 )
 def test_a_file_that_cannot_work_is_one_line(tmp_path, change, words):
     path = write(tmp_path, change if isinstance(change, str) else FINE | change)
     with pytest.raises(ValueError) as error:
         load_prompt(path)
-    assert words in str(error.value) and str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert (
+        words in str(error.value)
+        and str(error.value).startswith(f"{path}: ")
+        and "\n" not in str(error.value)
+    )
 
 
 def test_a_missing_key_is_named(tmp_path):
