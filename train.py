@@ -360,11 +360,19 @@ def prepare(config: TrainConfig) -> Run:
     model = make_model(config, shape)
     if config.threads or parameters < 5e6:  # more threads would slow a small student down
         torch.set_num_threads(config.threads or 1)
+    answers = config.answers
+    if answers == "auto":
+        answers = "likeliest" if rows.metric == "choice" else "write"
+    if answers == "likeliest" and rows.metric != "choice" and not rows.labels:
+        raise ValueError(
+            "--answers likeliest: neither choices in the inputs nor a closed set of labels"
+        )
     student = Student(
         model,
         tokenizer,
         metric=rows.metric,
         labels=rows.labels,
+        answers=answers,
         max_input_length=config.max_input_length,
         max_target_length=config.max_target_length,
         max_new_tokens=config.max_new_tokens,

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from data import toy
-from data.answers import choose_label_type
+from data.answers import choose_label_type, closed_set
 from data.jsonl import Record, read_jsonl
 from dss.config import TrainConfig
 from dss.methods import BASELINE, EXPLAIN, METHODS, PREDICT, SEPARATOR
-from dss.stats import closed_set
 from dss.weights import resolve_checkpoint
 from tokenizer import T5Tokenizer, train
 
@@ -87,7 +86,8 @@ def load_rows(config: TrainConfig, read: Read = read_jsonl) -> Rows:
     metric = config.metric
     if metric == "auto":
         metric = choose_label_type(rows + validation + test)
-    return Rows(name, rows, validation, test, metric, closed_set(rows, metric), unlabelled)
+    labels = closed_set([row.label for row in rows], metric)
+    return Rows(name, rows, validation, test, metric, labels, unlabelled)
 
 
 def read_labelled(path: str, read: Read, use: str) -> list[Record]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import cli
-from data.answers import choose_label_type, same_label
+from data.answers import choose_label_type, closed_set, same_label, written
 from data.jsonl import Record, read_jsonl
 
 RESAMPLES = 10_000
@@ -58,14 +58,6 @@ def commonest_label(
 
 
 # ---- The bag of words ----------------------------------------------------------------------------
-
-
-def closed_set(rows: Sequence[Record], metric: str) -> list[str]:
-    """The labels of the rows, sorted, if they look like classes: texts, 2 to 50 of them, each 5
-    times on average. Else an empty list."""
-    labels = sorted({row.label for row in rows})
-    is_closed = metric == "text" and 2 <= len(labels) <= min(50, len(rows) / 5)
-    return labels if is_closed else []
 
 
 def features(text: str) -> set[str]:
@@ -115,6 +107,7 @@ def bag_of_words(
     for row in train:
         for name in sorted(features(row.input)):
             numbers.setdefault(name, len(numbers))
+    classes = {written(label): number for number, label in enumerate(labels)}
 
     def encode(rows: Sequence[Record]) -> Bags:
         ids: list[int] = []
@@ -122,7 +115,7 @@ def bag_of_words(
         for row in rows:
             offsets.append(len(ids))
             ids += [numbers[name] for name in features(row.input) if name in numbers]
-        known = [labels.index(row.label) if row.label in labels else -1 for row in rows]
+        known = [classes.get(written(row.label), -1) for row in rows]
         return Bags(torch.tensor(ids), torch.tensor(offsets), torch.tensor(known))
 
     bags = encode(train)
@@ -139,7 +132,7 @@ def fit(bags: Bags, number_of_features: int, number_of_labels: int, strength: fl
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(bags.logits(weight), bags.labels)
+        loss = F.cross_entropy(bags.logits(weight), bags.labels, ignore_index=-1)
         loss = loss + strength * weight.square().sum()
         loss.backward()
         return loss
@@ -166,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     metric = choose_label_type(rows + test)
     label, accuracy = commonest_label([row.label for row in rows[cut:]], test, metric)
     print(f"always answering {label!r}: {accuracy:.1%}")
-    labels = closed_set(rows[cut:], metric)
+    labels = closed_set([row.label for row in rows[cut:]], metric)
     if labels:
         print(f"bag of words: {bag_of_words(rows[cut:], rows[:cut], test, labels):.1%}")
     else:
