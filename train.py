@@ -43,7 +43,7 @@ from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
-from dss.stats import bag_of_words, commonest_label
+from dss.stats import accuracy_at, bag_of_words, calibration_error, commonest_label, macro_f1
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
@@ -231,6 +231,7 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "samples": samples,
         **run.baselines,
     }
+    result |= reliability(student, rows, right, answers)
     result["doubt"] = reason_to_doubt(result, run.out / student.method / "metrics.jsonl")
     if distributed.is_first():
         out = run.out / student.method
@@ -238,6 +239,30 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         write_json(out / "result.json", result)
         forget_state(out)
     return result
+
+
+def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
+    """Macro-F1, expected calibration error and accuracies at coverages, where labels are a closed
+    set. A student's confidence is the probability of its answer among the labels."""
+    if not rows.labels:
+        return {}
+    gold = [row.label for row in rows.asked]
+    figures = {"macro_f1": macro_f1([answer.label for answer in answers], gold)}
+    if METHODS[student.method].label_position == "last":  # its label cannot be scored
+        return figures
+    pairs = list(zip(rows.asked, answers))
+    labels = student.told_apart(rows.labels)
+
+    def confidences(some: list[tuple[Record, Answer]]) -> list[float]:
+        scores = student.score([row.input for row, _ in some], [labels] * len(some))
+        return [scores[i].get(answer.label, 0.0) for i, (_, answer) in enumerate(some)]
+
+    confidence = np.array(distributed.share_out(confidences, pairs))
+    correct = np.array(right, dtype=float)
+    figures["calibration_error"] = calibration_error(confidence, correct)
+    for coverage in (0.5, 0.8, 0.9):
+        figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
+    return figures
 
 
 # ---- What a step needs ---------------------------------------------------------------------------

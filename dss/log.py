@@ -222,6 +222,7 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     for result in results:
         if result["doubt"]:
             print(f"{result['method']}: {result['doubt']}")
+    print_reliability(results)
     print_samples(rows, config, results)
     print(
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, "
@@ -251,6 +252,20 @@ def print_table(results: list[dict]) -> None:
             f"{r['validation_accuracy']:>12.1%}{test:>8}{tqdm.format_sizeof(r['tokens']):>9}"
             f"{minutes:>6.0f}m{seconds:02.0f}s"
         )
+
+
+def print_reliability(results: list[dict]) -> None:
+    """How far each student's probabilities can be trusted, where labels are a closed set."""
+    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE", "accuracy_at_0.5": "at 50 %"}
+    columns |= {"accuracy_at_0.8": "at 80 %", "accuracy_at_0.9": "at 90 % coverage"}
+    shown = [result for result in results if "macro_f1" in result]
+    if not shown:
+        return
+    heads = "".join(f"{head:>18}" for head in columns.values())
+    print(f"\n{'method':<18}{heads}")
+    for result in shown:
+        cells = ["-" if name not in result else f"{result[name]:.1%}" for name in columns]
+        print(f"{result['method']:<18}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def print_differences(out: Path, rows: Rows, results: list[dict]) -> None:

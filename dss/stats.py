@@ -57,6 +57,33 @@ def commonest_label(
     return label, sum(right) / len(right)
 
 
+def macro_f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
+    """The mean, over the gold labels, of each label's F1."""
+    scores = []
+    for label in set(gold):
+        hits = sum(a == b == label for a, b in zip(predicted, gold))
+        scores.append(2 * hits / (predicted.count(label) + gold.count(label)))
+    return float(np.mean(scores))
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """The expected calibration error: the mean distance between confidence and accuracy.
+
+    confidence: (n,) from 0 to 1; correct: (n,) of 0 or 1. Ten bins of equal width (Guo et al. 2017,
+    arXiv 1706.04599).
+    """
+    bins = np.minimum((10 * confidence).astype(int), 9)
+    gaps = [abs(np.sum((confidence - correct)[bins == number])) for number in range(10)]
+    return float(sum(gaps) / len(correct))
+
+
+def accuracy_at(coverage: float, confidence: np.ndarray, correct: np.ndarray) -> float:
+    """The accuracy on that share of the questions whose answers have the highest confidence."""
+    most_confident = np.argsort(-confidence, kind="stable")
+    kept = most_confident[: max(1, round(coverage * len(correct)))]
+    return float(correct[kept].mean())
+
+
 # ---- The bag of words ----------------------------------------------------------------------------
 
 

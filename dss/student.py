@@ -102,9 +102,13 @@ class Student:
                 raise ValueError(
                     f"no choices in the input {text[:60]!r}, and no closed set of labels"
                 )
-            by_ids = {tuple(label_ids(self.tokenizer, c, self.method)): c for c in choices}
-            candidates.append(list(by_ids.values()))
+            candidates.append(self.told_apart(choices))
         return [Answer(next(iter(ranked))) for ranked in self.score(inputs, candidates)]
+
+    def told_apart(self, labels: list[str]) -> list[str]:
+        """The labels, without those that are the same tokens to this student as another one."""
+        by_ids = {tuple(label_ids(self.tokenizer, x, self.method)): x for x in labels}
+        return list(by_ids.values())
 
     def explain(self, inputs: list[str]) -> list[str]:
         """The student's own rationale for each input: its second task, or the part of its output

@@ -79,3 +79,24 @@ def test_the_command_prints_both_predictors(tmp_path, capsys, refused):
     shown = capsys.readouterr().out
     assert "always answering 'b': 70.0%" in shown and "bag of words: 100.0%" in shown
     assert "none.jsonl" in refused(stats.main, tmp_path / "none.jsonl", test_file)
+
+
+def test_macro_f1_weighs_labels_alike():
+    gold = ["a", "a", "a", "b"]
+    assert stats.macro_f1(["a", "a", "b", "b"], gold) == pytest.approx((0.8 + 2 / 3) / 2)
+    assert stats.macro_f1(["c"] * 4, gold) == 0
+
+
+def test_calibration_error_is_the_mean_gap_of_the_bins():
+    confidence = np.array([0.95, 0.91, 0.35, 0.31, 1.0])
+    correct = np.array([1, 0, 0, 1, 1])
+    high = 3 * abs((0.95 + 0.91 + 1.0) / 3 - 2 / 3)
+    low = 2 * abs(0.33 - 0.5)
+    assert stats.calibration_error(confidence, correct) == pytest.approx((high + low) / 5)
+
+
+def test_coverage_takes_the_most_confident_answers():
+    confidence = np.array([0.2, 0.9, 0.8, 0.1])
+    correct = np.array([0, 1, 0, 1])
+    found = [stats.accuracy_at(share, confidence, correct) for share in (0.25, 0.5, 1.0)]
+    assert found == [1.0, 0.5, 0.5]
