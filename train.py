@@ -43,7 +43,14 @@ from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
-from dss.stats import accuracy_at, bag_of_words, calibration_error, commonest_label, macro_f1
+from dss.stats import (
+    COVERAGES,
+    accuracy_at,
+    bag_of_words,
+    calibration_error,
+    commonest_label,
+    macro_f1,
+)
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
@@ -260,7 +267,7 @@ def reliability(student: Student, rows: Rows, right: list[bool], answers: list[A
     confidence = np.array(distributed.share_out(confidences, pairs))
     correct = np.array(right, dtype=float)
     figures["calibration_error"] = calibration_error(confidence, correct)
-    for coverage in (0.5, 0.8, 0.9):
+    for coverage in COVERAGES:
         figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
     return figures
 

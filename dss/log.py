@@ -19,7 +19,7 @@ from dss import distributed
 from dss.config import TrainConfig
 from dss.methods import BASELINE, METHODS
 from dss.rows import Rows, count_shared
-from dss.stats import commonest_label, paired_interval
+from dss.stats import COVERAGES, commonest_label, paired_interval
 from dss.student import Student
 
 LONGEST_SAMPLE = 100  # characters of a text in the report
@@ -256,8 +256,9 @@ def print_table(results: list[dict]) -> None:
 
 def print_reliability(results: list[dict]) -> None:
     """How far each student's probabilities can be trusted, where labels are a closed set."""
-    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE", "accuracy_at_0.5": "at 50 %"}
-    columns |= {"accuracy_at_0.8": "at 80 %", "accuracy_at_0.9": "at 90 % coverage"}
+    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE"}
+    for coverage in COVERAGES:
+        columns[f"accuracy_at_{coverage}"] = f"at {coverage:.0%} coverage"
     shown = [result for result in results if "macro_f1" in result]
     if not shown:
         return

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import numpy as np
 from tqdm import tqdm
 
 from data import cli
@@ -26,6 +27,7 @@ from data.answers import same_label
 from data.files import replacing
 from data.jsonl import Record, parse_record, read_lines, to_line
 from dss.distributed import choose_device
+from dss.stats import COVERAGES, accuracy_at, calibration_error, macro_f1
 from dss.student import Student
 
 LEAST = {"batch_size": 1, "max_input_length": 2, "max_new_tokens": 1}
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
                 part = rows[start : start + part_size]
                 for row, answer in zip(part, answer_rows(student, part, labels, args)):
                     sink.write(output_line(row, answer).encode() + b"\n")
-                    answers.append(answer["prediction"])
+                    answers.append(answer)
                 sink.flush()
                 bar.update(len(part))
         print_accuracy(student, rows, answers)
@@ -139,17 +141,29 @@ def output_line(row: Row, answer: dict) -> str:
     return " ".join(answer["prediction"].split())
 
 
-def print_accuracy(student: Student, rows: list[Row], answers: list[str]) -> None:
-    """How many answers are right, of the rows that have a label."""
+def print_accuracy(student: Student, rows: list[Row], answers: list[dict]) -> None:
+    """How good the answers are to rows that have a label. With a closed set: macro-F1, too; with
+    --scores: the expected calibration error and the accuracies at three coverages."""
+    asked = [(row.record, a) for row, a in zip(rows, answers) if row.record.label is not None]
+    if not asked:
+        return
     right = []
-    for row, answer in zip(rows, answers):
-        record = row.record
-        if record.label is not None:
-            right.append(same_label(answer, record.label, student.metric, record.input))
-    if right:
-        share = sum(right) / len(right)
-        text = f"right on {sum(right):,} of {len(right):,} rows with a label ({share:.1%})"
-        print(text, file=sys.stderr)
+    for record, answer in asked:
+        label = answer["prediction"]
+        right.append(same_label(label, record.label, student.metric, record.input))
+    share = sum(right) / len(right)
+    text = f"right on {sum(right):,} of {len(right):,} rows with a label ({share:.1%})"
+    if student.labels:
+        gold = [record.label for record, _ in asked]
+        text += f"; macro-F1 {macro_f1([a['prediction'] for _, a in asked], gold):.1%}"
+    if "scores" in asked[0][1]:
+        confidence = np.array([max(answer.get("scores", {"": 0.0}).values()) for _, answer in asked])
+        correct = np.array(right, dtype=float)
+        text += f"; expected calibration error {calibration_error(confidence, correct):.1%}"
+        for coverage in COVERAGES:
+            accuracy = accuracy_at(coverage, confidence, correct)
+            text += f"; {accuracy:.1%} at {coverage:.0%} coverage"
+    print(text, file=sys.stderr)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -116,3 +116,14 @@ def test_standard_input_is_read_and_a_reader_that_leaves_is_no_error(
         command, shell=True, cwd=ROOT, input=many, capture_output=True, text=True
     )
     assert result.stdout.strip() in ("one", "two") and "Error" not in result.stderr
+
+
+def test_how_good_the_answers_are(student, capsys):
+    loaded = predict.Student.load(student, labels=["one", "two"])
+    golds = ["one", "two", "two", None]
+    rows = [predict.Row(Record(f"{i}", "How many?", label), None) for i, label in enumerate(golds)]
+    answers = [{"prediction": "two", "scores": {"two": p, "one": 1 - p}} for p in (0.6, 0.9, 0.8, 1)]
+    predict.print_accuracy(loaded, rows, answers)
+    said = capsys.readouterr().err
+    assert "right on 2 of 3 rows with a label (66.7%); macro-F1 40.0%" in said
+    assert "calibration error 30.0%" in said and "100.0% at 50% coverage" in said
