@@ -77,7 +77,9 @@ def merge_shared(tensors: dict[str, torch.Tensor], directory: Path) -> bool:
         if copy is not None and not torch.equal(copy, tensors.setdefault(SHARED, copy)):
             raise ValueError(f"{directory}: {name} is not {SHARED}; one embedding is supported")
     if SHARED not in tensors:
-        raise ValueError(f"{directory}: the weights lack {SHARED}")
+        wrapped = [name.removesuffix(SHARED) for name in tensors if name.endswith("." + SHARED)]
+        hint = f"; its name begins with {wrapped[0]!r}: save the model in it" if wrapped else ""
+        raise ValueError(f"{directory}: the weights lack {SHARED}{hint}")
     tied = HEAD not in tensors or torch.equal(tensors[HEAD], tensors[SHARED])
     if tied:
         tensors.pop(HEAD, None)
@@ -157,14 +159,25 @@ def resolve_checkpoint(path_or_hub_id: str | os.PathLike, weights: bool = True) 
     path = Path(path_or_hub_id)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise FileNotFoundError(
-                f"{path / 'config.json'}: missing; a directory of T5 weights has a config.json"
-            )
+            raise FileNotFoundError(f"{path / 'config.json'}: missing{what_is_there(path)}")
         return path
     hub_id = str(path_or_hub_id)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", hub_id, re.ASCII):
         raise FileNotFoundError(f"{hub_id}: no such directory of weights")
     return download(hub_id, weights)
+
+
+def what_is_there(directory: Path) -> str:
+    """The end of a message: what a directory that is not a checkpoint may be instead."""
+    if (directory / "adapter_config.json").exists():
+        return "; this is an adapter: merge it into its base model, and save that"
+    shards = sorted(directory.glob("*-of-*.safetensors")) + sorted(directory.glob("*-of-*.bin"))
+    if shards:
+        return f"; {shards[0].name} is there, but the index.json that lists it is not"
+    inside = sorted(path.parent.name for path in directory.glob("*/config.json"))
+    if inside:
+        return f"; did you mean a directory in it: {', '.join(inside)}?"
+    return ""
 
 
 def read_config(path: str | os.PathLike) -> T5Config:
@@ -223,7 +236,10 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
             for shard in shard_names(index):
                 tensors.update(read(directory / shard))
             return tensors
-    raise FileNotFoundError(f"{directory}: no {' or '.join(WEIGHTS)}, whole or in shards")
+    names = " or ".join(WEIGHTS)
+    raise FileNotFoundError(
+        f"{directory}: no {names}, whole or in shards{what_is_there(directory)}"
+    )
 
 
 @contextlib.contextmanager
@@ -235,7 +251,17 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         if isinstance(problem, OSError) and problem.filename:
             raise
         lines = str(problem).splitlines() or [type(problem).__name__]
+        if Path(path).read_bytes().startswith(b"version https://git-lfs"):
+            lines = ["it is a git-lfs pointer, not the file itself; `git lfs pull` fetches it"]
         raise ValueError(f"{path}: cannot be read: {lines[0]}") from None
+
+
+def require_float(name: str, dtype: torch.dtype | str) -> None:
+    """Raise ValueError for a tensor of integers or of eight bits, as in quantized weights."""
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"{name} is {dtype}; quantized weights are not read, {', '.join(DTYPES)} are"
+        )
 
 
 def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -250,12 +276,11 @@ def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError:  # torch's message advises to load it all the same
-            raise ValueError("it holds more than tensors, which is not loaded") from None
+            raise ValueError("it holds more than a state_dict, which is not loaded") from None
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"{name!r} in it is not a tensor")
-            if tensor.dtype not in DTYPES.values():
-                raise ValueError(f"{name} is {tensor.dtype}")
+                raise ValueError(f"{name!r} in it is not a tensor; save a state_dict()")
+            require_float(name, tensor.dtype)
     return tensors
 
 
@@ -269,9 +294,8 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         header = json.loads(data[8:begin])
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} is {entry['dtype']}")
-            dtype = DTYPES[entry["dtype"]]
+            dtype = DTYPES.get(entry["dtype"], entry["dtype"])
+            require_float(name, dtype)
             count = math.prod(entry["shape"])
             offset = begin + entry["data_offsets"][0]
             flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)

@@ -59,6 +59,7 @@ def check_arguments(gate: Tensor, up: Tensor) -> None:
 #     2 u' = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
 
 
+# ruff: disable[ANN001, ANN201]
 @triton.jit(do_not_specialize=["T", "threshold"])  # these change often: compile once for all
 def geglu_kernel(
     gate_ptr,
@@ -99,6 +100,9 @@ def geglu_kernel(
         d_up = dy * gate * t
         tl.store(d_gate_ptr + here, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
         tl.store(d_up_ptr + here, d_up.to(d_up_ptr.dtype.element_ty), mask=inside)
+
+
+# ruff: enable[ANN001, ANN201]
 
 
 class GEGLU(torch.autograd.Function):

@@ -55,9 +55,9 @@ DATASETS = {
 def draw_lengths(dataset: str, rows: int) -> tuple[list[int], list[int]]:
     """Lengths of inputs and targets of a step: each row is a label and a rationale sequence.
 
-    Inputs are log-normal with the data set's mean and 95th percentile, up to its maximum. The spread
-    of the others is assumed: rationales have a deviation of 0.4 in the logarithm, labels are 2 and a
-    Poisson number of tokens.
+    Inputs are log-normal with the data set's mean and 95th percentile, up to its maximum. The
+    spread of the others is assumed: rationales have a deviation of 0.4 in the logarithm, labels
+    are 2 and a Poisson number of tokens.
     """
     mean, percentile, longest, label, rationale = DATASETS[dataset]
     deviation = 1.645 - math.sqrt(1.645**2 - 2 * math.log(percentile / mean))

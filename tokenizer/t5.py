@@ -13,69 +13,103 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
+
+from .files import CONFIG, SPIECE, AddedToken, TokenizerFiles, read_files
 
 PAD = 0
 EOS = 1
 UNK = 2
 TOKENS = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNK}  # names in tokenizer_config.json
-SPIECE = "spiece.model"
-CONFIG = "tokenizer_config.json"
 LONGEST_TEXT = 20_000  # characters of a text that `train` looks at
 LONGEST_WORD = 100  # characters of a word; one of a million letters would take minutes
 
 
 class T5Tokenizer:
-    """path: a spiece.model, or a directory that holds one.
+    """path: a spiece.model, or a directory that holds one or a tokenizer.json.
 
-    A tokenizer_config.json beside it may set `extra_ids`. Raises FileNotFoundError if there is no
-    such file, ValueError if it is not a SentencePiece model with T5's ids.
+    What files.py lists beside it is read, too. Raises FileNotFoundError if there is no tokenizer,
+    ValueError, naming the file, if it is not one of T5's.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        path = Path(path)
-        if path.is_dir():
-            path = path / SPIECE
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such SentencePiece model")
-        self.model = path.read_bytes()  # the content of spiece.model
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except RuntimeError:
-            raise ValueError(f"{path}: not a SentencePiece model") from None
-        ids = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
-        if ids != (PAD, EOS, UNK):
-            raise ValueError(f"{path}: pad, </s> and unknown are {ids}; T5's are {(PAD, EOS, UNK)}")
-        if not self.pieces.normalize("①").endswith("1"):  # by rules at the end of the file
-            raise ValueError(
-                f"{path}: its normalization is not T5's (NFKC), or the file was cut short"
-            )
-        self.extra_ids = read_extra_ids(path.with_name(CONFIG), self.pieces)
-        self.vocab_size = self.pieces.vocab_size() + self.extra_ids
-        self.special = {}  # {text: id} of all special tokens
-        for k in range(self.extra_ids):
+        files = read_files(Path(path))
+        self.model = files.model  # the content of spiece.model
+        self.pieces = load_pieces(files)
+        self.extra_ids = files.extra_ids
+        self.vocab_size = self.pieces.vocab_size() + files.extra_ids
+        self.special = {}  # {text: id} of tokens that are found in a text as it is written
+        for k in range(files.extra_ids):
             self.special[f"<extra_id_{k}>"] = self.vocab_size - 1 - k
         for i in TOKENS.values():
             self.special[self.pieces.id_to_piece(i)] = i
-        self.pattern = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
+        self.normalizer = sentencepiece.SentencePieceNormalizer(
+            model_proto=files.model,  # of which the rules for characters are taken alone
+            add_dummy_prefix=False,
+            escape_whitespaces=False,
+            remove_extra_whitespaces=False,
+        )
+        self.normalized = {}  # {text: id} of tokens that are found in the normalized text
+        self.added = {}  # {id: AddedToken}
+        for token in files.added:
+            self.add(token, files.path)
+        self.special_pattern = any_of(self.special)
+        self.normalized_pattern = any_of(self.normalized)
+
+    def add(self, token: AddedToken, path: Path) -> None:
+        """Add a token, unless it is one of T5's. Raises ValueError if its id is another token's."""
+        usual = self.special.get(token.text)
+        if usual is None and token.id < self.pieces.vocab_size():
+            usual = self.pieces.piece_to_id(token.text)
+        taken = token.id in self.special.values() or token.id in self.added
+        if token.id != usual and (usual is not None or taken):
+            raise ValueError(f"{path}: the added token {token.text!r} has the id of another token")
+        if token.text in self.special:
+            return
+        if token.normalized:
+            token = replace(token, text=self.normalizer.normalize(token.text))
+            self.normalized[token.text] = token.id
+        else:
+            self.special[token.text] = token.id
+        self.added[token.id] = token
+        self.vocab_size = max(self.vocab_size, token.id + 1)
 
     def encode(self, text: str) -> list[int]:
         """text -> ids, ending in </s>."""
         text = text.replace("\x85", " ")  # white space to transformers, unknown to SentencePiece
         ids = []
-        for part in self.pattern.split(text):
+        for part in self.special_pattern.split(text):
             if part in self.special:
                 ids.append(self.special[part])
+            elif self.normalized:
+                ids += self.encode_normalized(self.normalizer.normalize(part))
             else:
                 ids += self.pieces.encode(part)
         return [*ids, EOS]
 
+    def encode_normalized(self, text: str) -> list[int]:
+        """The ids of a normalized text, in which added tokens are found."""
+        ids = []
+        for part in self.normalized_pattern.split(text):
+            if part in self.normalized:
+                ids.append(self.normalized[part])
+            else:
+                ids += self.pieces.encode(part)
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """ids -> text, without special tokens."""
-        first_sentinel = self.vocab_size - self.extra_ids
-        return self.pieces.decode([i for i in ids if UNK < i < first_sentinel])
+        pieces = []
+        for i in ids:
+            if i in self.added:
+                if not self.added[i].special:
+                    pieces.append(self.added[i].text)
+            elif UNK < i < self.pieces.vocab_size():
+                pieces.append(self.pieces.id_to_piece(i))
+        return self.pieces.decode(pieces)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write spiece.model and tokenizer_config.json, by which transformers loads it, to an
@@ -83,33 +117,45 @@ class T5Tokenizer:
         config = {"tokenizer_class": "T5Tokenizer", "extra_ids": self.extra_ids}
         for name, i in TOKENS.items():
             config[name] = self.pieces.id_to_piece(i)
+        if self.added:
+            config["added_tokens_decoder"] = {}
+        for i, token in sorted(self.added.items()):
+            entry = {
+                "content": token.text,
+                "normalized": token.normalized,
+                "special": token.special,
+            }
+            config["added_tokens_decoder"][str(i)] = entry
         write(Path(directory) / SPIECE, self.model)
         write(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def read_extra_ids(path: Path, pieces: sentencepiece.SentencePieceProcessor) -> int:
-    """`extra_ids` of a tokenizer_config.json, 100 if there is none.
-
-    Raises ValueError, naming the file, if its special tokens are not those of the model.
-    """
-    if not path.is_file():
-        return 100
+def load_pieces(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
+    """SentencePiece's own tokenizer. Raises ValueError if its ids or normalization are not T5's."""
+    path = files.path
     try:
-        config = json.loads(path.read_text("utf-8"))
-        extra_ids = config.get("extra_ids", 100)
-    except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: not a tokenizer configuration") from None
-    if type(extra_ids) is not int or not 0 <= extra_ids <= 1000:
-        raise ValueError(f"{path}: extra_ids is {extra_ids!r}, not from 0 to 1000")
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=files.model)
+    except RuntimeError:
+        raise ValueError(f"{path}: not a SentencePiece model") from None
+    ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
+    if ids != (PAD, EOS, UNK):
+        raise ValueError(f"{path}: pad, </s> and unknown are {ids}; T5's are {(PAD, EOS, UNK)}")
+    if not pieces.normalize("①").endswith("1"):  # by rules at the end of the file
+        raise ValueError(f"{path}: trained with another normalization than T5's NFKC, or cut short")
     for name, i in TOKENS.items():
-        token = config.get(name, pieces.id_to_piece(i))
+        token = files.config.get(name, pieces.id_to_piece(i))
         if isinstance(token, dict):
             token = token.get("content")
         if token != pieces.id_to_piece(i):
-            raise ValueError(
-                f"{path}: {name} is {token!r}, but {SPIECE} has {pieces.id_to_piece(i)!r}"
-            )
-    return extra_ids
+            where = path.with_name(CONFIG)
+            raise ValueError(f"{where}: {name} is {token!r}, not {pieces.id_to_piece(i)!r}")
+    return pieces
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern:
+    """A pattern that splits a text at each of these, of which the longest counts."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("(" + "|".join(re.escape(text) for text in longest_first) + ")")
 
 
 def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8000) -> T5Tokenizer:

@@ -97,3 +97,20 @@ def test_a_label_first_answer_and_its_score_end_at_the_separator(student):
         Student.load(student, method="single_task").score(["x"], [["one"]])
     with pytest.raises(ValueError, match="the same tokens"):
         loaded.score(["x"], [["one", " one"]])
+
+
+@pytest.mark.parametrize("ask", ["answer", "explain", "answer_with_rationale"])
+def test_one_text_in_place_of_a_list_is_refused(student, ask):
+    """Each of its letters would be answered."""
+    with pytest.raises(TypeError, match="a list of texts"):
+        getattr(Student.load(student), ask)("how many?")
+    with pytest.raises(TypeError, match="a list of texts"):
+        Student.load(student).score("how", [["one", "two"]] * 3)
+
+
+@pytest.mark.parametrize("method", ["dss", "label_first", "single_task"])
+def test_a_blank_text_has_a_blank_answer_and_changes_no_other(student, method):
+    loaded = Student.load(student, method=method, max_new_tokens=5, max_target_length=5)
+    first, blank, spaces, last = loaded.answer(["how many?", "", " \n", "two"])
+    assert (blank, spaces) == ("", "") and [first, last] == loaded.answer(["how many?", "two"])
+    assert loaded.explain(["", "how many?"])[0] == ""

@@ -151,7 +151,7 @@ def flip(path):
         (lambda d: (d / WEIGHTS).write_bytes(b"<html>no</html>"), "model.safetensors: cannot be"),
         (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-10]), "cannot be read"),
         (lambda d: make_bin(d).write_bytes(b""), "pytorch_model.bin: cannot be read"),
-        (lambda d: make_bin(d).write_bytes(b"<html>no</html>"), "it holds more than tensors"),
+        (lambda d: make_bin(d).write_bytes(b"<html>no</html>"), "it holds more than a state_dict"),
         (lambda d: flip(make_bin(d)), "pytorch_model.bin: cannot be read: .* in it is damaged"),
         (lambda d: torch.save([1.0], make_bin(d)), "pytorch_model.bin: cannot be read"),
         (
@@ -177,7 +177,7 @@ def test_a_pickle_that_would_run_code_is_refused(saved, monkeypatch):
     (saved / "model.safetensors").unlink()
     torch.save({"shared.weight": Evil()}, saved / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match="pytorch_model.bin: cannot be read: it holds more than tensors"
+        ValueError, match="pytorch_model.bin: cannot be read: it holds more than a state_dict"
     ):
         load_t5(saved)
     assert not (saved / "pwned").exists()
@@ -198,3 +198,77 @@ def test_an_interrupted_save_leaves_the_old_file(saved, model, monkeypatch):
 def test_what_is_neither_a_directory_nor_a_hub_id_is_not_looked_for(saved, name):
     with pytest.raises(FileNotFoundError, match="no such directory of weights"):
         resolve_checkpoint(name.format(saved=saved))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 31\n"
+
+
+def with_prefix(directory, prefix):
+    tensors = {prefix + name: tensor for name, tensor in read_weights(directory).items()}
+    write_safetensors(directory / WEIGHTS, tensors | {"loss.weight": torch.ones(1)})
+
+
+def with_dtype(directory, dtype):
+    content = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(content.replace(b'"F32"', dtype, 1))
+
+
+def with_int8(directory):
+    tensors = read_weights(directory)
+    torch.save(tensors | {Q: tensors[Q].to(torch.int8)}, make_bin(directory))
+
+
+def adapter(directory, unlinked):
+    (directory / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    (directory / unlinked).unlink()
+
+
+def run_folder(directory, names):
+    content = (directory / "config.json").read_text()
+    (directory / "config.json").unlink()
+    for name in names:
+        (directory / name).mkdir()
+        (directory / name / "config.json").write_text(content)
+
+
+def without_index(directory, layout):
+    relayout(directory, layout)
+    next(directory.glob("*.index.json")).unlink()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: (d / WEIGHTS).write_bytes(POINTER), "model.safetensors: .* git-lfs pointer"),
+        (lambda d: make_bin(d).write_bytes(POINTER), "pytorch_model.bin: .* git-lfs pointer"),
+        (lambda d: with_dtype(d, b'"U8" '), "is U8; quantized weights are not read, F64, F32"),
+        (lambda d: with_dtype(d, b'"I32"'), "is I32; quantized weights are not read"),
+        (with_int8, f"{Q} is torch.int8; quantized weights are not read"),
+        (lambda d: adapter(d, "config.json"), "this is an adapter: merge it"),
+        (lambda d: adapter(d, WEIGHTS), "this is an adapter: merge it"),
+        (lambda d: with_prefix(d, "model."), "its name begins with 'model.'"),
+        (lambda d: with_prefix(d, "_orig_mod."), "its name begins with '_orig_mod.'"),
+        (lambda d: with_prefix(d, "a.b."), "its name begins with 'a.b.'"),
+        (lambda d: run_folder(d, ["checkpoint-9"]), "did you mean .*checkpoint-9"),
+        (lambda d: run_folder(d, ["best", "last"]), "did you mean .*best, last"),
+        (lambda d: without_index(d, LAYOUTS[3]), "model-00001-of-00002.safetensors is there, but"),
+        (lambda d: without_index(d, LAYOUTS[4]), "pytorch_model-00001-of-00002.bin is there, but"),
+        (lambda d: torch.save(student(), make_bin(d)), "it holds more than a state_dict"),
+    ],
+)
+def test_weights_in_other_wrappings_are_named(saved, change, words):
+    change(saved)
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        load_t5(saved)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_beside_other_files_loads(saved, model, layout):
+    """What only looks like another wrapping: an old adapter, a Trainer's folders, whole numbers."""
+    (saved / "adapter_config.json").write_text("{}")
+    (saved / "checkpoint-5").mkdir()
+    (saved / "checkpoint-5" / "config.json").write_text("{}")
+    edit_config(saved, initializer_factor=1, layer_norm_epsilon=1e-6, dropout_rate=0)
+    relayout(saved, layout)
+    assert same(model, saved)

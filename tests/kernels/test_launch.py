@@ -114,7 +114,6 @@ def test_the_gradient_of_a_gradient_is_refused(name):
     labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     weights = torch.ones(5, device=DEVICE)
     arguments = dict(
-        attention=(x, x, x, None, cu_seqlens, cu_seqlens),
         cross_entropy=(x, labels, weights),
         linear_cross_entropy=(x, x, labels, weights),
         rms_norm=(x, x[0]),

@@ -112,9 +112,7 @@ def test_extra_ids_come_from_the_configuration(spiece, tmp_path):
 def test_a_configuration_that_is_none_is_refused_by_name(spiece, tmp_path, content):
     tokenizer.T5Tokenizer(spiece).save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(
-        ValueError, match="tokenizer_config.json: (extra_ids is|not a tokenizer configuration)"
-    ):
+    with pytest.raises(ValueError, match="tokenizer_config.json: (extra_ids is|not a JSON object)"):
         tokenizer.T5Tokenizer(tmp_path)
 
 
@@ -162,8 +160,193 @@ def test_a_model_with_other_ids_is_refused(tmp_path):
         tokenizer.T5Tokenizer(tmp_path / "m.model")
 
 
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc_cf", "nfkc"])
+def test_a_model_with_another_normalization_is_told_from_one_of_t5s(tmp_path, rule):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name=rule,
+        minloglevel=2,
+    )
+    if rule == "identity":
+        with pytest.raises(ValueError, match=r"m.model: trained with another normalization"):
+            tokenizer.T5Tokenizer(tmp_path / "m.model")
+    else:  # variants of NFKC, which SentencePiece computes
+        assert tokenizer.T5Tokenizer(tmp_path / "m.model").encode("How") != [1]
+
+
 @pytest.mark.parametrize("lines", [[], [""], ["abcdefghijklmnopqrstuvwxyz" * 3]])
 def test_texts_that_cannot_be_trained_on_are_refused(tmp_path, lines):
     with pytest.raises(ValueError, match="no tokenizer.*(all blank|characters alone need 30)$"):
         tokenizer.train(lines, tmp_path / "x.model", vocab_size=10)
     assert not list(tmp_path.iterdir())
+
+
+# ---- Tokenizers as transformers saves them, and tokens added later ------------------------------
+
+ADDED = ["{", " <=", "①x", "Mia and"]
+TEXTS = [*WORDS, "{", "｛", " <=", "<=", "①x", "1x", "<ORG>", "＜ORG＞", "<org>", "Mia and", "{{"]
+mixed = st.lists(st.sampled_from(TEXTS), max_size=8).map("".join)
+
+
+def save_fast(spiece, directory, added, special):
+    """Save with transformers a tokenizer.json alone; returns transformers' tokenizer."""
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(spiece)
+    theirs.add_tokens(added)
+    theirs.add_tokens(special, special_tokens=True)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
+@pytest.fixture(scope="module", params=["nothing added", "tokens added", "also special ones"])
+def fast(request, spiece, auto_tokenizer, tmp_path_factory):
+    """(a directory with tokenizer.json and no spiece.model, transformers' tokenizer)."""
+    directory = tmp_path_factory.mktemp("fast")
+    added = [] if request.param == "nothing added" else ADDED
+    special = ["<ORG>", "<sep>"] if request.param == "also special ones" else []
+    return directory, save_fast(spiece, directory, added, special)
+
+
+@given(mixed)
+def test_a_tokenizer_json_alone_has_transformers_ids_and_texts(fast, text):
+    directory, theirs = fast
+    assert not (directory / "spiece.model").exists()
+    ours = tokenizer.T5Tokenizer(directory)
+    ids = theirs(text).input_ids
+    assert ours.encode(text) == ids and ours.vocab_size == len(theirs)
+    assert ours.decode(ids).strip() == theirs.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_what_we_save_of_a_tokenizer_json_is_the_same_tokenizer(fast, auto_tokenizer, tmp_path):
+    directory, theirs = fast
+    tokenizer.T5Tokenizer(directory).save(tmp_path)
+    ours, again = tokenizer.T5Tokenizer(tmp_path), auto_tokenizer.from_pretrained(tmp_path)
+    for text in [*ODD[:-1], "x{y <=①x Mia and <ORG> z"]:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == again(text).input_ids == ids
+        assert ours.decode(ids).strip() == again.decode(ids, skip_special_tokens=True).strip()
+
+
+def entry(text, **flags):
+    return {"content": text, "normalized": True, "special": False} | flags
+
+
+def put(directory, name, **content):
+    path = directory / name
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | content))
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_added_tokens_are_read_wherever_they_stand(spiece, tmp_path, where):
+    first = tokenizer.T5Tokenizer(spiece).vocab_size
+    tokenizer.T5Tokenizer(spiece).save(tmp_path)
+    if where == "added_tokens.json":
+        put(tmp_path, where, **{"~~": first, "<B>": first + 1})
+    elif where == "tokenizer_config.json":
+        tokens = {str(first): entry("~~"), str(first + 1): entry("<B>", lstrip=True)}
+        put(tmp_path, where, added_tokens_decoder=tokens)
+    else:
+        put(tmp_path, where, added_tokens=[entry("~~", id=first), entry("<B>", id=first + 1)])
+    ours = tokenizer.T5Tokenizer(tmp_path)
+    assert ours.vocab_size == first + 2
+    assert ours.encode("one~~ two <B>")[1:] == [first, *ours.encode("two")[:-1], first + 1, 1]
+    assert ours.decode(ours.encode("one ~~ two<B>")) == "one~~ two<B>"
+
+
+def test_files_that_add_nothing_change_nothing(spiece, tmp_path):
+    """What only looks like an addition: T5's own tokens listed once more, in three files."""
+    ours = tokenizer.T5Tokenizer(spiece)
+    ours.save(tmp_path)
+    put(tmp_path, "added_tokens.json", **{"<extra_id_0>": ours.vocab_size - 1})
+    listed = {"1": entry("</s>", special=True, rstrip=True), "2": entry("<unk>", special=True)}
+    put(tmp_path, "tokenizer_config.json", added_tokens_decoder=listed, unknown_key={"a": [1]})
+    put(tmp_path, "tokenizer.json", added_tokens=[entry("<pad>", id=0)], model={"type": "BPE"})
+    again = tokenizer.T5Tokenizer(tmp_path)
+    assert again.special == ours.special and again.vocab_size == ours.vocab_size
+    assert [again.encode(text) for text in ODD] == [ours.encode(text) for text in ODD]
+
+
+def at_a_sentinels_place(directory):
+    size = tokenizer.T5Tokenizer(directory).vocab_size
+    put(directory, "added_tokens.json", **{"~": size - 50})
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 31\n"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: put(d, "added_tokens.json", **{"~": 5}), "'~' has the id of another token"),
+        (lambda d: put(d, "added_tokens.json", **{"</s>": 5000}), "</s>' has the id of another"),
+        (at_a_sentinels_place, "'~' has the id of another token"),
+        (
+            lambda d: put(d, "added_tokens.json", **{"~": 5000, "|": 5000}),
+            "'|' has the id of anoth",
+        ),
+        (lambda d: put(d, "added_tokens.json", a="b"), "added tokens that cannot be read"),
+        (lambda d: put(d, "tokenizer.json", added_tokens=[{"id": 1}]), "added tokens that cannot"),
+        (
+            lambda d: put(d, "tokenizer.json", added_tokens=[entry("x", id=1, single_word=True)]),
+            "word",
+        ),
+        (lambda d: (d / "spiece.model").write_text(POINTER), "spiece.model: a git-lfs pointer"),
+        (lambda d: (d / "tokenizer.json").write_text(POINTER), "tokenizer.json: a git-lfs pointer"),
+        (lambda d: (d / "tokenizer.json").write_text("[1]"), "tokenizer.json: not a JSON object"),
+    ],
+)
+def test_tokens_and_files_that_cannot_be_right_are_refused(spiece, tmp_path, change, words):
+    tokenizer.T5Tokenizer(spiece).save(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        tokenizer.T5Tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def first_stretch_only(content):
+    content["pre_tokenizer"]["pretokenizers"][1]["prepend_scheme"] = "first"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["model"].update(type="BPE"), "not a unigram model"),
+        (lambda c: c["model"].update(unk_id=0), "not a unigram model"),
+        (lambda c: c.update(normalizer={"type": "Lowercase"}), "its normalization is Lowercase"),
+        (lambda c: c.update(normalizer=None), "copy the spiece.model of the model"),
+        (first_stretch_only, "each part of a text"),
+        (lambda c: c["model"].update(vocab=[]), "tokenizer.json: "),
+        (lambda c: c["model"]["vocab"].reverse(), "tokenizer.json: "),
+        (dict.clear, "copy the spiece.model of the model"),
+    ],
+)
+def test_a_tokenizer_json_of_another_kind_is_refused(
+    spiece, auto_tokenizer, tmp_path, change, words
+):
+    save_fast(spiece, tmp_path, [], [])
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words) as error:
+        tokenizer.T5Tokenizer(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["ByT5Tokenizer", "RobertaTokenizer", "LlamaTokenizerFast"])
+def test_another_kind_of_tokenizer_is_named(tmp_path, kind):
+    put(tmp_path, "tokenizer.json")
+    put(tmp_path, "tokenizer_config.json", tokenizer_class=kind)
+    with pytest.raises(
+        ValueError, match=f"tokenizer.json: of class {kind}, another kind than T5's"
+    ):
+        tokenizer.T5Tokenizer(tmp_path)
