@@ -78,7 +78,7 @@ class Case:
     are those of the call's arguments."""
 
     name: str
-    bytes: float
+    bytes: float  # that forward and backward must move
     flop: float
     peers: dict[str, Callable[[], partial]]
     useful: float | None = None
@@ -88,10 +88,16 @@ def leaf(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape) * scale).to(dtype).requires_grad_()
 
 
-def ours_and_eager(operation: str, make: Callable) -> dict[str, Callable[[], partial]]:
+def prepare(function: Callable, inputs: Callable[[], list]) -> partial:
+    return partial(function, *inputs())
+
+
+def make_case(operation: str, name: str, inputs: Callable, moved: float, flop: float = 0) -> Case:
+    """Ours beside the reference; inputs() makes their arguments."""
     ours = getattr(kernels, f"{operation}_triton")
     eager = getattr(kernels, f"{operation}_reference")
-    return dict(ours=partial(make, ours), eager=partial(make, eager))
+    peers = dict(ours=partial(prepare, ours, inputs), eager=partial(prepare, eager, inputs))
+    return Case(f"{operation} {name}", moved, flop, peers)
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -104,15 +110,30 @@ class Attention:
     N: list[int]
 
     def case(self, name: str) -> Case:
-        peers = ours_and_eager("attention", self.packed)
-        peers |= dict(varlen=self.varlen, sdpa=self.sdpa)
-        if self.use == "encoder":
-            peers["flex"] = self.flex
         # Forward reads q, k, v and writes o; backward reads all four and do, writes dq, dk, dv.
         moved = 6 * (sum(self.M) + sum(self.N)) * WIDTH * 2
         scores = HEADS * sum(m * n for m, n in zip(self.M, self.N))
         flop = 14 * scores * D  # two products forward, five backward
-        return Case(f"attention {self.use} {name}", moved, flop, peers, self.useful())
+        case = make_case("attention", f"{self.use} {name}", self.inputs, moved, flop)
+        case.useful = self.useful()
+        case.peers["varlen"] = self.varlen
+        case.peers["sdpa"] = self.sdpa
+        if self.use == "encoder":
+            case.peers["flex"] = self.flex
+        return case
+
+    def inputs(self) -> list:
+        """q as T5 has it: scores of deviation 1 without a factor 1 / sqrt(D)."""
+        q = leaf(sum(self.M), HEADS, D, scale=D**-0.5)
+        k = leaf(sum(self.N), HEADS, D)
+        v = leaf(sum(self.N), HEADS, D)
+        table = None if self.use == "cross" else leaf(32, HEADS, dtype=torch.float32)
+        return [q, k, v, table, *self.starts(), self.use == "decoder"]
+
+    def starts(self) -> list[Tensor]:
+        """cu_seqlens of queries and keys."""
+        both = [list(accumulate([0, *lengths])) for lengths in (self.M, self.N)]
+        return [torch.tensor(x, dtype=torch.int32) for x in both]
 
     def useful(self) -> float:
         """By the tiles of forward on sm_90. Masked scores of a sequence count as useful, too."""
@@ -120,41 +141,24 @@ class Attention:
         k = torch.empty(sum(self.N), HEADS, D, dtype=BF16)
         with recording("sm_90") as launches:
             kernels.attention_triton(q, k, k, None, *self.starts())
-        tile = launches[0].options
+        BM = launches[0].options["BM"]
+        BN = launches[0].options["BN"]
         useful = 0
         computed = 0
         for m, n in zip(self.M, self.N):
             useful += m * n
-            for row in range(0, m, tile["BM"]):
-                keys = min(n, row + tile["BM"]) if self.use == "decoder" else n
-                computed += tile["BM"] * -(-keys // tile["BN"]) * tile["BN"]
+            for row in range(0, m, BM):
+                keys = min(n, row + BM) if self.use == "decoder" else n
+                computed += BM * -(-keys // BN) * BN
         return useful / computed
-
-    def starts(self) -> list[Tensor]:
-        """cu_seqlens of queries and keys."""
-        both = [list(accumulate([0, *lengths])) for lengths in (self.M, self.N)]
-        return [torch.tensor(x, dtype=torch.int32) for x in both]
-
-    def qkv(self) -> list[Tensor]:
-        """q as T5 has it: scores of deviation 1 without a factor 1 / sqrt(D)."""
-        q = leaf(sum(self.M), HEADS, D, scale=D**-0.5)
-        return [q, leaf(sum(self.N), HEADS, D), leaf(sum(self.N), HEADS, D)]
-
-    def table(self) -> Tensor | None:
-        return None if self.use == "cross" else leaf(32, HEADS, dtype=torch.float32)
-
-    def packed(self, function: Callable) -> partial:
-        longest = dict(max_seqlen_q=max(self.M), max_seqlen_k=max(self.N))
-        arguments = [*self.qkv(), self.table(), *self.starts(), self.use == "decoder"]
-        return partial(function, *arguments, **longest)
 
     def varlen(self) -> partial:
         """PyTorch's, which has no bias."""
         from torch.nn.attention.varlen import varlen_attn
 
-        window = (-1, 0) if self.use == "decoder" else (-1, -1)
-        arguments = [*self.qkv(), *self.starts(), max(self.M), max(self.N)]
-        return partial(varlen_attn, *arguments, scale=1.0, window_size=window)
+        q, k, v, _, *starts, causal = self.inputs()
+        options = dict(scale=1.0, window_size=(-1, 0 if causal else -1))
+        return partial(varlen_attn, q, k, v, *starts, max(self.M), max(self.N), **options)
 
     def flex(self) -> partial:
         """FlexAttention over the packed stream: a document mask and a learned table."""
@@ -179,7 +183,7 @@ class Attention:
             heads = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, H, T, D)
             return compiled(*heads, score_mod=bias, **options)[0].transpose(0, 1)
 
-        return partial(function, *self.qkv(), self.table())
+        return partial(function, *self.inputs()[:4])
 
     def sdpa(self) -> partial:
         """PyTorch's, padded, with a bias for each pair of positions, as released T5s have it."""
@@ -195,46 +199,48 @@ class Attention:
 # ---- The others ---------------------------------------------------------------------------------
 
 
-def loss_case(name: str, T: int, linear: bool, V: int = 32128) -> Case:
-    def make(function: Callable) -> partial:
-        leaves = [leaf(T, WIDTH), leaf(V, WIDTH, scale=WIDTH**-0.5)] if linear else [leaf(T, V)]
-        return partial(function, *leaves, torch.randint(0, V, (T,)), torch.rand(T))
+def weighted(losses: Callable, *arguments: Tensor) -> Tensor:
+    """Of a peer that knows no weights: they multiply its losses of each token."""
+    return (losses(*arguments[:-1], reduction="none") * arguments[-1]).sum()
 
-    def weighted(losses: Callable, *arguments: Tensor) -> Tensor:
-        """A peer that knows no weights: they multiply its losses of each token."""
-        return (losses(*arguments[:-1], reduction="none") * arguments[-1]).sum()
+
+def linear_loss_case(name: str, T: int, V: int = 32128) -> Case:
+    def inputs() -> list[Tensor]:
+        weight = leaf(V, WIDTH, scale=WIDTH**-0.5)
+        return [leaf(T, WIDTH), weight, torch.randint(0, V, (T,)), torch.rand(T)]
 
     def liger() -> partial:
-        from liger_kernel.transformers import functional as L
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        losses = L.liger_fused_linear_cross_entropy if linear else L.liger_cross_entropy
-        return make(partial(weighted, losses))
+        return prepare(partial(weighted, liger_fused_linear_cross_entropy), inputs)
 
     def torch_linear() -> partial:
         options = torch.nn.LinearCrossEntropyOptions()  # torch >= 2.13
-        return make(partial(weighted, partial(F.linear_cross_entropy, options=options)))
+        losses = partial(F.linear_cross_entropy, options=options)
+        return prepare(partial(weighted, losses), inputs)
 
-    operation = "linear_cross_entropy" if linear else "cross_entropy"
-    peers = ours_and_eager(operation, make) | dict(liger=liger)
-    if linear:
-        peers["torch"] = torch_linear
-        return Case(f"{operation} {name}", 6 * (T + V) * WIDTH, 6 * T * V * WIDTH, peers)
-    return Case(f"{operation} {name}", 4 * T * V, 0, peers)
+    moved = 6 * (T + V) * WIDTH
+    case = make_case("linear_cross_entropy", name, inputs, moved, 6 * T * V * WIDTH)
+    case.peers |= dict(torch=torch_linear, liger=liger)
+    return case
+
+
+def loss_case(name: str, T: int, V: int = 32128) -> Case:
+    def inputs() -> list[Tensor]:
+        return [leaf(T, V), torch.randint(0, V, (T,)), torch.rand(T)]
+
+    return make_case("cross_entropy", name, inputs, 4 * T * V)
 
 
 def rms_norm_case(name: str, T: int) -> Case:
-    def make(function: Callable) -> partial:
-        weight = leaf(WIDTH, dtype=torch.float32)
-        return partial(function, leaf(T, WIDTH), weight, 1e-6, leaf(T, WIDTH))
+    def inputs() -> list:
+        return [leaf(T, WIDTH), leaf(WIDTH, dtype=torch.float32), 1e-6, leaf(T, WIDTH)]
 
-    return Case(f"rms_norm {name}", 9 * T * WIDTH * 2, 0, ours_and_eager("rms_norm", make))
+    return make_case("rms_norm", name, inputs, 9 * T * WIDTH * 2)
 
 
 def geglu_case(name: str, T: int) -> Case:
-    def make(function: Callable) -> partial:
-        return partial(function, leaf(T, D_FF), leaf(T, D_FF))
-
-    return Case(f"geglu {name}", 8 * T * D_FF * 2, 0, ours_and_eager("geglu", make))
+    return make_case("geglu", name, lambda: [leaf(T, D_FF), leaf(T, D_FF)], 8 * T * D_FF * 2)
 
 
 def all_cases() -> list[Case]:
@@ -248,10 +254,10 @@ def all_cases() -> list[Case]:
             cases.append(Attention("decoder", targets, targets).case(name))
             cases.append(Attention("cross", targets, inputs).case(name))
             if dataset == "CQA":
-                cases.append(loss_case(name, sum(targets), linear=True))
+                cases.append(linear_loss_case(name, sum(targets)))
                 cases.append(rms_norm_case(name, sum(inputs)))
                 cases.append(geglu_case(name, sum(inputs)))
-    cases.append(loss_case("8192 tokens", 8192, linear=False))
+    cases.append(loss_case("8192 tokens", 8192))
     for N in (512, 1024, 4096):
         lengths = [N] * (65536 // N)
         for use in ("encoder", "decoder", "cross"):
@@ -288,7 +294,11 @@ def measure(make: Callable[[], partial], short: bool) -> tuple[float, float]:
     outputs = output if isinstance(output, tuple) else (output,)
     upstream = [torch.randn_like(x) for x in outputs]
     forward = microseconds(call, short)
-    return forward, microseconds(lambda: torch.autograd.grad(call(), leaves, upstream), short)
+
+    def both() -> None:
+        torch.autograd.grad(call(), leaves, upstream)
+
+    return forward, microseconds(both, short)
 
 
 def measure_case(case: Case, short: bool) -> dict[str, object]:

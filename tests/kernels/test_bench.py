@@ -37,7 +37,7 @@ def test_lengths_are_like_those_of_the_data_sets(dataset):
 SMALL = [
     bench.Attention("encoder", [5, 40], [5, 40]).case("small"),
     bench.Attention("decoder", [5, 40], [5, 40]).case("small"),
-    bench.loss_case("small", 16, linear=True, V=70),
+    bench.linear_loss_case("small", 16, V=70),
     bench.rms_norm_case("small", 16),
 ]
 
