@@ -4,7 +4,7 @@
 Triton reads the annotations of a kernel: nothing but tl.constexpr may stand there.
 """
 
-from .dropout import kept
+from .dropout import dropout_mask
 from .launch import INTERPRETED, tl, triton
 
 VARYING = ["Tq", "reach", "threshold"]  # change often: one compilation serves all values
@@ -207,7 +207,7 @@ def attention_forward_kernel(
             l = l * shrink + tl.sum(p, 1)
             m = higher
             if DROPOUT:
-                p = tl.where(kept(seed, q_start + rows, h, j0, threshold, BN), p, 0.0)
+                p = tl.where(dropout_mask(seed, q_start + rows, h, j0, threshold, BN), p, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
     if DROPOUT:
@@ -313,7 +313,7 @@ def attention_dq_kernel(
             p = tl.exp2(s * LOG2E - (lse - bias)[:, None])  # 0 where s is -inf
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if DROPOUT:
-                mask = kept(seed, q_start + rows, h, j0, threshold, BN)
+                mask = dropout_mask(seed, q_start + rows, h, j0, threshold, BN)
                 dp = tl.where(mask, dp * (256.0 / (256 - threshold)), 0.0)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -394,7 +394,7 @@ def attention_dkdv_kernel(
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dropped = p
             if DROPOUT:
-                mask = tl.trans(kept(seed, q_start + rows, h, j0, threshold, BN))
+                mask = tl.trans(dropout_mask(seed, q_start + rows, h, j0, threshold, BN))
                 scale = 256.0 / (256 - threshold)
                 dropped = tl.where(mask, p * scale, 0.0)
                 dp = tl.where(mask, dp * scale, 0.0)

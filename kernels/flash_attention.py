@@ -54,7 +54,15 @@ from .attention_kernels import (
 )
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
-from .launch import INTERPRETED, architecture, check_tensors, launch, rows_together, triton
+from .launch import (
+    INTERPRETED,
+    architecture,
+    check_tensors,
+    launch,
+    make_rows_contiguous,
+    stages,
+    triton,
+)
 
 
 @dataclass(frozen=True)
@@ -245,16 +253,6 @@ class Call:
     lut: Tensor | None = None  # the bucket of each distance that `diag` holds
 
 
-def stages(device: torch.device) -> int:
-    """num_stages of the kernels for long sequences.
-
-    Without the fence between cp.async and wgmma, which Triton has since 3.8, a pipelined loop on
-    Hopper may read a tile before it has arrived.
-    """
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return 1 if architecture(device) == "sm_90" and version < (3, 8) else 2
-
-
 # Tokens of the other side that a kernel for long sequences takes at a time: as many as fit into the
 # registers (`python -m kernels.compile`). Half as many for wide heads, for fp32 and on sm_80.
 LONG_STEPS = {attention_forward_kernel: 64, attention_dq_kernel: 32, attention_dkdv_kernel: 32}
@@ -377,7 +375,7 @@ def attention_triton(
         raise ValueError(f"attention: Triton takes D of 16, 32, 64 or 128, got {q.shape[2]}")
     where = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_tensors("attention", q=q, k=k, v=v, table=table, **where)
-    q, k, v = rows_together(q, k, v)
+    q, k, v = make_rows_contiguous(q, k, v)
     if tiles_q is None:
         tiles_q = make_tiles(cu_seqlens_q, len(q))
     if tiles_k is None:

@@ -324,16 +324,6 @@ def test_a_second_derivative_is_refused():
         dq.sum().backward()
 
 
-@pytest.mark.parametrize(
-    "version, architecture, want",
-    [("3.6.0", "sm_90", 1), ("3.6.0", "sm_80", 2), ("3.9.0", "sm_90", 2), ("3.9.0", "sm_80", 2)],
-)
-def test_one_stage_where_triton_lacks_the_fence_for_wgmma(version, architecture, want, monkeypatch):
-    monkeypatch.setattr(flash_attention.triton, "__version__", version, raising=False)
-    monkeypatch.setattr(flash_attention, "architecture", lambda device: architecture)
-    assert flash_attention.stages(torch.device("cuda")) == want
-
-
 @both
 def test_only_the_gradients_that_are_asked_for(ours):
     q, *others = inputs([20], [20], ENCODER)
