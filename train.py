@@ -1,8 +1,7 @@
 """Distilling Step-by-Step, the whole run on one page.
 
-    python train.py                                   the embedded task: standard finetuning, then
-    step-by-step python train.py --data train.jsonl --test-data test.jsonl --weights
-    google/t5-v1_1-base
+    python train.py                      the embedded task: standard finetuning, then step-by-step
+    python train.py --data train.jsonl --test-data test.jsonl --weights google/t5-v1_1-base
 
 A teacher has written a rationale for each training question. The student, a small T5, learns two
 tasks from the same question, told apart by a prefix: `predict: x -> label` and `explain: x ->
@@ -39,11 +38,12 @@ from dss import distributed
 from dss.batch import Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
-from dss.log import Log, Progress, introduce, report, warn_of_cut_sequences
+from dss.log import Log, Progress, introduce, reason_to_doubt, report, warn_of_cut_sequences
 from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
+from dss.stats import commonest_label
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
@@ -92,12 +92,11 @@ def train_all(run: Run) -> None:
 def train(run: Run, method: str, stop: cli.Stop) -> dict:
     """Train a student by one method, select it on the validation rows, test it once. Returns its
     result.json."""
-    config = run.config
     out = run.out / method
     if (out / "result.json").exists():  # under --resume: done before
         return read_json(out / "result.json")
     examples, cut = make_examples(run, method)
-    config = replace(config, steps=number_of_steps(run, method, examples))
+    config = replace(run.config, steps=number_of_steps(run, method, examples))
     model = run.placement.place(copy.deepcopy(run.student.model))
     student = replace(run.student, method=method, model=model)
     optimizer = make_optimizer(model, config)
@@ -113,16 +112,15 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
         checkpoint.keep_if_best(current, accuracy)
         log.write_accuracy(accuracy)
 
-    with (
-        checkpoint,
-        log,
-    ):  # if training ends early, the checkpoint saves its state and says what is kept
+    with checkpoint, log:  # if training ends early, the checkpoint says what is kept
         if is_due(progress.step, config) and progress.evaluated < progress.step:
             validate()  # the run was interrupted in this evaluation
         for work in steps_ahead(progress.step, examples, student, config, run.placement.device):
             rate = learning_rate(progress.step, config)
             distributed.seed(config.seed, progress.step)
             losses, norm = train_step(student, optimizer, work, rate, run)
+            progress.step += 1
+            progress.tokens += work.tokens
             log.add_step(losses, work.tokens)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
                 log.write_means(rate, norm)
@@ -153,7 +151,7 @@ def train_step(
     run.placement.sum_gradients(model, losses)  # over processes: each had a part of the rows
     norm = run.placement.clip(model, run.config.clip or float("inf"))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     optimizer.step()
     optimizer.zero_grad()
     return losses, norm
@@ -202,6 +200,8 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
     ].learns_rationales:  # for the reader's eyes: no test needs the rationale
         rationales = student.explain([sample["input"] for sample in samples])
         samples = [s | {"rationale": text} for s, text in zip(samples, rationales)]
+    labels = [row.label for row in rows.train]
+    _, commonest = commonest_label(labels, rows.asked, rows.metric)
     result = {
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
@@ -217,8 +217,10 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "parameters": student.model.num_parameters(),
         "device": str(run.placement.device),
         "torch": torch.__version__,
+        "commonest_label": commonest,
         "samples": samples,
     }
+    result["doubt"] = reason_to_doubt(result, run.out / student.method / "metrics.jsonl")
     if distributed.is_first():
         out = run.out / student.method
         write_jsonl(out / "predictions.jsonl", predictions)
@@ -296,11 +298,22 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.Optimizer:
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(model.parameters(), foreach=False, **settings)
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, config.beta2), fused=True, **settings)
+def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW. With scaled rates, the rate of a tensor is that of the step times the deviation with
+    which the tensor is initialised (at least 1e-3): a step changes all of them by a like share."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = 1.0
+        if config.scales_rates:
+            scale = max(model.initial_deviation(name), 1e-3)
+        groups.setdefault(scale, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

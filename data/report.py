@@ -1,24 +1,25 @@
-"""What is in a JSONL file, before paying for training on it:  python -m data.report F.jsonl [G.jsonl ...]
+"""What is in JSONL files, before paying for training:  python -m data.report F.jsonl [G.jsonl ...]
 
-Rows and what they lack, the teacher's own accuracy by class, the balance of labels, lengths, and duplicates within and
-between files. Lengths are in T5's tokens with --spiece spiece.model, otherwise in words and marks, of which English has
-about 3 for every 4 tokens.
+Rows and what they lack, the teacher's accuracy by class, the balance of labels, lengths, and
+duplicates within and between files. Lengths are in T5's tokens with --spiece spiece.model,
+otherwise in words and marks, of which English has about 3 for every 4 tokens.
 """
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
 import sentencepiece
 
 from data import cli
-from data.answers import choose_label_type, same_label
-from data.jsonl import read_jsonl
+from data.answers import choose_label_type, merge_labels, same_label, written
+from data.jsonl import Record, read_jsonl
 
 PERCENTILES = (50, 90, 99, 100)
-PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # what train.py puts before the input, for each target
-LONGEST = {"input": 1024, "label": 256, "rationale": 256}  # where train.py cuts by default, the input's prefix included
+PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # before the input, for each target
+LONGEST = {"input": 1024, "label": 64, "rationale": 256}  # tokens: train.py's own limits
 CLASSES = 10  # that are shown, the most frequent
 
 
@@ -26,105 +27,196 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong."""
     parser = cli.OneLineParser(prog="python -m data.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows as JSONL")
-    parser.add_argument("--spiece", default="", help="a spiece.model, or its directory, to count tokens with")
+    help_text = "a spiece.model, or its directory, to count tokens with"
+    parser.add_argument("--spiece", default="", help=help_text)
     args = parser.parse_args(argv)
     try:
-        count, unit = counter(args.spiece)
-        rows = {path: list(read_jsonl(path)) for path in args.files}
-        for path, records in rows.items():
+        lengths = Lengths(args.spiece)
+        inputs = {}
+        for path in args.files:
+            records = list(read_jsonl(path))
             if not records:
-                raise ValueError(f"{path}: no row in it")
-            print(f"{path}: {len(records):,} rows", *describe(records, count, unit), "", sep="\n")
-        inputs = {path: {normal(r.input) for r in records} for path, records in rows.items()}
-        for a, b in combinations(inputs, 2):  # test rows among the training rows are the usual accident
-            print(f"{a} and {b} share {len(inputs[a] & inputs[b]):,} inputs (white space and case of letters apart)")
+                raise ValueError(f"{path}: there are no rows in it")
+            print(f"{path}: {len(records):,} rows", *describe(records, lengths), "", sep="\n")
+            inputs[path] = {normal(record.input) for record in records}
+        for a, b in combinations(inputs, 2):  # test rows among the training rows
+            shared = len(inputs[a] & inputs[b])
+            print(f"{a} and {b} share {shared:,} inputs (white space and case apart)")
     except (OSError, ValueError) as error:
         return cli.fail("data.report", 2, error)
     return 0
 
 
-def counter(spiece):
-    """(a function that counts what is in a text, the name of what it counts)."""
-    if not spiece:
-        return lambda text: len(re.findall(r"\w+|[^\w\s]", text)), "words and marks"
-    path = Path(spiece) / "spiece.model" if Path(spiece).is_dir() else Path(spiece)
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece model") from None
-    return lambda text: len(pieces.encode(text)) + 1, "tokens, </s> included"
+class Lengths:
+    """Counts the tokens of a text, or its words and marks."""
+
+    def __init__(self, spiece: str) -> None:
+        """spiece: a spiece.model or its directory; "" counts words. Raises OSError or
+        ValueError.
+        """
+        self.pieces = None
+        self.unit = "words and marks"
+        if not spiece:
+            return
+        path = Path(spiece)
+        if path.is_dir():
+            path = path / "spiece.model"
+        try:
+            model = path.read_bytes()
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError(f"{path}: not a SentencePiece model") from None
+        self.unit = "tokens, </s> included"
+
+    def count(self, text: str) -> int:
+        if self.pieces is None:
+            return len(re.findall(r"\w+|[^\w\s]", text))
+        return len(self.pieces.encode(text)) + 1
+
+    def unknown(self, text: str) -> int:
+        """How many characters, or runs of them, the tokenizer does not have."""
+        if self.pieces is None:
+            return 0
+        return self.pieces.encode(text).count(self.pieces.unk_id())
 
 
-def describe(records, count, unit):
+def describe(records: list[Record], lengths: Lengths) -> Iterator[str]:
     """The lines of one file's report."""
+    for what, count in Counter(trains(record) for record in records).items():
+        yield line(count, len(records), what)
     unlabelled = sum(r.rationale is not None and r.teacher_label is None for r in records)
-    for what, n in (Counter(map(trains, records)) + Counter({"a rationale, but no teacher label": unlabelled})).items():
-        yield f"  {n:>8,}  {n / len(records):>6.1%}  {what}"
-    inputs = defaultdict(list)
-    for record in records:
-        inputs[normal(record.input)].append(record)
-    repeated = [group for group in inputs.values() if len(group) > 1]
-    differing = sum(len({normal(r.label) for r in group if r.label is not None}) > 1 for group in repeated)
-    if shared := sum(map(len, repeated)):
-        yield f"  {shared:>8,}  rows share their input with another; {differing:,} such inputs have more than one label"
-    if ids := len(records) - len({r.id for r in records}):
-        yield f"  {ids:>8,}  rows repeat an id"
+    if unlabelled:
+        yield line(unlabelled, len(records), "a rationale, but no teacher label")
+    yield from duplicates(records)
     yield ""
-    yield from teacher(records)
+    yield from teacher_accuracy(records)
     yield ""
-    yield f"  {'length in ' + unit:<34}" + "".join(f"{p:>7} %" for p in PERCENTILES) + "     rows cut by train.py"
-    for name, longest in LONGEST.items():
-        lengths = [[count(text) for text in texts(r, name)] for r in records]
-        cut = sum(any(n > longest for n in row) for row in lengths)
-        lengths = sorted(n for row in lengths for n in row)
-        if lengths:
-            row = "".join(f"{lengths[max(0, -(-p * len(lengths) // 100) - 1)]:>9,}" for p in PERCENTILES)
-            yield f"    {name:<32}{row}{cut:>12,} (over {longest:,})"
+    yield from length_table(records, lengths)
 
 
-def texts(record, name):
-    """The texts of a record that train.py makes of its input (one for each target it has), label or rationales."""
-    value = getattr(record, name)
-    if name == "input":
-        return [PREFIXES[target] + value for target in PREFIXES if getattr(record, target) is not None] or [value]
-    return value if isinstance(value, list) else [value] if value is not None else []
+def line(count: int, of: int, what: str) -> str:
+    return f"  {count:>8,}  {count / of:>6.1%}  {what}"
 
 
-def trains(r):
+def trains(record: Record) -> str:
     """What a row can train."""
-    if r.label is not None and r.rationale is not None:
+    if record.label is not None and record.rationale is not None:
         return "a label and a rationale: train both tasks"
-    if r.label is not None:
+    if record.label is not None:
         return "a label, no usable rationale: train the label task alone"
-    if r.teacher_label is not None:
+    if record.teacher_label is not None:
         return "only the teacher's label: for --labels teacher or gold-or-teacher"
     return "neither label: train nothing"
 
 
-def teacher(records):
-    """Lines on the teacher's accuracy, in all and by class."""
+def duplicates(records: list[Record]) -> Iterator[str]:
+    """Lines on inputs, ids and rationales that rows share."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[normal(record.input)].append(record)
+    shared = 0
+    differing = 0
+    for group in groups.values():
+        if len(group) > 1:
+            shared += len(group)
+            labels = {normal(record.label) for record in group if record.label is not None}
+            differing += len(labels) > 1
+    if shared:
+        what = f"rows share their input with another; {differing:,} such inputs"
+        yield f"  {shared:>8,}  {what} have more than one label"
+    repeated_ids = len(records) - len({record.id for record in records})
+    if repeated_ids:
+        yield f"  {repeated_ids:>8,}  rows repeat an id"
+    rationales = Counter(normal(r.rationale) for r in records if r.rationale is not None)
+    for rationale, count in rationales.most_common(1):
+        if count > max(2, rationales.total() / 10):
+            yield f"  {count:>8,}  rows have the same rationale: {rationale[:60]!r}"
+
+
+def teacher_accuracy(records: list[Record]) -> Iterator[str]:
+    """Lines on how often the teacher is right, in all and by class."""
     kind = choose_label_type(records)
-    judged = [r for r in records if r.label is not None and (r.teacher_label is not None or r.teacher)]
-    right = [r for r in judged if r.teacher_label is not None and same_label(r.teacher_label, r.label, kind, r.input)]
-    share = f", {len(right) / len(judged):.1%}; labels compared as {kind}" if judged else ""
-    yield f"  teacher right on {len(right):,} of {len(judged):,} rows with gold{share}"
-    classes = Counter(r.label for r in records if r.label is not None)
+    gold = [record for record in records if record.label is not None]
+    spelling = merge_labels([record.label for record in gold], kind)
+    judged = Counter()
+    right = Counter()
+    missing = Counter()
+    for record in gold:
+        label = spelling[record.label]
+        missing[label] += record.teacher_label is None
+        if record.teacher_label is not None or record.teacher:
+            judged[label] += 1
+        if record.teacher_label is not None:
+            right[label] += same_label(record.teacher_label, record.label, kind, record.input)
+    if not judged:
+        yield "  no row has a gold label and a teacher's answer"
+    else:
+        share = right.total() / judged.total()
+        counts = f"{right.total():,} of {judged.total():,} rows with gold, {share:.1%}"
+        yield f"  teacher right on {counts}; labels compared as {kind}"
+    classes = Counter(spelling[record.label] for record in gold)
     if len(classes) > len(records) / 2 or not classes:
         yield f"  {len(classes):,} different labels: no classes to balance"
         return
-    judged, right = (Counter(r.label for r in rows) for rows in (judged, right))
-    missing = Counter(r.label for r in records if r.teacher_label is None)
     yield f"    {'class':<24}{'rows':>9}{'share':>9}{'teacher right':>15}{'no teacher label':>18}"
-    for label, n in classes.most_common(CLASSES):
-        accuracy = f"{right[label] / judged[label]:.1%}" if judged[label] else "-"
-        name, share = " ".join(label.split())[:22], n / classes.total()
-        yield f"    {name:<24}{n:>9,}{share:>9.1%}{accuracy:>15}{missing[label]:>18,}"
+    for label, count in classes.most_common(CLASSES):
+        accuracy = "-"
+        if judged[label]:
+            accuracy = f"{right[label] / judged[label]:.1%}"
+        name = " ".join(label.split())[:22]
+        share = count / classes.total()
+        row = f"    {name:<24}{count:>9,}{share:>9.1%}"
+        yield f"{row}{accuracy:>15}{missing[label]:>18,}"
     if len(classes) > CLASSES:
         yield f"    and {len(classes) - CLASSES:,} more classes"
 
 
-def normal(text):
-    return " ".join(text.casefold().split())
+def length_table(records: list[Record], lengths: Lengths) -> Iterator[str]:
+    """Percentiles of the lengths, and how many rows train.py cuts."""
+    head = "".join(f"{percent:>7} %" for percent in PERCENTILES)
+    yield f"  {'length in ' + lengths.unit:<34}{head}     rows over train.py's limit"
+    unknown = {}
+    for name, longest in LONGEST.items():
+        counts = []
+        over = 0
+        unknown[name] = 0
+        for record in records:
+            texts = texts_of(record, name)
+            counts_here = [lengths.count(text) for text in texts]
+            counts += counts_here
+            over += any(count > longest for count in counts_here)
+            unknown[name] += any(lengths.unknown(text) for text in texts)
+        counts.sort()
+        if counts:
+            shown = ""
+            for percent in PERCENTILES:
+                rank = max(0, -(-percent * len(counts) // 100) - 1)
+                shown += f"{counts[rank]:>9,}"
+            yield f"    {name:<32}{shown}{over:>12,} (over {longest:,})"
+    for name, count in unknown.items():
+        if count:
+            what = f"have unknown characters (<unk>) in their {name}"
+            yield line(count, len(records), what)
+
+
+def texts_of(record: Record, name: str) -> list[str]:
+    """The texts that train.py makes of a record's input (one for each target), label or
+    rationale.
+    """
+    value = getattr(record, name)
+    if value is None:
+        return []
+    if name != "input":
+        return [value]
+    made = []
+    for target, prefix in PREFIXES.items():
+        if getattr(record, target) is not None:
+            made.append(prefix + value)
+    return made or [value]
+
+
+def normal(text: str) -> str:
+    return written(text).casefold()
 
 
 if __name__ == "__main__":

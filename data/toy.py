@@ -4,13 +4,14 @@
     rationale   fruit tools animals fruit furniture
     label       fruit
 
-Nobody tells the student which of the 144 words is of which kind. A label says only which kind won, about two and a half
-bits a row; the rationale names the kind of every item, in order. It names no item, so a rationale moved to another row
-teaches nothing (`--method dss-shuffled`).
+Nobody tells the student which of the 144 words is of which kind. A label says only which kind won,
+about two and a half bits a row; the rationale names the kind of every item, in order. It names no
+item, so a rationale moved to another row teaches nothing (`--method dss-shuffled`).
 
-What makes the effect clear, two seeds each: many words for few rows (with 12 words a kind and 2,000 rows standard
-finetuning is right at 90 %, step-by-step at 96 %), and rationales in which every token is news, because L_rationale is
-a mean over tokens (in an early trial "they are fruit, tools, ... . most are fruit." gained 7 points instead of 13).
+What makes the effect clear, two seeds each: many words for few rows (with 12 words a kind and
+2,000 rows standard finetuning is right at 90 %, step-by-step at 96 %), and rationales in which
+every token is news, because L_rationale is a mean over tokens (in an early trial "they are fruit,
+tools, ... . most are fruit." gained 7 points instead of 13).
 """
 
 import random
@@ -21,54 +22,91 @@ from data import cli
 from data.jsonl import Record, write_jsonl
 
 WORDS = {  # of each kind
-    "fruit": "plum pear kiwi mango lemon cherry banana grape peach melon lime fig date coconut papaya guava "
-    "quince raspberry strawberry blueberry nectarine pomegranate tangerine grapefruit",
-    "tools": "hammer saw drill wrench chisel rake shovel spade hoe pickaxe ladder clamp level pitchfork "
-    "crowbar mallet trowel screwdriver sander scythe sickle file vise wheelbarrow",
-    "animals": "fox goat horse rabbit tiger mouse duck camel wolf bear deer donkey zebra giraffe monkey beaver "
-    "badger hedgehog squirrel pigeon falcon lizard turtle frog",
-    "clothes": "scarf hat glove shirt sock jacket skirt belt coat dress sweater vest tie cap boot sandal slipper "
-    "blouse hood cardigan robe mitten shawl raincoat",
-    "furniture": "sofa desk chair shelf stool bench cupboard table bed wardrobe dresser bookcase cabinet armchair "
-    "couch crib nightstand sideboard footstool hammock futon chest mirror lamp",
-    "vehicles": "truck bus train bicycle tram boat scooter van taxi car tractor ferry ship canoe kayak helicopter "
-    "plane rocket sled wagon cart motorcycle submarine limousine",
+    "fruit": (
+        "plum pear kiwi mango lemon cherry banana grape peach melon lime fig date coconut "
+        "papaya guava quince raspberry strawberry blueberry nectarine pomegranate "
+        "tangerine grapefruit"
+    ),
+    "tools": (
+        "hammer saw drill wrench chisel rake shovel spade hoe pickaxe ladder clamp level "
+        "pitchfork crowbar mallet trowel screwdriver sander scythe sickle file vise "
+        "wheelbarrow"
+    ),
+    "animals": (
+        "fox goat horse rabbit tiger mouse duck camel wolf bear deer donkey zebra giraffe "
+        "monkey beaver badger hedgehog squirrel pigeon falcon lizard turtle frog"
+    ),
+    "clothes": (
+        "scarf hat glove shirt sock jacket skirt belt coat dress sweater vest tie cap "
+        "boot sandal slipper blouse hood cardigan robe mitten shawl raincoat"
+    ),
+    "furniture": (
+        "sofa desk chair shelf stool bench cupboard table bed wardrobe dresser bookcase "
+        "cabinet armchair couch crib nightstand sideboard footstool hammock futon chest "
+        "mirror lamp"
+    ),
+    "vehicles": (
+        "truck bus train bicycle tram boat scooter van taxi car tractor ferry ship canoe "
+        "kayak helicopter plane rocket sled wagon cart motorcycle submarine limousine"
+    ),
 }
 WORDS = {kind: words.split() for kind, words in WORDS.items()}
-NAMES = "Mia Noah Lena Omar Ruth Ivan Sara Hugo Nina Paul Vera Finn".split()
-VERBS = "packed drew bought sold found moved".split()
-SIZES = dict(train=1000, validation=200, test=1000)
+NAMES = [
+    "Mia",
+    "Noah",
+    "Lena",
+    "Omar",
+    "Ruth",
+    "Ivan",
+    "Sara",
+    "Hugo",
+    "Nina",
+    "Paul",
+    "Vera",
+    "Finn",
+]
+VERBS = ["packed", "drew", "bought", "sold", "found", "moved"]
+SIZES = {"train": 450, "validation": 200, "test": 1000}
 
 
-def make_rows(seed=0):
-    """(train, validation, test): lists of Records drawn by `seed`, no question twice, in one of them or in two."""
-    rng, seen = random.Random(seed), set()
-    parts = {split: [] for split in SIZES}
-    for split, rows in parts.items():
-        while len(rows) < SIZES[split]:
+def make_rows(seed: int = 0) -> tuple[list[Record], list[Record], list[Record]]:
+    """(train, validation, test), drawn by `seed`. No question is there twice."""
+    rng = random.Random(seed)
+    seen = set()
+    parts = []
+    for split, size in SIZES.items():
+        rows = []
+        while len(rows) < size:
             kinds = rng.choices(list(WORDS), k=rng.randint(4, 6))
             (label, most), *others = Counter(kinds).most_common(2)
-            if others and most == others[0][1]:  # no kind is more often there than any other
-                continue
+            if others and others[0][1] == most:
+                continue  # two kinds are equally often there
             items = [rng.choice(WORDS[kind]) for kind in kinds]
             question = f"{rng.choice(NAMES)} {rng.choice(VERBS)} {', '.join(items)}. Mostly what?"
-            if question not in seen:
-                seen.add(question)
-                name, reasons = f"toy-{split}-{len(rows)}", " ".join(kinds)
-                rows.append(Record(name, question, label, reasons, label, {"model": "rule"}))
-    return tuple(parts.values())
+            if question in seen:
+                continue
+            seen.add(question)
+            rationale = " ".join(kinds)
+            name = f"toy-{split}-{len(rows)}"
+            rows.append(Record(name, question, label, rationale, label, {"model": "rule"}))
+        parts.append(rows)
+    return tuple(parts)
 
 
-def main(argv=None):
-    parser = cli.OneLineParser(prog="python -m data.toy", description="The embedded task's rows -> JSONL.")
-    parser.add_argument("--out", type=Path, required=True, help="where toy_train.jsonl and the others are written")
+def main(argv: list[str] | None = None) -> int:
+    what = "Write the embedded task's rows as JSONL."
+    parser = cli.OneLineParser(prog="python -m data.toy", description=what)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="where toy_train.jsonl, ... are written"
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the rows [0]")
     args = parser.parse_args(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for split, rows in zip(SIZES, make_rows(args.seed)):
-            write_jsonl(args.out / f"toy_{split}.jsonl", rows)
-            print(f"{args.out / f'toy_{split}.jsonl'}: {len(rows):,} rows")
+            path = args.out / f"toy_{split}.jsonl"
+            write_jsonl(path, rows)
+            print(f"{path}: {len(rows):,} rows")
     except OSError as problem:
         return cli.fail("data.toy", 2, problem)
     return 0

@@ -39,10 +39,9 @@ def introduce(
     where += f", {student.dtype}"
     if device.type == "cuda" and student.dtype == "float32":
         where += " (--dtype bfloat16 is faster)"
-    size = (
-        f"{student.model.num_parameters():,} parameters, {student.tokenizer.vocab_size:,} token ids"
-    )
-    print(f"student: {config.weights or config.size}, {size}; {where}")
+    size = f"{student.model.num_parameters():,} parameters"
+    ids = f"{student.tokenizer.vocab_size:,} token ids"
+    print(f"student: {config.weights or config.size}, {size}, {ids}; {where}")
     print(f"memory: weights, gradients and optimiser state take {format_bytes(state_bytes)}")
 
     with_rationale = sum(row.rationale is not None for row in rows.train)
@@ -156,8 +155,6 @@ class Log(contextlib.AbstractContextManager):
     def add_step(self, losses: torch.Tensor, tokens: int) -> None:
         """losses: the (3,) tensor of one step, left on its device until a line is written."""
         p = self.progress
-        p.step += 1
-        p.tokens += tokens
         p.window_losses = p.window_losses.to(losses.device, non_blocking=True) + losses
         p.window_steps += 1
         p.window_tokens += tokens
@@ -221,9 +218,8 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
     print_differences(out, rows, results)
     for result in results:
-        doubt = reason_to_doubt(result, out / result["method"] / "metrics.jsonl", accuracy)
-        if doubt:
-            print(f"{result['method']}: {doubt}")
+        if result["doubt"]:
+            print(f"{result['method']}: {result['doubt']}")
     print_samples(rows, config, results)
     print(
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, "
@@ -278,12 +274,9 @@ def read_correct(directory: Path) -> np.ndarray:
     return np.array(right, dtype=int)
 
 
-def reason_to_doubt(result: dict, metrics: Path, commonest: float) -> str:
+def reason_to_doubt(result: dict, metrics: Path) -> str:
     """Why a run's accuracy may say little about its method; an empty text if nothing speaks against
-    it.
-
-    commonest: the accuracy of the commonest label.
-    """
+    it. result: a result.json; metrics: the metrics.jsonl beside it."""
     losses = []
     for line in metrics.read_text("utf-8").splitlines():
         figures = json.loads(line)
@@ -292,7 +285,7 @@ def reason_to_doubt(result: dict, metrics: Path, commonest: float) -> str:
     tenth = max(1, len(losses) // 10)
     last = sum(losses[-tenth:]) / tenth
     before = sum(losses[-2 * tenth : -tenth]) / tenth
-    if result["validation_accuracy"] <= commonest + 0.01:
+    if result["validation_accuracy"] <= result["commonest_label"] + 0.01:
         return (
             "no better than the commonest label; try more --steps, another student or "
             "pretrained --weights"

@@ -15,8 +15,8 @@ def paired_interval(differences: list[np.ndarray], seed: int = 0) -> tuple[float
     """The mean difference between two methods with its 95 % bootstrap interval: (mean, low, high).
 
     differences: one integer array per seed, with -1, 0 or 1 for each question (one method's 1 for
-    right and 0 for wrong, minus the other's). The mean is over seeds of the mean over questions. A
-    resample draws seeds with replacement and, for each draw, questions with replacement; the
+    right and 0 for wrong, minus the other's). The mean is over seeds of the mean over questions.
+    A resample draws seeds with replacement and, for each draw, questions with replacement; the
     interval is between the 2.5 and 97.5 percentiles of 10,000 resamples. With few seeds it is
     rough.
     """

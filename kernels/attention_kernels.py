@@ -1,6 +1,6 @@
 """The Triton kernels of attention. flash_attention.py says what they compute, and why, and in which tiles."""
 
-from .dropout import kept
+from .dropout import dropout_mask
 from .launch import INTERPRETED, tl, triton
 
 CHANGING = ["tiles", "Tq", "reach", "threshold"]  # from call to call: one compilation serves all their values
@@ -151,7 +151,7 @@ def attention_forward_kernel(
             l = l * shrink + tl.sum(p, 1)
             m = higher
             if DROPOUT:
-                p = tl.where(kept(seed, q_start + rows, h, j0, threshold, BN), p, 0.0)
+                p = tl.where(dropout_mask(seed, q_start + rows, h, j0, threshold, BN), p, 0.0)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
     if DROPOUT:
@@ -256,7 +256,7 @@ def attention_dq_kernel(
             p = tl.exp2(s * LOG2E - (lse - bias)[:, None])  # 0 where s is -inf
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if DROPOUT:
-                mask = kept(seed, q_start + rows, h, j0, threshold, BN)
+                mask = dropout_mask(seed, q_start + rows, h, j0, threshold, BN)
                 dp = tl.where(mask, dp * (256.0 / (256 - threshold)), 0.0)
             ds = p * (dp - delta[:, None])
             if TABLE_GRADIENT and not EDGE:
@@ -333,7 +333,7 @@ def attention_dkdv_kernel(
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dropped = p
             if DROPOUT:
-                mask = tl.trans(kept(seed, q_start + rows, h, j0, threshold, BN))
+                mask = tl.trans(dropout_mask(seed, q_start + rows, h, j0, threshold, BN))
                 scale = 256.0 / (256 - threshold)
                 dropped = tl.where(mask, p * scale, 0.0)
                 dp = tl.where(mask, dp * scale, 0.0)

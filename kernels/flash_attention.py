@@ -43,7 +43,7 @@ from torch import Tensor
 from .attention_kernels import MARGIN, attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
-from .launch import architecture, check_tensors, launch, rows_together, triton
+from .launch import architecture, check_tensors, launch, make_rows_contiguous, triton
 
 # ---- Reference ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ def attention_triton(
     if q.shape[2] not in (16, 32, 64, 128):
         raise ValueError(f"attention: the Triton kernel takes D of 16, 32, 64 or 128, got {q.shape[2]}")
     check_tensors("attention", q=q, k=k, v=v, table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    q, k, v = rows_together(q, k, v)
+    q, k, v = make_rows_contiguous(q, k, v)
     threshold = threshold_of(dropout_p)
     seed = seed_on(q.device, seed) if threshold else None
     return Attention.apply(q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 from running import ROOT, wait_until
 from teacher_stub import Stub
@@ -22,21 +21,28 @@ PROMPT = {
     "label_type": "equation",
 }
 FAST = 0.01  # of the real pauses
+NOWHERE = "http://127.0.0.1:9/v1"
 r4 = lambda question: "4 + 2" in question  # that of row r4
 
 
 def make_files(folder, rows=6):
     """in.jsonl and p.json; the gold label of every third row is another than the stub says."""
     folder.mkdir(exist_ok=True)
-    lines = [{"id": f"r{i}", "input": f"What is {i} + 2?", "label": f"{i} + {2 + (i % 3 == 0)}"} for i in range(rows)]
-    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = []
+    for i in range(rows):
+        label = f"({i} + {2 + (i % 3 == 0)})"
+        lines.append(
+            json.dumps({"id": f"r{i}", "input": f"What is {i} + 2?", "label": label}) + "\n"
+        )
+    (folder / "in.jsonl").write_text("".join(lines))
     (folder / "p.json").write_text(json.dumps(PROMPT))
     return folder
 
 
 def arguments(folder, url, line=""):
-    places = ["--input", folder / "in.jsonl", "--output", folder / "out.jsonl", "--prompt", folder / "p.json"]
-    return [str(a) for a in [*places, "--model", "stub-1", *(["--base-url", url] if url else []), *line.split()]]
+    places = f"--input {folder}/in.jsonl --output {folder}/out.jsonl --prompt {folder}/p.json"
+    url = f"--base-url {url}" if url else ""
+    return f"{places} --model stub-1 {url} {line}".split()
 
 
 def run(folder, url, line="", scale=FAST):
@@ -46,17 +52,19 @@ def run(folder, url, line="", scale=FAST):
         return end.code
 
 
-def ask(folder, behave=lambda question, attempt: "ok", line="", status=0, scale=FAST, latency=0.0):
+def ask(folder, behave=lambda question, attempt: "ok", line="", status=0, **options):
     """The Stub that answered a run, which ended with `status`."""
-    with Stub(behave, latency) as stub:
-        got = run(folder, stub.url, line, scale)
+    with Stub(behave, **options) as stub:
+        got = run(folder, stub.url, line)
     assert got == status, got
     return stub
 
 
 def rows(folder, name="out.jsonl"):
     path = folder / name
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )
 
 
 def errors(folder):
@@ -72,34 +80,19 @@ def once(*actions):
     return lambda question, attempt: actions[attempt] if attempt < len(actions) else "ok"
 
 
-def bucket(rate, burst, headers):
-    """A server's limit: `burst` requests at once and `rate` more a second; the others get a 429 with `headers`."""
-    tokens, last = burst, time.monotonic()
-
-    def behave(question, attempt):  # under the stub's lock
-        nonlocal tokens, last
-        now = time.monotonic()
-        tokens, last = min(burst, tokens + (now - last) * rate), now
-        if tokens < 1:
-            return 429, {"error": {"message": "slow down"}}, headers
-        tokens -= 1
-        return "ok"
-
-    return behave
-
-
-def start(folder, url, line="", before="", after=""):
-    """A process of its own, with statements before and after extract.main."""
-    code = f"import sys, extract; from data.cli import run\n{before}\n"
-    code += f"def main():\n  status = extract.main(scale={FAST}); {after}\n  return status\nrun('extract.py', main)"
+def start(folder, url, line="", before=""):
+    """A process of its own, with statements before extract.main."""
+    code = f"import extract; from data.cli import run\n{before}\n"
+    code += f"run('extract.py', lambda: extract.main(scale={FAST}))"
     command = [sys.executable, "-c", code, *arguments(folder, url, line)]
     environment = os.environ | {"OPENAI_API_KEY": KEY}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_rows(folder, number, process=None):
-    out, ended = folder / "out.jsonl", process.poll if process else lambda: None
-    wait_until(lambda: ended() is not None or out.exists() and out.read_bytes().count(b"\n") >= number)
+def wait_for_rows(folder, number, process):
+    out = folder / "out.jsonl"
+    written = lambda: out.exists() and out.read_bytes().count(b"\n") >= number
+    wait_until(lambda: process.poll() is not None or written())
 
 
 def lasting(row):

@@ -1,398 +1,490 @@
-"""extract.py as a user meets it: rows, what is printed, samples, wrong arguments, and the key."""
+"""extract.py: rows, what is printed, the three kinds of failure, and continuing after any end."""
 
 import json
 import re
+import signal
+import threading
+import time
+from collections import Counter
 
 import pytest
-from extracting import KEY, PROMPT, ROOT, always, arguments, ask, errors, lasting, make_files, once, r4, rows, run
-from teacher_stub import REPLIES, Stub, answer, completed
+from extracting import (
+    KEY,
+    NOWHERE,
+    PROMPT,
+    always,
+    arguments,
+    ask,
+    errors,
+    lasting,
+    make_files,
+    once,
+    r4,
+    rows,
+    run,
+    start,
+    wait_for_rows,
+)
+from teacher_stub import Stub, answer, completed, error
 
 import extract
-from data.jsonl import read_jsonl
+from data.files import locked
+
+NAMES = [f"r{i}" for i in range(6)]
+
+
+def ids(found):
+    return [row["id"] for row in found]
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
-    line = {"id": "odd", "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}, "correct": "old"}
-    (files / "in.jsonl").write_text(json.dumps(line) + "\n" + '{"input": "What is 1 + 2?"}\n')
-    stub = ask(files, line=f'--endpoint {endpoint} --seed 5 --top-p 0.5 --extra-body {{"top_k":3}}')
+    line = {"id": 7, "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}}
+    (files / "in.jsonl").write_text(json.dumps(line) + '\n{"input": "What is 1 + 2?"}\n')
+    extra = '{"top_k":3,"stop":null,"max_tokens":null,"max_completion_tokens":9}'
+    stub = ask(files, line=f"--endpoint {endpoint} --extra-body {extra}")
     first, second = rows(files)
     teacher = first.pop("teacher")
-    assert first == {
-        "id": "odd", "input": line["input"], "label": "9", "rationale": "7 and 2 more.", "teacher_label": "(7 + 2)",
-        "mine": {"a": [1]}, "correct": True,
-    }  # fmt: skip
-    assert re.fullmatch("[0-9a-f]{64}", teacher["request_sha256"]) and len(teacher["prompt_sha256"]) == 64
-    assert (teacher["model"], teacher["model_served"], teacher["base_url"]) == ("stub-1", "stub-1", stub.url)
-    assert (teacher["endpoint"], teacher["keep"], teacher["rationalize"]) == (endpoint, "all", False)
-    params = {"temperature": 0.0, "max_tokens": 256, "top_p": 0.5, "seed": 5, "stop": ["\nQ:"], "top_k": 3}
-    assert teacher["params"] == params | {"n": 1, "reasoning": "drop"}
-    assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100} and teacher["latency_s"] >= 0
-    assert teacher["version"] and teacher["created_at"].endswith("+00:00") and "samples" not in teacher
+    assert first == line | {
+        "id": "7",
+        "rationale": "7 and 2 more.",
+        "teacher_label": "(7 + 2)",
+        "correct": True,
+    }
+    assert (teacher["model"], teacher["model_served"], teacher["base_url"]) == (
+        "stub-1",
+        "stub-1",
+        stub.url,
+    )
+    params = {"temperature": 0.0, "stream": False, "top_k": 3, "max_completion_tokens": 9}
+    assert teacher["params"] == params, "null leaves a parameter out"
+    assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100}
     assert second["id"] == "in-2" and second["correct"] is None
     for question, body, headers, _ in stub.requests:
         assert question.endswith("?\nA:") and "Authorization" not in headers
-        assert body == {"model": "stub-1", **params} | {k: body[k] for k in ("messages", "prompt") if k in body}
+        assert {k: v for k, v in body.items() if k not in ("messages", "prompt")} == {
+            "model": "stub-1",
+            **params,
+        }
 
 
 def test_what_is_printed(files, capsys):
-    stub = ask(files, always("no marker", r4), "--price-in 2 --price-out 50 --model other", 1)
+    stub = ask(
+        files, always(completed("Seven."), r4), "--price-in 2 --price-out 50 --model other", 1
+    )
     said = capsys.readouterr().err
-    assert f"teacher: {stub.url}, chat, other; no key ($OPENAI_API_KEY is not set)" in said
-    assert re.search(r"prompt:  \S+p.json \(sha256 [0-9a-f]{12}\), 1 exemplars", said)
-    assert f"rows:    6 in {files / 'in.jsonl'}" in said
-    assert said.count("warning: asked for 'other', served by 'stub-1'") == 1
-    assert "5 ok, 1 left out, 0 retries" in said and "tok/s; $0.01" in said
+    for words in (
+        f"teacher: {stub.url}, chat, other",
+        f"rows:    6 in {files / 'in.jsonl'}",
+        "warning: asked for 'other', served by 'stub-1'",
+        "warning: row 'r4': unparsed: the reply does not say 'The answer is'",
+        "5 ok, 1 left out (unparsed 1); 0 retries",
+        "teacher right on 3 of 5 answered rows with a gold label (60.0%)",
+        "tokens: 1,200 in (600 cached), 120 out; $0.01",
+        "errors.jsonl: unparsed 1; --retry-failed asks again",
+    ):
+        assert said.count(words) == 1, words
     assert all(len(line) < 80 for line in re.findall(r"\d/6 [^\r\n]*", said)), "the bar"
-    assert re.search(r"asked 6 rows in 0m0\ds: 5 ok, 1 left out \(unparsed 1\); 0 retries", said)
-    assert "teacher right on 3 of 5 answered rows with a gold label (60.0%)" in said
-    assert "tokens: 1,200 in (600 cached), 120 out; $0.01" in said
-    assert f"{files / 'out.jsonl'}: 5 of 6 rows" in said
-    assert "errors.jsonl: unparsed 1; --retry-failed asks again" in said
-
-
-def test_a_prompt_cut_by_the_server_is_warned_of_once(files, capsys):
-    (files / "in.jsonl").write_text(json.dumps({"input": "long " * 900 + "3 + 2?"}) + "\n")
-    ask(files)
-    assert capsys.readouterr().err.count("warning: the server read 200 tokens of 4,5") == 1
-
-
-def test_train_reads_the_rows_as_they_are(files):
-    from dss.config import parse_args
-    from dss.rows import load_rows
-
-    ask(files)
-    for labels, wanted in (("gold", "1 + 2"), ("teacher", "(1 + 2)")):
-        loaded = load_rows(parse_args(["--data", str(files / "out.jsonl"), "--labels", labels]))
-        assert wanted in {r.label for r in loaded.train + loaded.validation} and loaded.metric == "equation"
 
 
 def test_dry_run_sends_and_writes_nothing(files, capsys):
     before = sorted(files.iterdir())
-    assert run(files, "http://127.0.0.1:1/v1", "--dry-run --price-in 1000 --price-out 1000") == 0
+    assert run(files, NOWHERE, "--dry-run --price-in 1000 --price-out 1000") == 0
     shown = capsys.readouterr().out
-    assert '"content": "Q: What is 0 + 2?\\nA:"' in shown and "rows: 6; requests: 6" in shown
-    assert re.search(r"tokens: about \d+ in, and \d+ out .*; \$\d\.\d\d", shown)
+    assert '"content": "Q: What is 0 + 2?\\nA:"' in shown
+    assert re.search(r"requests: 6; tokens.* about \d+ in, \d+ out .*; \$\d\.\d\d", shown)
     assert sorted(files.iterdir()) == before
 
 
-def test_the_fields_of_the_input_may_have_other_names_and_hide_nothing(files):
-    line = {"key": 7, "question": "What is 7 + 2?", "gold": "9", "input": "mine", "label": 3}
-    (files / "in.jsonl").write_text(json.dumps(line))
-    ask(files, line="--id-field key --input-field question --label-field gold")
-    (row,) = rows(files)
-    assert (row["id"], row["input"], row["label"]) == ("7", "What is 7 + 2?", "9")
-    assert (row["original_input"], row["original_label"], row["correct"]) == ("mine", 3, True)
-
-
-def test_connections_are_kept_alive_and_one_that_the_server_closed_is_made_anew(files):
-    assert ask(files, line="--concurrency 2").connections <= 2
-    closing = {"Connection": "close"}
-    for stub in (Stub(idle=0.02), Stub(lambda q, attempt: (200, completed(answer(q)), closing))):
-        with stub:  # llama.cpp closes after 5 s; the requests go out each 200 ms
-            assert run(files, stub.url, "--concurrency 1 --overwrite --rpm 60", scale=0.2) == 0
-        assert stub.connections == 6 and [r["teacher"]["attempts"] for r in rows(files)] == [1] * 6
-
-
-def test_the_majority_of_n_samples_by_value_and_ties_go_to_the_first(files):
-    said = ["One. The answer is (9).", "Two. The answer is (1 + 3).", "nothing", "Three. The answer is (2 + 2)."]
-    behave = lambda question, attempt: completed(said[attempt])
-    stub = ask(files, behave, "--limit 1 --n 4 --temperature 0.7 --seed 10")
-    (row,) = rows(files)
-    assert (row["rationale"], row["teacher_label"]) == ("Two.", "(1 + 3)")
-    samples = row["teacher"]["samples"]
-    assert [s.get("label") for s in samples] == ["(9)", "(1 + 3)", None, "(2 + 2)"]
-    assert samples[2] == {"error": "unparsed", "raw": "nothing"}
-    assert [body["seed"] for _, body, _, _ in stub.requests] == [10, 11, 12, 13] and "n" not in stub.requests[0][1]
-    assert row["teacher"]["usage"]["completion"] == 80 and row["teacher"]["attempts"] == 4
-    for line, rationale in (("--n 2", "One."), ("--n 4 --keep samples", ["Two.", "Three."])):  # a tie, and all of them
-        ask(files, behave, f"--limit 1 --temperature 0.7 --seed 10 --overwrite {line}")
-        assert [r.rationale for r in read_jsonl(files / "out.jsonl")] == [rationale]
-
-
-def test_above_temperature_0_an_unusable_text_is_asked_for_again(files):
-    ask(files, once("no marker", "empty"), "--temperature 0.5 --limit 1")
-    assert rows(files)[0]["teacher"]["attempts"] == 3 and rows(files)[0]["teacher"]["usage"]["completion"] == 60
-    stub = ask(files, once("no marker"), "--temperature 0.5 --limit 1 --seed 1 --overwrite", 1)
-    assert len(stub.requests) == 1, "the same seed, the same text"
-
-
-def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files, capsys):
+def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files):
     stub = ask(files, line="--keep correct")
-    assert [r["id"] for r in rows(files)] == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
-    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r0", "incorrect"), ("r3", "incorrect")]
+    assert ids(rows(files)) == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
+    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [
+        ("r0", "incorrect"),
+        ("r3", "incorrect"),
+    ]
     assert run(files, stub.url, "--keep correct --retry-failed") == 0, "though the teacher is gone"
-    assert "4 ok, 2 left out (incorrect 2)" in capsys.readouterr().err
 
 
-def test_rationalize_shows_the_gold_label_and_is_recorded(files):
+def test_rationalize_shows_the_gold_label(files):
     stub = ask(files, line="--rationalize --limit 1")
     asked = [m["content"] for m in stub.requests[0][1]["messages"] if m["role"] == "user"]
-    assert asked == ["Q: What is 1 + 1? ((1 + 1))\nA:", "Q: What is 0 + 2? (0 + 3)\nA:"]
-    assert rows(files)[0]["teacher"]["rationalize"] is True
+    assert asked == ["Q: What is 1 + 1? ((1 + 1))\nA:", "Q: What is 0 + 2? ((0 + 3))\nA:"]
 
 
-HM = "Hm, the answer is 3?"
-THOUGHTS = [f"<think>{HM}</think>\n\n", f"{HM}</think>", f"<thinking>{HM}</thinking>", f"[THINK]{HM}[/THINK]", ""]
-THOUGHTS += [f"<|channel|>analysis<|message|>{HM}<|end|><|start|>assistant<|channel|>final<|message|>"]
-
-
-@pytest.mark.parametrize("thought", THOUGHTS)
-def test_thoughts_stay_out_of_the_rationale_unless_asked_for(files, thought):
-    field = {} if thought else {"reasoning_content": HM}
-    reply = completed(thought + "Two. The answer is (2).", **field)
-    for reasoning, wanted in (("drop", "Two."), ("keep", f"{HM}\nTwo.")):
-        ask(files, always(reply), f"--limit 1 --overwrite --reasoning {reasoning}")
-        assert (rows(files)[0]["rationale"], rows(files)[0]["teacher_label"]) == (wanted, "(2)")
-
-
-def test_thoughts_that_used_up_all_tokens_are_an_empty_answer_and_say_so(files):
-    for reply in ("thoughts only", completed("<think>Let me see", "length")):
-        ask(files, always(reply), "--limit 1 --overwrite", 1)
-        (row,) = errors(files)
-        assert row["error"]["kind"] == "empty" and "larger --max-tokens" in row["error"]["message"]
-        assert "Let me see" in row["error"]["raw"]
-
-
-def test_a_rationale_that_a_row_has_is_kept_and_only_the_others_are_asked_for(files, capsys):
-    lines = [json.loads(line) for line in (files / "in.jsonl").read_text().splitlines()]
-    lines[1] |= {"rationale": "Mine.", "mine": 1, "correct": ["yes"]}
-    lines[4] |= {"rationale": ["Mine.", "Ours."]}
-    (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def test_a_rationale_that_a_row_has_is_kept(files):
+    line = {
+        "id": "mine",
+        "input": "What is 9 + 2?",
+        "label": None,
+        "rationale": "Mine.",
+        "correct": 1,
+    }
+    with (files / "in.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
     with Stub() as stub:
-        assert run(files, stub.url, "--dry-run") == 0 and "rows: 4; requests: 4" in capsys.readouterr().out
-        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 4
-        assert "2 of them with a rationale, which is kept" in capsys.readouterr().err
-        assert [r["id"] for r in rows(files)] == [f"r{i}" for i in range(6)]
-        for i in (1, 4):
-            assert rows(files)[i] == lines[i] | {"teacher_label": None, "teacher": None}
-        assert run(files, stub.url, "--replace") == 2 and "was made with no --replace" in capsys.readouterr().err
-        assert run(files, stub.url, "--replace --overwrite") == 0 and len(stub.requests) == 10
-    assert all(r["teacher"] and r["rationale"] not in ("Mine.", ["Mine.", "Ours."]) for r in rows(files))
-
-
-def test_a_sample_is_random_by_its_seed_and_lies_in_a_larger_one(tmp_path):
-    make_files(tmp_path, 40)
-    with Stub() as stub:
-        assert run(tmp_path, stub.url, "--sample 5 --seed 1") == 0
-        five = {r["id"] for r in rows(tmp_path)}
-        assert run(tmp_path, stub.url, "--sample 12 --seed 1") == 0 and len(stub.requests) == 12
-        twelve = [r["id"] for r in rows(tmp_path)]
-        assert run(tmp_path, stub.url, "--sample 5 --seed 2 --overwrite") == 0
-    assert five < set(twelve) != {f"r{i}" for i in range(12)} and twelve == sorted(twelve, key=lambda r: int(r[1:]))
-    assert len(five) == len(rows(tmp_path)) == 5 and five != {r["id"] for r in rows(tmp_path)}
-
-
-def test_gold_labels_that_no_answer_can_have_are_named_before_anything_is_sent(files, capsys):
-    task = PROMPT | {"label_type": "class", "labels": ["positive", "negative"]}
-    task["exemplars"] = [task["exemplars"][0] | {"label": "positive"}]
-    (files / "p.json").write_text(json.dumps(task))
-    lines = [{"input": "one", "label": "pos"}, {"input": "two", "label": "Negative"}, {"input": "three", "label": 0}]
-    (files / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run(files, "http://127.0.0.1:9/v1", "--dry-run") == 0
-    said = capsys.readouterr().err
-    assert "warning: 2 gold labels match none of the prompt's class labels (positive, negative)" in said
-    assert "for example '0' in row 'in-3'" in said
-    (files / "p.json").write_text((ROOT / "data" / "prompts" / "cqa.json").read_text())
-    assert run(files, "http://127.0.0.1:9/v1") == 2
-    assert "row 'in-1': the prompt wants choices, the input has no lines" in capsys.readouterr().err
-
-
-def run_batch(requests, replies, answer_to):
-    """A batch API: each request gets a line of the replies, in another order. Returns the requests."""
-    lines = [json.loads(line) for path in requests for line in path.read_text().splitlines()]
-    made = filter(None, map(answer_to, reversed(lines)))
-    replies.write_text("".join(json.dumps(line) + "\n" for line in made))
-    return lines
-
-
-def batch_answer(line):
-    assert line["method"] == "POST" and line["url"] == "/v1/chat/completions"
-    body = completed(answer(line["body"]["messages"][-1]["content"]))
-    return {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}, "error": None}
+        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 6
+    assert rows(files)[6] == line | {"teacher_label": None, "teacher": None}
 
 
 def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
-    def faulty(line):
-        reply = {"custom_id": line["custom_id"], "response": None, "error": {"message": "expired"}}
-        context = {"status_code": 400, "body": REPLIES["context"][1]}
-        other = {"r1": None, "r2": reply, "r4": reply | {"response": context}}
-        return other.get(line["custom_id"].split("-")[0], batch_answer(line))
+    context = {
+        "status_code": 400,
+        "body": error("maximum context length", code="context_length_exceeded"),
+    }
 
-    again, line = files / "b.jsonl", f"--batch-requests {files}/b.jsonl"
-    assert run(files, "", f"{line} --batch-rows 4") == 0
-    lines = run_batch([again, files / "b-2.jsonl"], files / "c.jsonl", faulty)
-    assert [len(p.read_text().splitlines()) for p in (again, files / "b-2.jsonl")] == [4, 2]
-    assert re.fullmatch("r0-[0-9a-f]{12}-0", lines[0]["custom_id"])
+    def answer_all(faulty):
+        lines = []
+        for line in (files / "b.jsonl").read_text().splitlines():
+            request = json.loads(line)
+            body = completed(answer(request["body"]["messages"][-1]["content"]))
+            reply = {
+                "custom_id": request["custom_id"],
+                "response": {"status_code": 200, "body": body},
+            }
+            lines.append(json.dumps(reply | faulty.get(reply["custom_id"][:2], {})) + "\n")
+        (files / "c.jsonl").write_text("".join(reversed(lines)))
+
+    assert run(files, "", f"--batch-requests {files}/b.jsonl") == 0
+    answer_all(
+        {"r1": {"response": None, "error": {"message": "expired"}}, "r4": {"response": context}}
+    )
+    assert run(files, "", f"--batch-replies {files}/c.jsonl --temperature 1") == 2
+    assert (
+        "replies are to requests that these settings and rows do not make"
+        in capsys.readouterr().err
+    )
     assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
-    assert "2 rows have no reply yet" in capsys.readouterr().err
-    assert [r["id"] for r in rows(files)] == ["r0", "r3", "r5"]
+    assert "1 rows have no reply yet" in capsys.readouterr().err
     assert [e["error"]["kind"] for e in errors(files)] == ["context_exceeded"]
-    assert run(files, "", line) == 0
-    assert [json.loads(line)["custom_id"][:3] for line in again.read_text().splitlines()] == ["r1-", "r2-"]
-    run_batch([again], files / "d.jsonl", batch_answer)
-    assert run(files, "", f"--batch-replies {files}/c.jsonl {files}/d.jsonl") == 1
+    assert run(files, "", f"--batch-requests {files}/b.jsonl") == 0
+    answer_all({})
+    assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
     make_files(files / "asked")
-    ask(files / "asked", always("context", r4), status=1)
-    for asked, read in zip(rows(files / "asked") + errors(files / "asked"), rows(files) + errors(files)):
+    ask(files / "asked", always((400, context["body"], {}), r4), status=1)
+    for asked, read in zip(rows(files / "asked"), rows(files)):
         asked["teacher"]["base_url"] = ""
-        asked.get("error", {}).pop("message", None), read.get("error", {}).pop("message", None)
         assert lasting(asked) == lasting(read)
+    assert len(rows(files)) == 5
 
 
-def test_replies_to_other_requests_are_refused_and_samples_come_from_batches_too(files, capsys):
-    line = "--n 3 --temperature 1 --seed 5 --limit 2"
-    assert run(files, "", f"{line} --batch-requests {files}/b.jsonl") == 0
-    lines = run_batch([files / "b.jsonl"], files / "c.jsonl", batch_answer)
-    assert [(line["custom_id"][-2:], line["body"]["seed"]) for line in lines[:3]] == [("-0", 5), ("-1", 6), ("-2", 7)]
-    for other in ("--n 3 --temperature 1 --seed 6 --limit 2", "--n 3 --temperature 1 --seed 5 --limit 1"):
-        assert run(files, "", f"{other} --batch-replies {files}/c.jsonl") == 2
-        assert "replies are to requests that these settings and rows do not make" in capsys.readouterr().err
-    assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 0
-    assert [len(r["teacher"]["samples"]) for r in rows(files)] == [3, 3]
-    for content in ("{", '{"id": 1}', '{"custom_id": "x", "response": {"status_code": "?"}}'):
-        (files / "c.jsonl").write_text(content)
-        assert run(files, "", f"{line} --batch-replies {files}/c.jsonl") == 2
-        assert "c.jsonl:1: not a reply of a batch" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("--n 3", "--n must be 1 at --temperature 0"),
-        ("--concurrency 0", "--concurrency must be at least 1, got 0"),
-        ("--extra-body [1]", "--extra-body must be a JSON object"),
-        ('--extra-body {"stream":true}', '--extra-body must be without "stream"'),
-        ("--api-key sk", "unknown flag --api-key; did you mean --api-key-env?"),
-        ("--overwrite --retry-failed", "--retry-failed must be left out beside --overwrite"),
-        ("--base-url ftp://x/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
-        ("--base-url http://a..b/v1", "--base-url must be http(s)://HOST[:PORT][/PATH]"),
-        ("--base-url http://x/v1?key=abc", "--base-url must not hold a key"),
-        ("--base-url http://me:secret@x/v1", "a password or key goes into --header"),
-        ("--header api-key:123", "--header api-key: a key must not stand on the command line"),
-        ("--header X-Id:sk-123456", "--header X-Id: a key must not stand on the command line"),
-        ("--header api-key:$NOT_SET", "the environment variable NOT_SET is not set"),
-        ("--header api-key", "--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'"),
-        ("--keep samples", "--keep must be all or correct unless --n is 2 or more"),
-        ("--batch-requests b --batch-replies c", "--batch-replies must be left out beside --batch-requests"),
-        ("--input /dev/null", "/dev/null: not a regular file"),
-        ("--prompt nowhere.json", "nowhere.json"),
-        ("--output nowhere/out.jsonl", "--output must be in a directory that exists"),
-        ("--id-field label --input-field label", 'in.jsonl:1: "input" must be a text'),
-        ("--input-field question", 'in.jsonl:1: there is no "question"; the line has id, input, label'),
-    ],
-)
-def test_a_wrong_argument_is_one_line_and_exit_2(files, refused, line, words):
-    said = refused(extract.main, *arguments(files, "http://127.0.0.1:9/v1", line))
-    assert words in said and re.match(r"\S+: ", said)
-    assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "p.json"]
-
-
-A, B = '{"id": "a", "input": "1 + 1"}', '{"id": "a", "input": "2 + 2"}'
-BARE, NOT_OURS = '{"input": "1 + 1"}', "out.jsonl:1: not a row that extract.py wrote"
+A = '{"id": "a", "input": "1 + 1"}'
+NOT_OURS = "out.jsonl:1: not a row that extract.py wrote"
 
 
 @pytest.mark.parametrize(
     "name, content, line, words",
     [
-        ("in.jsonl", f"{A}\n{B}", "", "the id 'a' is there twice"),
-        ("in.jsonl", BARE + "\n{", "", "in.jsonl:2: not JSON"),
+        ("in.jsonl", f"{A}\n{A}", "", "row 'a': another row has this id"),
         ("in.jsonl", "", "", "there are no rows in it"),
-        ("in.jsonl", BARE, "--rationalize", "row 'in-1' has no gold label, which --rationalize needs"),
-        ("in.jsonl", BARE, "--keep correct", "has no gold label, which --keep correct needs"),
-        ("in.jsonl", BARE, "--output {}/in.jsonl", "--output must be another file than --input"),
+        ("in.jsonl", A, "--rationalize", "row 'a' has no gold label, which --rationalize"),
+        ("in.jsonl", A, "--output {}/in.jsonl", "--output must be another file"),
         ("out.jsonl", A + "\n", "", NOT_OURS),
-        ("out.jsonl", A, "", NOT_OURS),  # not even its last line is cut off, which may look torn
+        ("out.jsonl", A, "", NOT_OURS),  # it may look torn, but it is not ours
         ("out.jsonl", "Dear Mia,", "", NOT_OURS),
-        ("out.jsonl", "a\nb", "", NOT_OURS),
     ],
 )
-def test_a_wrong_file_is_found_before_anything_is_sent_and_not_touched(files, refused, name, content, line, words):
+def test_a_wrong_file_is_found_before_anything_is_sent_and_not_touched(
+    files, refused, name, content, line, words
+):
     (files / name).write_text(content)
-    assert words in refused(extract.main, *arguments(files, "http://127.0.0.1:9/v1", line.format(files)))
+    assert words in refused(extract.main, *arguments(files, NOWHERE, line.format(files)))
     assert (files / name).read_text() == content
 
 
-def test_no_base_url(files, capsys, monkeypatch):
-    assert run(files, "") == 2 and "give --base-url or set $OPENAI_BASE_URL" in capsys.readouterr().err
+# The three kinds of failure.
+
+
+MOMENTS = [408, 503, "disconnect", "cut off", "late", (200, "{'choices'", {}), completed(None)]
+
+
+@pytest.mark.parametrize("action", MOMENTS)
+def test_a_failure_of_the_moment_is_asked_again(files, action):
+    stub = ask(files, once(action), "--limit 3 --timeout 0.5")
+    assert [r["teacher"]["attempts"] for r in rows(files)] == [2] * 3 and len(stub.requests) == 6
+
+
+@pytest.mark.parametrize("action", MOMENTS)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_row_that_outlasts_its_retries_fails_and_the_others_go_on(files, action, workers):
+    ask(files, always(action, r4), f"--timeout 0.3 --max-retries 1 --concurrency {workers}", 1)
+    assert ids(rows(files)) == ["r0", "r1", "r2", "r3", "r5"]
+    assert [(e["id"], e["teacher"]["attempts"]) for e in errors(files)] == [("r4", 2)]
+
+
+def test_a_failed_row_is_asked_again_only_with_retry_failed_and_keeps_the_raw_text(files):
+    with Stub(always(completed("Seven." + "x" * 30_000), r4)) as stub:
+        assert run(files, stub.url) == run(files, stub.url) == 1 and len(stub.requests) == 6
+        (row,) = errors(files)
+        assert (
+            row["error"]["kind"] == "unparsed" and row["rationale"] is row["teacher_label"] is None
+        )
+        assert row["error"]["raw"].startswith("Seven.x") and len(row["error"]["raw"]) == 20_000
+        stub.behave = always("ok")
+        assert run(files, stub.url, "--retry-failed") == 0 and len(stub.requests) == 7
+    assert ids(rows(files)) == NAMES and not errors(files)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "1"}, {"retry-after-ms": "1000"}])
+def test_a_429_is_waited_for_and_is_no_attempt(tmp_path, headers):
+    busy = (429, error("slow down"), headers)
+    ask(make_files(tmp_path, 20), once(busy, busy), "--max-retries 0")
+    assert [r["teacher"]["attempts"] for r in rows(tmp_path)] == [1] * 20
+
+
+def test_retry_after_pauses_every_thread(tmp_path):
+    slow = "Q: What is 3 + 2?\nA:"
+    busy = (503, error("busy"), {"Retry-After": "100"})  # 1 s here
+    stub = ask(
+        make_files(tmp_path, 40), lambda q, n: busy if q == slow and n < 2 else "ok", latency=0.02
+    )
+    for when in [when for question, _, _, when in stub.requests if question == slow][:2]:
+        assert not [t for _, _, _, t in stub.requests if when + 0.4 < t < when + 1]
+
+
+@pytest.mark.parametrize("action", [503, 429, "disconnect"])
+def test_while_nobody_is_answered_no_row_fails_and_patience_ends(tmp_path, capsys, action):
+    make_files(tmp_path, 40)
+    with Stub(lambda q, attempt: action if stub.actions["ok"] >= 10 else "ok") as stub:
+        assert run(tmp_path, stub.url, "--patience 30 --max-retries 1") == 3 and not errors(
+            tmp_path
+        )
+        assert "nobody was answered for 30 s (--patience)" in capsys.readouterr().err
+        stub.behave = always("ok")
+        assert run(tmp_path, stub.url) == 0 and len(rows(tmp_path)) == 40
+
+
+def test_a_teacher_that_is_gone_for_a_while_is_waited_for(tmp_path, capsys):
+    make_files(tmp_path, 60)
+    with Stub(latency=0.01) as stub:
+        wait = lambda: wait_for_rows(tmp_path, 20, Mock)
+
+        def restart():
+            wait()
+            stub.__exit__()
+            time.sleep(1)
+            stub.__enter__()
+
+        thread = threading.Thread(target=restart)
+        thread.start()
+        assert run(tmp_path, stub.url, "--max-retries 2") == 0 and not errors(tmp_path)
+        thread.join()
+    assert "the teacher answers nobody; waiting for it" in capsys.readouterr().err
+    assert len(rows(tmp_path)) == 60
+
+
+class Mock:
+    poll = staticmethod(lambda: None)
+
+
+ENDS = {
+    "key": ((401, error("bad key"), {}), "$OPENAI_API_KEY"),
+    "no key": ((400, [error("API key not valid")], {}), "$OPENAI_API_KEY"),
+    "money": ((429, error("no", code="insufficient_quota"), {}), "nothing left to spend"),
+    "model": ((404, error("no such model"), {}), "--model right?"),
+    "long": ((429, error("later"), {"Retry-After": "3600"}), "a pause of 3600 s"),
+    "parameter": (
+        (400, error("'temperature' is deprecated"), {}),
+        """'{"temperature": null}' leaves it out""",
+    ),
+    "renamed": ((400, error("max_tokens is not supported"), {}), '"max_completion_tokens": 1000}'),
+    "moved": (
+        (308, "", {"Location": "https://elsewhere.example/v1?key=1"}),
+        "redirects to https://elsewhere",
+    ),
+    "other": ((418, error("I am a teapot"), {}), "I am a teapot"),
+    "stream": ((200, 'data: {"choices": []}\n\n', {}), "is a stream"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_cannot_pass_ends_the_run_at_once(files, capsys, name):
+    reply, words = ENDS[name]
+    asked = ask(files, always(reply), "--concurrency 1", 3).requests
+    assert len(asked) == 1 + (name == "other"), (
+        "whether others are answered, the first exemplar shows"
+    )
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        said.startswith("extract.py: aborted: ")
+        and words in said
+        and "the same command goes on" in said
+    )
+    assert not errors(files), "no row has failed"
+
+
+def test_an_unknown_4xx_is_the_rows_if_others_are_answered(files):
+    ask(
+        files,
+        always((418, error("I am a teapot"), {}), lambda q: "0 + 2" in q),
+        "--concurrency 1",
+        1,
+    )
+    assert [e["error"]["kind"] for e in errors(files)] == ["http_418"] and len(rows(files)) == 5
+
+
+def test_no_teacher_at_all(files, capsys):
+    assert run(files, NOWHERE, "--max-retries 2") == 3 and not errors(files)
+    assert "is the teacher running there?" in capsys.readouterr().err
+
+
+# Continuing.
+
+
+def test_nothing_left_to_do_sends_nothing(files):
+    ask(files)
+    before = (files / "out.jsonl").read_bytes()
+    assert run(files, NOWHERE) == 0, "not even a teacher is needed"
+    assert (files / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--max-tokens 9", "max_tokens 256, not 9"),
+        ('--extra-body {"stop":null}', "stop ['\\nQ:'], not unset"),
+        ("--model other", "model stub-1, not other"),
+        ("--endpoint completions", "endpoint chat, not completions"),
+        ("--rationalize", "rationalize False, not True"),
+        ("--keep correct", "keep all, not correct"),
+    ],
+)
+def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(
+    files, refused, line, words
+):
+    url = ask(files, line="--limit 3").url
+    before = (files / "out.jsonl").read_bytes()
+    assert f"was made with {words}; name another" in refused(
+        extract.main, *arguments(files, url, line)
+    )
+    assert (files / "out.jsonl").read_bytes() == before
+
+
+def test_a_changed_prompt_file_or_row_is_named(files, refused):
+    again = arguments(files, ask(files).url)
+    (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
+    assert "prompt_sha256 " in refused(extract.main, *again)
+    make_files(files)
+    (files / "in.jsonl").write_text(
+        (files / "in.jsonl").read_text().replace("What is 3", "What was 3")
+    )
+    assert "another input in row 'r3'" in refused(extract.main, *again)
+
+
+def test_failed_rows_are_asked_again_under_other_settings(files):
+    with Stub(always(completed("It is", "length"))) as stub:
+        assert run(files, stub.url) == 1 and {e["error"]["kind"] for e in errors(files)} == {
+            "truncated"
+        }
+        stub.behave = always("ok")
+        assert run(files, stub.url, "--max-tokens 999") == 0 and not errors(files)
+    assert len(rows(files)) == 6 and all("error" not in r for r in rows(files))
+
+
+@pytest.mark.parametrize("share", [0.03, 0.4, 0.72, 0.999])
+def test_wherever_a_crash_cuts_the_output_the_next_start_completes_it(files, share):
+    with Stub(always(completed("Seven."), r4)) as stub:
+        assert run(files, stub.url) == 1
+        before = rows(files)
+        content = (files / "out.jsonl").read_bytes()
+        (files / "out.jsonl").write_bytes(content[: int(share * len(content))])
+        assert run(files, stub.url) == 1
+    assert [lasting(row) for row in before] == [lasting(row) for row in rows(files)]
+
+
+def test_a_second_process_is_refused(files, capsys):
+    with locked(files / "out.jsonl"):
+        assert run(files, NOWHERE) == 2
+    assert "another process is writing it" in capsys.readouterr().err
+    ask(files)
+    assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "out.jsonl", "p.json"], (
+        "no lock is left"
+    )
+
+
+def test_the_first_ctrl_c_keeps_everything_that_is_in_flight(tmp_path):
+    with Stub(latency=0.1) as stub:
+        process = start(make_files(tmp_path, 100), stub.url)
+        wait_for_rows(tmp_path, 20, process)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=20)[1]
+        assert process.returncode == 130 and "interrupted; what was finished is kept" in said, said
+        assert 20 <= len(rows(tmp_path)) == len(stub.requests) < 100, (
+            "each reply that was paid for is there"
+        )
+        assert run(tmp_path, stub.url) == 0 and len(stub.requests) == 100
+    assert len(rows(tmp_path)) == 100
+
+
+def test_the_second_ctrl_c_ends_at_once(tmp_path):
+    with Stub(latency=5) as stub:
+        process = start(make_files(tmp_path), stub.url)
+        while not stub.requests:
+            time.sleep(0.05)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(1.2)
+        said = process.communicate(timeout=2)[1]
+    assert process.returncode == 130 and said.endswith("extract.py: interrupted\n")
+
+
+def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(tmp_path):
     with Stub() as stub:
-        monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
-        assert run(files, "") == 0
+        before = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+        process = start(make_files(tmp_path, 60), stub.url, before=before)
+        said = process.communicate()[1]
+        assert process.returncode == 3 and "extract.py: aborted: [Errno 27]" in said, said
+        assert run(tmp_path, stub.url) == 0
+    assert ids(rows(tmp_path)) == [f"r{i}" for i in range(60)]
 
 
-def test_half_a_character_from_the_teacher_is_replaced_and_in_the_input_refused(files, refused):
-    (files / "in.jsonl").write_text('{"input": "What is 3 + 2?"}\n')
-    ask(files, always(completed("\ud800 Three. The answer is (3 + 2).")))
-    assert rows(files)[0]["rationale"] == "? Three."
-    (files / "in.jsonl").write_text('{"input": "\\ud800 What is 3 + 2?"}\n')
-    assert "in.jsonl:1:" in refused(extract.main, *arguments(files, "http://127.0.0.1:9/v1"))
+def test_a_bug_in_a_thread_is_raised_and_does_not_hang(files, monkeypatch):
+    monkeypatch.setattr(extract, "make_row", lambda *_: 1 / 0)
+    with Stub() as stub, pytest.raises(ZeroDivisionError):
+        run(files, stub.url)
 
 
-def test_the_key_is_in_no_file_and_no_output(tmp_path, capsys, monkeypatch):
-    make_files(tmp_path, 12)
-    monkeypatch.setenv("MY_KEY", KEY)
-    escaped = json.dumps(completed(f"Your key is {KEY}. The answer is ({KEY}).")).replace("sk-", "\\u0073k-")
-    echoes = [
-        completed(f"Your key is {KEY}. The answer is (1 + 2)."),
-        (200, escaped, {}),
-        (200, f"<html>Bearer {KEY}</html>", {}),
-        (422, {"detail": f"who sent {KEY}?"}, {}),
-        (400, {"error": {"message": f"key {KEY}", "code": KEY}}, {}),
-        completed(None, model=KEY, refusal=KEY) | {"model": KEY},
-    ]
-    with Stub(lambda q, attempt: echoes[int(re.search(r"\d+", q)[0]) % len(echoes)]) as stub:
-        assert run(tmp_path, stub.url, f'--api-key-env MY_KEY --extra-body {{"user":"{KEY}"}}') == 2
-        line = "--api-key-env MY_KEY --max-retries 1 --header X-Other:${MY_KEY}"
-        assert run(tmp_path, stub.url, line) == 1
-        assert all(headers["Authorization"] == f"Bearer {KEY}" for _, _, headers, _ in stub.requests)
-        for status in (401, 404, 500, 400):
-            stub.behave = always((status, {"error": {"message": f"bad key {KEY}", "param": KEY}}, {}))
-            run(tmp_path, stub.url, line + " --retry-failed --max-retries 0")
-        stub.behave = always((302, "", {"Location": f"http://x/{KEY}"}))
-        assert run(tmp_path, stub.url, line + " --retry-failed") == 3
-    said = "".join(capsys.readouterr())
-    assert "[key]" in said and "key" in said
-    for text in [said, *(p.read_text("utf-8") for p in tmp_path.iterdir())]:
-        assert KEY not in text and KEY[4:] not in text
+BAD = [429, 500, 503, "disconnect", "cut off", "stall", completed(" "), completed(None)]
+BAD += [(200, "{'choices'", {}), (200, "<html>proxy</html>", {}), (200, {"choices": []}, {})]
+DEAD = [
+    completed(None),
+    500,
+    (200, "{'choices'", {}),
+    completed("3 more. The answer is (3", "length"),
+]
 
 
-@pytest.mark.parametrize("key", ["sk-with space", "sk-with\nnewline", "sk-ünï"])
-def test_a_key_that_cannot_be_sent_is_refused_without_quoting_it(files, capsys, monkeypatch, key):
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    assert run(files, "http://127.0.0.1:9/v1") == 2
-    assert "sk-" not in (said := capsys.readouterr().err) and "has a space" in said
+def test_300_rows_a_teacher_that_fails_40_percent_and_three_kills(tmp_path):
+    """Every answerable row once, in order, with its own rationale; the key nowhere."""
+    make_files(tmp_path, 300)
 
+    def behave(question, attempt):
+        i = int(re.findall(r"\d+", question)[-2])
+        if i % 25 == 7:
+            return DEAD[i // 25 % len(DEAD)]
+        draw = (i * 2654435761 + attempt * 40503) % 1000
+        return BAD[draw % len(BAD)] if draw < 480 and attempt < 5 else "ok"
 
-@pytest.mark.parametrize("key", ["more", "anything"])
-def test_a_stand_in_for_a_key_is_not_hidden_from_texts(files, monkeypatch, key):
-    """LiteLLM's own README says OPENAI_API_KEY=anything."""
-    line = {"id": "anything-1", "input": "anything: what is 1 + 2?", "anything": 3}
-    (files / "in.jsonl").write_text(json.dumps(line) + "\n")
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    with Stub(always(completed("1 and 2 more than anything. The answer is (1 + 2)."))) as stub:
-        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 1
-    (row,) = rows(files)
-    assert {name: row[name] for name in line} == line and row["rationale"] == "1 and 2 more than anything."
-
-
-def test_headers_come_from_the_environment_and_a_query_goes_with_every_request(files, monkeypatch, capsys):
-    monkeypatch.setenv("AZURE_KEY", KEY)
-    with Stub(always((422, {"detail": f"{KEY} is bad"}, {}), r4)) as stub:
-        url = stub.url + "/chat/completions?api-version=2024-06-01"
-        assert run(files, url, "--header api-key:$AZURE_KEY X-Title:mine") == 1
-        assert stub.paths == {"/v1/chat/completions?api-version=2024-06-01"}
-        assert all((h["api-key"], h["X-Title"]) == (KEY, "mine") for _, _, h, _ in stub.requests)
-    assert rows(files)[0]["teacher"]["base_url"] == f"{stub.url}?api-version=2024-06-01"
-    for text in ["".join(capsys.readouterr()), *(p.read_text("utf-8") for p in files.iterdir())]:
+    said = []
+    with Stub(behave, latency=0.01) as stub:
+        for target in (60, 130, 210):
+            process = start(tmp_path, stub.url, "--timeout 0.7")
+            wait_for_rows(tmp_path, target, process)
+            process.kill()
+            said.append(process.communicate()[1])
+            assert process.returncode == -signal.SIGKILL
+        process = start(tmp_path, stub.url, "--timeout 0.7")
+        said.append(process.communicate(timeout=120)[1])
+        assert process.returncode == 1, said[-1]
+        assert stub.most <= 8 and 0.5 < stub.actions["ok"] / stub.actions.total() < 0.7
+        asked = len(stub.requests)
+        assert run(tmp_path, stub.url) == 1 and len(stub.requests) == asked, "nothing left to ask"
+    dead = [i for i in range(300) if i % 25 == 7]
+    assert ids(rows(tmp_path)) == [f"r{i}" for i in range(300) if i not in dead]
+    for row in rows(tmp_path):
+        assert f"{row['rationale']} The answer is {row['teacher_label']}." == answer(row["input"])
+    assert ids(errors(tmp_path)) == [f"r{i}" for i in dead]
+    kinds = Counter(e["error"]["kind"] for e in errors(tmp_path))
+    assert kinds == {"empty": 3, "http_500": 3, "bad_reply": 3, "truncated": 3}
+    for text in [*said, *(path.read_text("utf-8") for path in tmp_path.iterdir())]:
         assert KEY not in text
-
-
-def test_a_proxy_is_used_except_for_hosts_that_no_proxy_names(files, monkeypatch):
-    with Stub() as proxy:
-        monkeypatch.setenv("http_proxy", proxy.url.replace("//", "//me:secret12@"))
-        assert run(files, "http://teacher.invalid/v1") == 0
-        assert proxy.paths == {"http://teacher.invalid/v1/chat/completions"}
-        assert {h["Proxy-Authorization"] for _, _, h, _ in proxy.requests} == {"Basic bWU6c2VjcmV0MTI="}
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
-        with Stub() as stub:
-            assert run(files, stub.url, "--overwrite") == 0 and len(stub.requests) == len(proxy.requests) == 6

@@ -1,0 +1,161 @@
+"""Ask a teacher from several threads, and decide what a failure means for the row and for the
+run.
+"""
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from data.cli import Interrupted
+from data.prompt import Answer
+from data.teacher import Reply, RequestError, Teacher
+
+LONGEST_PAUSE = 20.0  # seconds between two attempts, where the server asks for none
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of one row, and what it took."""
+
+    answer: Answer
+    raw: str = ""  # text of the reply
+    model: str = ""  # that answered, as the server says
+    attempts: int = 1
+    seconds: float = 0.0  # of the last reply
+    usage: Counter = field(default_factory=Counter)  # tokens of all attempts
+
+
+class Asker:
+    """What the threads share: how the teacher is doing. There are three kinds of failure.
+
+    The row's: its text is filtered or too long, or its 5xx or timeout outlasts max_retries while
+    others are answered. The row fails, and the others go on.
+    The moment's: 429 (which is no attempt), 5xx, no connection. It is waited for, and all threads
+    honour Retry-After. While nobody is answered no row fails, and after `patience` seconds the run
+    ends. The run's: the key, the model, a refused parameter. The run ends at once.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        probe: dict,
+        max_retries: int,
+        patience: float,
+        say: Callable[[str, str], None],
+        scale: float = 1.0,
+    ) -> None:
+        """probe: a request that the teacher can answer. say(kind, warning) prints. scale: of all
+        pauses.
+        """
+        self.teacher = teacher
+        self.probe = probe
+        self.max_retries = max_retries
+        self.patience = patience
+        self.say = say
+        self.scale = scale
+        self.stopped = threading.Event()
+        self.problem = ""  # why the run ends
+        self.opens = 0.0  # no request goes out before this time
+        self.heard = time.monotonic()  # when the teacher last answered
+        self.answered = False  # at least once
+        self.search = threading.Lock()  # held by the one thread that sends the probe
+
+    def ask(self, body: dict, read: Callable[[Reply], Answer]) -> Asked:
+        """Ask until there is an answer or the row fails. `read` may raise RequestError, too.
+
+        Raises Interrupted if the run ends meanwhile, RequestError if it ends by this request.
+        """
+        attempts = 0
+        refusals = 0
+        usage: Counter = Counter()
+        while True:
+            self.wait()
+            sent = time.monotonic()
+            try:
+                reply = self.teacher.ask(body)
+                usage.update(reply.usage)
+                answer = read(reply)
+            except RequestError as error:
+                if error.then == "pace":
+                    refusals += 1
+                else:
+                    attempts += 1
+                if self.fails(error, sent, attempts):
+                    answer = Answer(error=error.kind, detail=str(error))
+                    return Asked(answer, error.raw, attempts=attempts, usage=usage)
+                if error.wait:
+                    self.opens = max(self.opens, time.monotonic() + error.wait * self.scale)
+                pause = min(LONGEST_PAUSE, 0.25 * 2 ** (attempts + refusals))
+                self.sleep(pause * random.uniform(0.75, 1))
+            else:
+                self.hear()
+                seconds = self.heard - sent
+                raw = reply.text or reply.reasoning
+                return Asked(answer, raw, reply.model, attempts + 1, seconds, usage)
+
+    def fails(self, error: RequestError, sent: float, attempts: int) -> bool:
+        """Whether the row fails by an error; if not, it is asked again. Raises the error if the
+        run ends.
+        """
+        if error.then == "run":
+            raise error
+        self.say(error.kind, str(error))
+        if error.then == "row":
+            return True
+        if error.wait and error.wait > self.patience:
+            raise error.ending_run(f"it asks for a pause of {error.wait:.0f} s (--patience)")
+        outlasted = error.then == "moment" and attempts > self.max_retries
+        silent = time.monotonic() - self.heard > self.patience * self.scale
+        if error.then != "unclear" and not outlasted and not silent:
+            return False
+        if outlasted and not self.answered and error.kind in ("disconnect", "bad_reply", "empty"):
+            raise error  # the wrong place, most likely
+        others = self.others_are_answered(sent)
+        if others:
+            return error.then == "unclear" or outlasted
+        if error.then == "unclear" and others is False:
+            raise error
+        if silent:
+            raise error.ending_run(f"nobody was answered for {self.patience:g} s (--patience)")
+        self.say("silence", f"the teacher answers nobody; waiting for it (--patience): {error}")
+        return False
+
+    def others_are_answered(self, since: float) -> bool | None:
+        """Whether the teacher answers other requests now; None if that cannot be told."""
+        with self.search:
+            self.wait()
+            if self.heard > since:
+                return True
+            try:
+                self.teacher.ask(self.probe)
+            except RequestError as error:
+                if error.then in ("moment", "pace"):
+                    return None
+                return error.then == "row"
+            self.hear()
+            return True
+
+    def hear(self) -> None:
+        self.heard = time.monotonic()
+        self.answered = True
+
+    def wait(self) -> None:
+        """Return when a request may go out. Raises Interrupted if the run ends first."""
+        while True:
+            pause = self.opens - time.monotonic()
+            if self.stopped.wait(max(pause, 0)):
+                raise Interrupted
+            if self.opens <= time.monotonic():
+                return
+
+    def sleep(self, seconds: float) -> None:
+        if self.stopped.wait(seconds * self.scale):
+            raise Interrupted
+
+    def end(self, problem: str) -> None:
+        """Let no further request go out."""
+        self.problem = self.problem or problem
+        self.stopped.set()

@@ -1,0 +1,63 @@
+"""Files are written whole or not at all, by one process at a time; JSON is strict."""
+
+import os
+
+import pytest
+
+from data.files import locked, parse_json, read_json, replacing
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": 1, "a": 2}', "a key is there twice"),
+        ("[NaN]", "NaN is not a finite number"),
+        ("1e400", "1e400 is not a finite number"),
+        (b'"\xff"', "not UTF-8"),
+        ("", "not JSON"),
+    ],
+)
+def test_json_that_is_no_plain_data_is_refused_in_one_line(text, words):
+    with pytest.raises(ValueError, match=f"^here: .*{words}") as error:
+        parse_json(text, "here")
+    assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_passed_over():
+    assert parse_json(b'\xef\xbb\xbf{"a": 1.5}', "here") == {"a": 1.5}
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x") as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_writing_follows_a_link_and_leaves_a_device_in_place(tmp_path):
+    """As root, `--out /dev/null` replaced the device by a file."""
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "device").symlink_to("/dev/null")
+    for name in ("link", "device"):
+        with replacing(tmp_path / name) as file:
+            file.write(b"new")
+    assert (tmp_path / "file").read_text() == "new" and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "device").is_symlink() and not os.path.isfile("/dev/null")
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_json(tmp_path / "fifo")
+
+
+def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):
+    refused = pytest.raises(BlockingIOError, match="another process is writing it")
+    with locked(tmp_path / "x"), refused, locked(tmp_path / "x"):
+        pass
+    with locked(tmp_path / "x"):
+        pass
+    assert not list(tmp_path.iterdir())

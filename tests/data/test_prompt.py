@@ -1,0 +1,278 @@
+"""Prompt files and the reading of answers: every file shipped works, a file that cannot work is
+refused in one line.
+"""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from running import ROOT
+
+from data import toy
+from data.prompt import load_prompt
+
+FOLDER = ROOT / "data" / "prompts"
+NAMES = sorted(path.stem for path in FOLDER.iterdir())
+
+
+def prompt(name):
+    return load_prompt(FOLDER / f"{name}.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_invents_next(name):
+    p = prompt(name)
+    assert 9 <= len(p.exemplars) <= 12 and len({e["input"] for e in p.exemplars}) == len(
+        p.exemplars
+    )
+    for e in p.exemplars:
+        for text in (
+            p.reply(e),
+            p.reply(e).strip(),
+            p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0]),
+        ):
+            read = p.parse(text, e["input"])
+            assert (read.rationale, read.label, read.error) == (e["rationale"], e["label"], None)
+
+
+def test_toy_exemplars_are_right_and_of_the_embedded_task():
+    kind_of = {word: kind for kind, words in toy.WORDS.items() for word in words}
+    for e in prompt("toy").exemplars:
+        items = e["input"].split(" ", 2)[2].removesuffix(". Mostly what?").split(", ")
+        assert e["rationale"] == " ".join(kind_of[item] for item in items)
+        assert e["label"] == Counter(e["rationale"].split()).most_common(1)[0][0]
+
+
+def test_the_prompt_file_in_the_readme_works(tmp_path):
+    text = (FOLDER.parent / "README.md").read_text("utf-8")
+    (tmp_path / "p.json").write_text(
+        re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1]
+    )
+    p = load_prompt(tmp_path / "p.json")
+    assert p.label_type == "class" and p.completion("Fine.", "good").endswith(
+        "known to be good.)\nReasons:"
+    )
+
+
+def test_a_question_is_put_as_chat_and_as_completion():
+    p = prompt("esnli")
+    chat, text = (
+        p.chat("A dog runs.</s>An animal moves."),
+        p.completion("A dog runs.</s>An animal moves."),
+    )
+    assert [m["role"] for m in chat] == ["user", "assistant"] * 9 + ["user"], (
+        "some templates refuse a system message"
+    )
+    assert chat[0]["content"].startswith(p.instruction + "\n\nPremise: ")
+    assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
+    assert chat[1]["content"].endswith("\nAnswer: entailment") and text.endswith(
+        "\n\n" + chat[-1]["content"]
+    )
+    assert (
+        text.startswith(p.instruction + "\n\nPremise: ")
+        and text.count("Answer: ") == 9
+        and "known" not in text
+    )
+
+
+def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_braces_stay():
+    assert (
+        prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"]
+        == "Q: Is {label} {input} {x}?\nA:"
+    )
+    p = prompt("cqa")
+    text = p.completion("Hm?\n(a) x\n(b) y", "y")
+    assert (
+        text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:")
+        and text.count("known") == 11
+    )
+
+
+Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) U.S."
+
+
+@pytest.mark.parametrize(
+    "name, text, short, rationale, label, problem",
+    [
+        ("svamp", "Two. The answer is (1 + 1).", False, "Two.", "(1 + 1)", None),
+        ("svamp", "Two. The answer is 4 ÷ 2 = 2.", False, "Two.", "4 / 2", None),
+        ("svamp", "Two. The answer is (9**9**9).", False, "Two.", None, "label_invalid"),
+        ("svamp", "The answer is (1 + 1).", False, None, "(1 + 1)", "unparsed"),
+        ("svamp", "Two.\n\n**The answer is:** $\\boxed{3 + 4}$.", False, "Two.", "3 + 4", None),
+        ("svamp", "Two.\n\n### The answer is 1,000 + 5", False, "Two.", "1000 + 5", None),
+        (
+            "svamp",
+            "First the answer is (3 + 5).\nWait. The answer is (3 + 4).",
+            False,
+            "First",
+            None,
+            "label_invalid",
+        ),
+        (
+            "svamp",
+            "First the answer is (3 + 4). I mean: the answer is 7.",
+            False,
+            "First",
+            "(3 + 4)",
+            None,
+        ),
+        ("svamp", " \n", False, None, None, "empty"),
+        ("svamp", "\nQ: What? A: Two. The answer is (2).", False, None, None, "unparsed"),
+        ("svamp", "Two and", True, None, None, "truncated"),
+        (
+            "svamp",
+            "Two. The answer is 84 / 2",
+            True,
+            None,
+            None,
+            "truncated",
+        ),  # it may have been going to be 84 / 24
+        ("svamp", "Two. The answer is (1 + 1).\n\nQ: And", True, "Two.", "(1 + 1)", None),
+        (
+            "svamp",
+            "So far: the answer is (3 + 5).\nBut wait, that is",
+            True,
+            None,
+            None,
+            "truncated",
+        ),
+        ("cqa", "Trees. So the answer is (c) wooded area.", False, "Trees.", "wooded area", None),
+        (
+            "cqa",
+            "Trees. So the answer is (c) wooded area.<|im_end|>\nHi",
+            True,
+            "Trees.",
+            "wooded area",
+            None,
+        ),
+        ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
+        ("cqa", "Trees. So the answer is c. wooded area", False, "Trees.", "wooded area", None),
+        ("cqa", "Land. So the answer is D.", False, "Land.", "U.S.", None),
+        ("svamp", "Two. The answer is \\(\\boxed{\\text{3 + 4}}\\).", False, "Two.", "3 + 4", None),
+        ("esnli", "Same.\nAnswer：neutral", False, "Same.", "neutral", None),
+        ("esnli", "Same.\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", False, "Same.", "neutral", None),
+        ("esnli", "<plan> Same.\nAnswer: neutral", False, "<plan> Same.", "neutral", "unparsed"),
+        ("esnli", "<b>Same</b>.\nAnswer: neutral", False, "<b>Same</b>.", "neutral", None),
+        (
+            "esnli",
+            "Same.\nAnswer: neutral (maybe entailment)",
+            False,
+            "Same.",
+            None,
+            "label_invalid",
+        ),
+        (
+            "cqa",
+            "Both. So the answer is either (a) park or (c) wooded area.",
+            False,
+            "Both.",
+            None,
+            "label_invalid",
+        ),
+        ("cqa", "Sea. So the answer is (e) sea.", False, "Sea.", None, "label_invalid"),
+        ("esnli", "Same.\n\n**Answer**: **Neutral**", False, "Same.", "neutral", None),
+        ("esnli", "Is it *so*?\n## Answer:\nneutral", False, "Is it *so*?", "neutral", None),
+        ("esnli", "Same.\nAnswer: neutral or contradiction", False, "Same.", None, "label_invalid"),
+        ("esnli", "Same.\nAnswer: neutral, not contradiction", False, "Same.", "neutral", None),
+        ("esnli", "Same.\nANSWER: neutrality", False, "Same.", None, "label_invalid"),
+        (
+            "anli",
+            "The answer is 71. So the answer is neutral.",
+            False,
+            "The answer is 71.",
+            "neutral",
+            None,
+        ),
+        (
+            "anli",
+            "So the answer is plain. The answer is neutral.",
+            False,
+            "So the answer is plain.",
+            "neutral",
+            None,
+        ),
+        (
+            "esnli",
+            "It is.\nAnswer: neutral\nAnswer: entailment",
+            False,
+            "It is.",
+            None,
+            "label_invalid",
+        ),
+    ],
+)
+def test_an_answer_is_read_or_its_problem_named(name, text, short, rationale, label, problem):
+    read = prompt(name).parse(text, Q, short)
+    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
+    assert bool(read.detail) == bool(problem)
+
+
+@given(st.sampled_from(NAMES), st.text(), st.booleans())
+def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
+    read = prompt(name).parse(text, Q, short)
+    assert read.error or read.rationale.strip() and read.label.strip()
+
+
+FINE = dict(question="Q: {input}\nA:", answer=" {rationale} It is {label}.", answer_marker="It is")
+FINE |= dict(
+    exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}], label_type="equation"
+)
+
+
+def write(tmp_path, content):
+    path = tmp_path / "p.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_the_smallest_file(tmp_path):
+    p = load_prompt(write(tmp_path, FINE))
+    assert (
+        p.completion("2 and 2?") == "Q: 1 and 1?\nA: One more. It is 2.\n\nQ: 2 and 2?\nA:"
+        and len(p.sha256) == 64
+    )
+    assert len(load_prompt(write(tmp_path, FINE | {"exemplars": []})).chat("x")) == 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("{", "not JSON"),
+        ("[]", "one JSON object, this is list"),
+        ({"sha256": ""}, 'unknown key "sha256"'),
+        ({"answer_marker": []}, '"answer_marker" must be a list of texts that are not blank'),
+        ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
+        ({"label_type": "class"}, '"labels" goes with label_type "class"'),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "4 texts"),
+        ({"question": "Q:"}, '{input} is missing from "question"'),
+        ({"question": "{input} {premise}"}, '{premise} means nothing in "question"'),
+        ({"answer": "{label}"}, '{rationale} is missing from "answer"'),
+        (
+            {"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]},
+            "exemplar 1: input, rationale and label must be texts",
+        ),
+        ({"answer_marker": "Therefore"}, "exemplar 1: its answer does not read back as itself"),
+        (
+            {"input_parts": ["a", "b"], "question": "{a} {b}"},
+            "exemplar 1: the prompt wants 2 parts (a, b)",
+        ),
+    ],
+)
+def test_a_file_that_cannot_work_is_one_line(tmp_path, change, words):
+    path = write(tmp_path, change if isinstance(change, str) else FINE | change)
+    with pytest.raises(ValueError) as error:
+        load_prompt(path)
+    assert (
+        words in str(error.value)
+        and str(error.value).startswith(f"{path}: ")
+        and "\n" not in str(error.value)
+    )
+
+
+def test_a_missing_key_is_named(tmp_path):
+    for name in FINE:
+        with pytest.raises(ValueError, match=f'"{name}" is missing'):
+            load_prompt(write(tmp_path, {key: value for key, value in FINE.items() if key != name}))

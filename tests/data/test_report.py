@@ -1,0 +1,57 @@
+"""data.report counts what is in a file as a careful reader would."""
+
+import pytest
+
+from data import report
+from data.jsonl import Record, write_jsonl
+
+ROWS = [
+    Record("a", "x", "yes", "because", "yes", {"model": "m"}),
+    Record("b", "y", "yes", "since", "no", {"model": "m"}),
+    Record(
+        "c", "Y ", "no", None, "no", {"model": "m"}
+    ),  # b's question with another label, and no rationale
+    Record("d", "z", "no", "for", None, {"model": "m"}),  # the teacher answered, but not usably
+    Record("e", "w", None, "as", "yes", {"model": "m"}),  # no gold
+    Record("e", "v"),  # nothing, and an id twice
+]
+
+
+@pytest.fixture
+def files(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", [Record("t", " X", "yes"), Record("u", "new", "no")])
+    return tmp_path / "rows.jsonl", tmp_path / "test.jsonl"
+
+
+def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, capsys):
+    assert report.main([*map(str, files)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "rows.jsonl: 6 rows 3 50.0% a label and a rationale",
+        "1 16.7% a label, no usable rationale",
+        "1 16.7% only the teacher's label",
+        "1 16.7% neither label",
+        "1 16.7% a rationale, but no teacher label",
+        "2 rows share their input with another; 1 such inputs have more than one label",
+        "1 rows repeat an id",
+        "teacher right on 2 of 4 rows with gold, 50.0%",
+        "yes 2 50.0% 50.0% 0",
+        "no 2 50.0% 50.0% 1",
+        "test.jsonl share 1 inputs",
+    ):
+        assert line in shown, line
+
+
+def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
+    rows = [
+        Record(str(n), "one " * n, "two") for n in (*range(1, 101), 1020)
+    ]  # too long with the prefix alone
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    tokens, words = "input 61 101 110 1,030 1 (over 1,024)", "input 53 93 102 1,022 0 (over 1,024)"
+    for flags, want in (
+        (["--spiece", str(spiece)], tokens),
+        ([], words),
+    ):  # </s>, and 9 of the prefix; words
+        assert report.main([str(tmp_path / "rows.jsonl"), *flags]) == 0
+        assert want in " ".join(capsys.readouterr().out.split())
