@@ -27,6 +27,11 @@ def test_flags_become_values_with_dash_and_underscore():
 
 
 def test_the_learning_rate_left_out_depends_on_the_start():
-    assert parse_args([]).learning_rate == 0.02
-    assert parse_args(["--weights", "x"]).learning_rate == 5e-5
+    """Random weights get scaled rates, and pretrained ones the paper's."""
+    assert parse_args([]).scales_rates and parse_args([]).learning_rate == 0.02
+    plain = parse_args(["--optimizer", "adamw"])
+    assert not plain.scales_rates and plain.learning_rate == 1e-3
+    pretrained = parse_args(["--weights", "x"])
+    assert not pretrained.scales_rates and pretrained.learning_rate == 5e-5
+    assert parse_args(["--weights", "x", "--optimizer", "adamw-scaled"]).scales_rates
     assert parse_args(["--weights", "x", "--lr", "1e-4"]).learning_rate == 1e-4

@@ -132,7 +132,7 @@ def test_a_new_entry_is_a_method_that_trains_tests_and_reports(tmp_path, monkeyp
             Target("ask: ", tokenizer.encode(row.input), RATIONALE),
         ]
 
-    asking = Method("the question itself", "#000000", "*", label_and_question)
+    asking = Method(label_and_question)
     monkeypatch.setitem(METHODS, "asking", asking)
     files = write_rows(tmp_path, counting(20), 16)
     assert run(*files, *SIX, "standard", "asking", "--out", tmp_path / "out") == 0
