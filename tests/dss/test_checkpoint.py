@@ -1,6 +1,5 @@
 """A run that ends early keeps what it has, and goes on as if it had not been interrupted."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -111,17 +110,6 @@ def test_sigint_ends_a_real_process_cleanly(files, tmp_path):
     line = error.splitlines()[-1]
     assert "interrupted at step" in line and "--resume goes on" in line
     load_t5(out / "standard" / "student")
-
-
-@pytest.mark.parametrize("handler, heard", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
-def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_has_it_ignored(handler, heard):
-    before = signal.signal(signal.SIGHUP, handler)
-    try:
-        with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.requested == heard
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 # ---- And goes on ---------------------------------------------------------------------------------
