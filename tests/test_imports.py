@@ -6,7 +6,6 @@ import subprocess
 import sys
 from functools import cache
 
-import pytest
 from running import ROOT
 
 from dss.methods import METHODS
@@ -99,28 +98,14 @@ def test_nothing_but_the_listed_packages_is_needed():
         assert not at_once & OPTIONAL, f"{name} imports {at_once} before it is asked to"
 
 
-# A default or a preset may name a method; code may not ask for one by its name.
-MAY_NAME_METHODS = {
-    "dss.methods": set(METHODS),
-    "dss.config": {"standard", "dss"},  # the default of --method
-    "dss.student": {"dss"},  # the default of a student without dss.json
-    "dss.bench": {"dss"},  # what is timed
-}
-
-
-@pytest.mark.parametrize("name", [name for name in files() if name != "dss.study"])
-def test_no_method_is_asked_for_by_its_name(name):
-    _, tree = files()[name]
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    assert METHODS.keys() & texts <= MAY_NAME_METHODS.get(name, set())
-
-
-def test_a_study_names_methods_in_its_presets_and_defaults_alone():
-    _, tree = files()["dss.study"]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            texts = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
-            assert not METHODS.keys() & texts, node.name
+def test_no_function_asks_for_a_method_by_its_name():
+    """Defaults and presets may name one."""
+    for name in files().keys() - {"dss.methods", "dss.bench"}:
+        _, tree = files()[name]
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                texts = {n.value for n in ast.walk(function) if isinstance(n, ast.Constant)}
+                assert not METHODS.keys() & texts, f"{name}.{function.name}"
 
 
 def runs(code):

@@ -1,12 +1,9 @@
 """Several processes, each with a part of every step, are the same run as one."""
 
-import copy
-import itertools
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import several
@@ -58,50 +55,38 @@ CASES = [(5, 0), (4, 1), (2, 0)]
 
 
 def compute_gradients(arguments, directory):
-    """Into DIRECTORY/RANK.pt, for each of CASES: the gradients that all processes compute together,
-    and those that this process computes alone."""
+    """Into DIRECTORY/RANK.pt, for each of CASES: losses, norm and gradients of a step."""
     found = []
     with distributed.joined():
-        for shard, (batch_size, micro_batch) in itertools.product([False, True], CASES):
-            extra = ["--micro-batch", micro_batch, "--clip", 0, *["--shard"] * shard]
-            ready = prepare(*arguments, *extra)
+        for batch_size, micro_batch in CASES:
+            ready = prepare(*arguments, "--clip", 0)
             examples, _ = train.make_examples(ready, "dss")
-            rows = examples[:batch_size]
-            rank = distributed.rank()
-            size = distributed.size()
-            model = ready.placement.place(copy.deepcopy(ready.student.model))
-            student = replace(ready.student, model=model)
-            together = step(ready, student, make_step(rows, micro_batch, "cpu", 0, rank, size))
-            plain = distributed.Replicas(ready.config, ready.placement.device)
-            alone = replace(ready, placement=plain)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(distributed, "size", lambda: 1)
-                want = step(alone, ready.student, make_step(rows, 0, "cpu"))
-            case = f"{batch_size} rows, --micro-batch {micro_batch}, shard {shard}"
-            found.append((case, together, want))
-        torch.save(found, directory / f"{rank}.pt")
+            place = (distributed.rank(), distributed.size())
+            work = make_step(examples[:batch_size], micro_batch, "cpu", 0, *place)
+            model = ready.placement.place(ready.student.model)
+            optimizer = torch.optim.SGD([{"params": model.parameters(), "scale": 1.0}])
+            optimizer.zero_grad = lambda: None
+            figures = list(train.train_step(ready.student, optimizer, work, 0.0, ready))
+            for parameter in model.parameters():
+                gradient = parameter.grad
+                if ready.config.shard:
+                    gradient = gradient.full_tensor()
+                figures.append(gradient)
+            found.append(figures)
+        torch.save(found, directory / f"{distributed.rank()}.pt")
 
 
-def step(ready, student, work):
-    """Losses, norm and gradients of a step that changes nothing."""
-    optimizer = torch.optim.SGD([{"params": student.model.parameters(), "scale": 1.0}])
-    optimizer.zero_grad = lambda: None
-    figures = train.train_step(student, optimizer, work, 0.0, ready)
-    gradients = []
-    for parameter in student.model.parameters():
-        gradient = parameter.grad
-        gradients.append(gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient)
-    return [*figures, *gradients]
-
-
-@pytest.mark.parametrize("n", [2, 3])
-def test_the_gradient_of_a_step_is_that_of_one_process(files, tmp_path, measured, n):
+@pytest.mark.parametrize("n, extra", [(2, []), (3, []), (2, ["--shard"]), (3, ["--shard"])])
+def test_the_gradient_of_a_step_is_that_of_one_process(files, tmp_path, measured, n, extra):
     arguments = [*files, "--out", str(tmp_path / "out")]
-    assert several.run(n, tmp_path, compute_gradients, arguments, tmp_path) == [0] * n
+    compute_gradients(arguments, tmp_path)
+    alone = torch.load(tmp_path / "0.pt")
+    together = [*arguments, *extra]
+    assert several.run(n, tmp_path, compute_gradients, together, tmp_path) == [0] * n
     for rank in range(n):
-        for case, together, alone in torch.load(tmp_path / f"{rank}.pt"):
-            worst = max(relative_error(a, b) for a, b in zip(together, alone, strict=True))
-            measured(f"gradients of {n} processes, {case}", worst, 1e-6)
+        cases = zip(torch.load(tmp_path / f"{rank}.pt"), alone, strict=True)
+        worst = max(relative_error(a, b) for got, want in cases for a, b in zip(got, want))
+        measured(f"gradients of {n} processes {extra}", worst, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +101,9 @@ def test_the_student_of_several_processes_is_that_of_one(files, one, tmp_path, m
     measured(f"student of {n} processes {extra}", difference, 1e-5)
     assert json_lines(one / "predictions.jsonl") == json_lines(together / "predictions.jsonl")
     assert {path.name for path in one.iterdir()} == {path.name for path in together.iterdir()}
-    lines = zip(json_lines(one / "metrics.jsonl"), json_lines(together / "metrics.jsonl"))
-    for want, got in lines:
-        assert got.get("loss") == pytest.approx(want.get("loss"), rel=1e-4)
+    losses = [line.get("loss", 0.0) for line in json_lines(one / "metrics.jsonl")]
+    theirs = [line.get("loss", 0.0) for line in json_lines(together / "metrics.jsonl")]
+    assert losses == pytest.approx(theirs, rel=1e-4) and any(losses)
     assert said(tmp_path).count("13 test; metric") == 1
     assert not any(said(tmp_path, rank) for rank in range(1, n))
 
@@ -189,16 +174,6 @@ def test_what_is_wrong_is_said_once(files, tmp_path):
     assert (said(tmp_path) + said(tmp_path, 1)).count("train.py: the loss is") == 1
     assert several.run(2, tmp_path, run, "--data", tmp_path / "none.jsonl") == [2, 2]
     assert (said(tmp_path) + said(tmp_path, 1)).count("none.jsonl: No such file") == 1
-
-
-def test_results_are_put_together_in_the_order_of_the_items(monkeypatch):
-    def gather(parts, own):
-        parts[:] = [[10 * item for item in items[rank::3]] for rank in range(3)]
-
-    items = list(range(7))
-    monkeypatch.setattr(distributed, "size", lambda: 3)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    assert distributed.share_out(lambda some: some, items) == [10 * item for item in items]
 
 
 def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):

@@ -35,19 +35,6 @@ def test_inputs_in_two_places_and_texts_that_were_cut_are_counted(files, tmp_pat
     assert cut in said
 
 
-def test_labels_that_differ_in_case_alone_and_a_warm_up_without_end_are_warned_of(
-    files, tmp_path, capsys
-):
-    rows = [json.loads(line) for line in Path(files[1]).read_text().splitlines()]
-    for i, row in enumerate(rows):
-        row["label"] = ["Yes", "yes", "no"][i % 3]
-    write_jsonl(files[1], rows)
-    assert run(*files[:2], *ONE, "--method", "standard", "--out", tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert "warning: the labels 'Yes' and 'yes' differ in case alone" in said
-    assert "warning: --warmup 2 is not over within --steps 1" in said
-
-
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
     passed = []
     clock = SimpleNamespace(monotonic=lambda: sum(passed))

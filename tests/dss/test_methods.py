@@ -4,14 +4,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from running import SIX, counting, json_lines, result, run, write_rows
 
 import train
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
-from dss.methods import METHODS, SEPARATOR, Method, Target, label_ids, sequences, shorten
+from dss.methods import METHODS, SEPARATOR, Method, Target, label_ids, sequences
 from tokenizer import T5Tokenizer
 
 ROW = Record("1", "how many apples left", "three", "Tom gave one")
@@ -64,24 +62,6 @@ def test_long_texts_are_cut_but_keep_their_end_and_single_task_its_label(tok):
             assert len(s.target_ids) <= 7 and s.target_ids[-1] == 1
         end = [tok.special[SEPARATOR], *tok.encode("three")]
         assert (found[0].target_ids[-len(end) :] == end) == (method == "single_task")
-
-
-@given(st.lists(st.integers(2, 99), min_size=1), st.integers(1, 20), st.integers(1, 5))
-def test_shortening_keeps_the_beginning_and_the_last_ids(ids, longest, keep_last):
-    short = shorten(ids, longest, keep_last)
-    assert len(short) == min(len(ids), longest) and short[-1] == ids[-1]
-    if keep_last <= longest < len(ids):
-        assert short == ids[: longest - keep_last] + ids[-keep_last:]
-
-
-def test_what_is_cut_is_counted(tok):
-    for method, inputs, targets in (("standard", 1, 1), ("dss", 2, 2), ("single_task", 1, 1)):
-        cut = Counter()
-        sequences(replace(ROW, label="one two"), method, tok, 5, 2, cut)
-        assert cut == {"inputs": inputs, "targets": targets}
-        cut.clear()
-        sequences(ROW, method, tok, 99, 99, cut)
-        assert not +cut
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "single_task"])
