@@ -4,8 +4,9 @@
     python -m dss.predict runs/toy/dss/student rows.jsonl --explain    JSONL in and out
     python -m dss.predict STUDENT nli.jsonl --labels entailment neutral contradiction --scores
 
-A label is decoded greedily, as when the student was tested. With --labels it is the likeliest of a
-closed set instead, and --scores gives the probability of each label of the set; they add up to 1.
+A label is written greedily, or chosen where the student was tested so (train.py --answers). With
+--labels it is the likeliest of a closed set instead, and --scores gives the probability of each
+label of the set; they add up to 1.
 Rows of JSONL keep their keys and gain "prediction", "scores" and "explanation". If rows have a
 label, the accuracy goes to standard error.
 """
