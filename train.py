@@ -1,8 +1,7 @@
 """Distilling Step-by-Step, the whole run on one page.
 
-    python train.py                                   the embedded task: standard finetuning, then
-    step-by-step python train.py --data train.jsonl --test-data test.jsonl --weights
-    google/t5-v1_1-base
+    python train.py                      the embedded task: standard finetuning, then step-by-step
+    python train.py --data train.jsonl --test-data test.jsonl --weights google/t5-v1_1-base
 
 A teacher has written a rationale for each training question. The student, a small T5, learns two
 tasks from the same question, told apart by a prefix: `predict: x -> label` and `explain: x ->
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         except Ended as end:
             with contextlib.redirect_stderr(own_stderr if end.local else sys.stderr):
                 status = cli.fail("train.py", end.status, end)
-            if end.local:
+            if end.local and distributed.size() > 1:  # the others are not here to leave together
                 raise SystemExit(status) from None
             return status
         except (OSError, ValueError) as error:
@@ -93,12 +92,11 @@ def train_all(run: Run) -> None:
 def train(run: Run, method: str, stop: cli.Stop) -> dict:
     """Train a student by one method, select it on the validation rows, test it once. Returns its
     result.json."""
-    config = run.config
     out = run.out / method
     if (out / "result.json").exists():  # under --resume: done before
         return read_json(out / "result.json")
     examples, cut = make_examples(run, method)
-    config = replace(config, steps=number_of_steps(run, method, examples))
+    config = replace(run.config, steps=number_of_steps(run, method, examples))
     model = run.placement.place(copy.deepcopy(run.student.model))
     student = replace(run.student, method=method, model=model)
     optimizer = make_optimizer(model, config)
@@ -114,16 +112,15 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
         checkpoint.keep_if_best(current, accuracy)
         log.write_accuracy(accuracy)
 
-    with (
-        checkpoint,
-        log,
-    ):  # if training ends early, the checkpoint saves its state and says what is kept
+    with checkpoint, log:  # if training ends early, the checkpoint says what is kept
         if is_due(progress.step, config) and progress.evaluated < progress.step:
             validate()  # the run was interrupted in this evaluation
         for work in steps_ahead(progress.step, examples, student, config, run.placement.device):
             rate = learning_rate(progress.step, config)
             distributed.seed(config.seed, progress.step)
             losses, norm = train_step(student, optimizer, work, rate, run)
+            progress.step += 1
+            progress.tokens += work.tokens
             log.add_step(losses, work.tokens)
             if progress.step % config.log_every == 0 or progress.step == config.steps:
                 log.write_means(rate, norm)
@@ -154,7 +151,7 @@ def train_step(
     run.placement.sum_gradients(model, losses)  # over processes: each had a part of the rows
     norm = run.placement.clip(model, run.config.clip or float("inf"))
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]
     optimizer.step()
     optimizer.zero_grad()
     return losses, norm
@@ -301,11 +298,22 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.Optimizer:
-    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(model.parameters(), foreach=False, **settings)
-    return torch.optim.AdamW(model.parameters(), betas=(0.9, config.beta2), fused=True, **settings)
+def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW. With scaled rates, the rate of a tensor is that of the step times the deviation with
+    which the tensor is initialised (at least 1e-3): a step changes all of them by a like share."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        scale = 1.0
+        if config.scales_rates:
+            scale = max(model.initial_deviation(name), 1e-3)
+        groups.setdefault(scale, []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],
+        lr=config.learning_rate,
+        betas=(0.9, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -124,9 +124,7 @@ def make_step(
     return Step(batches, n_label, n_rationale, count_tokens(join(rows)))
 
 
-NOTHING = Sequence(
-    [1], [1], -1
-)  # for a process with no row left: of no task, so of no weight in the loss
+NOTHING = Sequence([1], [1], -1)  # for a process without a row: of no task, so without weight
 
 
 def join(rows: list[list[Sequence]]) -> list[Sequence]:

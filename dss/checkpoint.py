@@ -131,12 +131,12 @@ class Checkpoint(contextlib.AbstractContextManager):
                 self.keep_interrupted()
             except (FloatingPointError, OSError) as second_error:
                 error = second_error
+        if error is None:
+            return
         line = one_line(error)
         local = True
-        if (
-            isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            or "DefaultCPUAllocator" in line
-        ):
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if out_of_memory or "DefaultCPUAllocator" in line:
             line = "out of memory; --micro-batch N computes the same steps N rows at a time"
         elif isinstance(error, FloatingPointError):
             line += f" by step {self.progress.step:,}; try a smaller --lr, with --overwrite"
@@ -144,7 +144,7 @@ class Checkpoint(contextlib.AbstractContextManager):
         elif distributed.size() > 1 and distributed.has_lost_a_process(error):
             line = f"another process has ended; --resume goes on from step {self.saved_step:,}"
         elif not isinstance(error, OSError):
-            return  # there is no error, or a bug, which keeps its traceback
+            return  # a bug, which keeps its traceback
         raise Ended(1, f"{line}; {self.what_is_kept()}", local) from None
 
     def keep_interrupted(self) -> None:

@@ -64,9 +64,8 @@ SHAPES = {  # of T5 1.1 and mT5; Flan-T5 and the LM-adapted T5 have those of T5 
     "xxl": (4096, 10240, 24, 64),
 }
 SIZES = {
-    "tiny": t5(
-        64, 128, 2, 2, d_kv=32, vocab_size=0
-    ),  # for random weights on a CPU; V is the tokenizer's
+    # For random weights on a CPU; vocab_size is the tokenizer's.
+    "tiny": t5(64, 128, 2, 2, d_kv=32, vocab_size=0),
     "mini": t5(128, 256, 3, 4, d_kv=32, vocab_size=0),
     "t5-small": t5(512, 2048, 6, 8),
     "t5-base": t5(768, 3072, 12, 12),
@@ -111,15 +110,15 @@ class TrainConfig:
     max_target_length: int = 256  # tokens of a target or a written rationale; longer ones are cut
     max_new_tokens: int = 64  # tokens of a predicted label
     # optimisation
-    steps: int = 3000  # optimiser steps
+    steps: int = 700  # optimiser steps
     batch_size: int = 32  # rows a step; a row with a rationale is two sequences under dss
     micro_batch: int = 0  # rows that a device computes at a time, to save memory; 0: all
-    lr: float | None = None  # peak learning rate; default: 1e-3, with --weights 5e-5 (the paper's)
+    lr: float | None = None  # peak learning rate; default: 0.02 scaled, with --weights 5e-5 (paper)
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0, or level
     warmup: int = 100  # steps of linear warm-up
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # of torch.optim
+    optimizer: Literal["auto", "adamw", "adamw-scaled"] = "auto"  # auto: adamw with --weights
     beta2: float = 0.98  # AdamW's second decay rate
-    weight_decay: float = 0.01  # decoupled weight decay
+    weight_decay: float = 0.0  # decoupled weight decay
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 0  # random seed of weights, order of rows, dropout and every draw from the data
     # evaluation
@@ -141,7 +140,16 @@ class TrainConfig:
     def learning_rate(self) -> float:
         if self.lr is not None:
             return self.lr
+        if self.scales_rates:
+            return 0.02
         return 5e-5 if self.weights else 1e-3
+
+    @property
+    def scales_rates(self) -> bool:
+        """Whether a tensor's rate is relative to the deviation of its initialisation."""
+        if self.optimizer == "auto":
+            return not self.weights
+        return self.optimizer == "adamw-scaled"
 
     def check(self) -> None:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
@@ -174,10 +182,6 @@ class TrainConfig:
         require(self.threads <= cpus, "threads", f"at most {cpus}, the CPUs here", self)
         require(not (self.resume and self.overwrite), "resume", "left out beside --overwrite", self)
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)
-        if self.shard and self.optimizer == "adafactor":
-            raise ValueError(
-                "--shard goes with --optimizer adamw: torch's Adafactor cannot step on its weights"
-            )
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:

@@ -1,5 +1,4 @@
-"""One run on several devices: `torchrun --nproc_per_node=N train.py ...`. torch.distributed does
-the work.
+"""One run on several devices, by torch.distributed: `torchrun --nproc_per_node=N train.py ...`.
 
 Every process goes through the same steps. It computes a part of each step's rows; losses and
 gradients are summed over all processes, and all take the same optimiser step. The first process
@@ -7,10 +6,10 @@ alone writes files and prints. If a process dies, torchrun ends the others.
 
 A student is placed in one of two ways, and `Replicas` and `Shards` have the same methods for both:
 
-    Replicas   each process has the whole student, as plain tensors. Gradients are summed once a
-    step. Shards     (--shard) FSDP2: each process has a part of every layer's weights, gradients
-    and optimiser state, and
-               gathers the weights of a layer while it computes that layer.
+    Replicas   Each process has the whole student, as plain tensors. Gradients are summed once a
+               step.
+    Shards     With --shard: FSDP2. Each process has a part of every layer's weights, gradients and
+               optimiser state. It gathers the weights of a layer while it computes that layer.
 """
 
 import contextlib
@@ -163,8 +162,7 @@ def require_memory(parameters: int, config: TrainConfig, device: torch.device) -
 
     Raises ValueError if the device has less. Activations come on top.
     """
-    moments = 8 if config.optimizer.startswith("adamw") else 0
-    needed = parameters * (4 + 4 + moments)
+    needed = parameters * (4 + 4 + 8)  # AdamW keeps two moments
     if config.shard:
         needed /= size()
     if device.type == "cuda":
@@ -275,9 +273,7 @@ class Shards(Replicas):
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         mesh = init_device_mesh(self.device.type, (size(),))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if (
-            self.config.dtype == "bfloat16"
-        ):  # gather in bfloat16: autocast would keep a copy of each layer
+        if self.config.dtype == "bfloat16":  # autocast would keep a copy of each fp32 layer
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )

@@ -39,10 +39,9 @@ def introduce(
     where += f", {student.dtype}"
     if device.type == "cuda" and student.dtype == "float32":
         where += " (--dtype bfloat16 is faster)"
-    size = (
-        f"{student.model.num_parameters():,} parameters, {student.tokenizer.vocab_size:,} token ids"
-    )
-    print(f"student: {config.weights or config.size}, {size}; {where}")
+    size = f"{student.model.num_parameters():,} parameters"
+    ids = f"{student.tokenizer.vocab_size:,} token ids"
+    print(f"student: {config.weights or config.size}, {size}, {ids}; {where}")
     print(f"memory: weights, gradients and optimiser state take {format_bytes(state_bytes)}")
 
     with_rationale = sum(row.rationale is not None for row in rows.train)
@@ -156,8 +155,6 @@ class Log(contextlib.AbstractContextManager):
     def add_step(self, losses: torch.Tensor, tokens: int) -> None:
         """losses: the (3,) tensor of one step, left on its device until a line is written."""
         p = self.progress
-        p.step += 1
-        p.tokens += tokens
         p.window_losses = p.window_losses.to(losses.device, non_blocking=True) + losses
         p.window_steps += 1
         p.window_tokens += tokens

@@ -22,9 +22,7 @@ from tokenizer import T5Tokenizer
 
 PREDICT = "predict: "  # the task prefixes of the paper's released code
 EXPLAIN = "explain: "
-SEPARATOR = (
-    "<extra_id_0>"  # between label and rationale in one target; one token of every T5 vocabulary
-)
+SEPARATOR = "<extra_id_0>"  # between label and rationale in one target; every T5 has it
 
 
 @dataclass(frozen=True)
@@ -53,14 +51,20 @@ def label_and_rationale(row: Record, tokenizer: T5Tokenizer) -> list[Target]:
 
 
 def label_then_rationale(row: Record, tokenizer: T5Tokenizer) -> list[Target]:
-    """One target: label <extra_id_0> rationale </s>. An answer ends at the separator."""
+    """One target: label <extra_id_0> rationale </s>. An answer ends at the separator.
+
+    All of it counts as LABEL: one mean, and no lambda.
+    """
     label = tokenizer.encode(row.label)[:-1]
     rationale = tokenizer.encode(row.rationale or "")
     return [Target(PREDICT, [*label, tokenizer.special[SEPARATOR], *rationale], LABEL)]
 
 
 def rationale_then_label(row: Record, tokenizer: T5Tokenizer) -> list[Target]:
-    """One target: rationale <extra_id_0> label </s>. If it is too long, the rationale is cut."""
+    """One target, which counts as LABEL: rationale <extra_id_0> label </s>.
+
+    If it is too long, the rationale is cut.
+    """
     rationale = tokenizer.encode(row.rationale or "")[:-1]
     label = [tokenizer.special[SEPARATOR], *tokenizer.encode(row.label)]
     return [Target(PREDICT, rationale + label, LABEL, keep_last=len(label))]
@@ -102,18 +106,14 @@ def scramble_rationales(rows: list[Record], seed: int) -> list[Record]:
 
 @dataclass(frozen=True)
 class Method:
-    title: str  # in the legend of a picture
-    colour: str  # in a picture (Okabe and Ito's palette, which colour-blind readers can tell apart)
-    marker: str  # in a picture
-    targets: Callable[[Record, T5Tokenizer], list[Target]]
+    targets: Callable[[Record, T5Tokenizer], list[Target]]  # what a row trains
     change_rows: Callable[[list[Record], int], list[Record]] = same_rows  # (rows, seed) -> rows
-    rationales_needed: int = (
-        0  # training rows with a rationale, at least; 0: the student learns none
-    )
-    label_position: Literal["alone", "first", "last"] = (
-        "alone"  # in what the student writes after PREDICT
-    )
+    rationales_needed: int = 0  # training rows with a rationale, at least
+    label_position: Literal["alone", "first", "last"] = "alone"  # in what is written after PREDICT
     match_tokens_of: str = ""  # train for as many tokens as this method sees in --steps
+    title: str = ""  # in the legend of a picture; default: the method's name
+    colour: str = "black"  # in a picture (Okabe and Ito's, which colour-blind readers tell apart)
+    marker: str = "o"  # in a picture
 
     @property
     def learns_rationales(self) -> bool:
@@ -125,49 +125,54 @@ class Method:
 
 
 METHODS = {
-    "standard": Method("standard finetuning", "#555555", "o", label_only),
-    "dss": Method("step-by-step", "#0072B2", "s", label_and_rationale, rationales_needed=1),
+    "standard": Method(label_only, title="standard finetuning", colour="#555555", marker="o"),
+    "dss": Method(
+        label_and_rationale,
+        rationales_needed=1,
+        title="step-by-step",
+        colour="#0072B2",
+        marker="s",
+    ),
     "label_first": Method(
-        "label first, then rationale",
-        "#CC79A7",
-        "P",
         label_then_rationale,
         rationales_needed=1,
         label_position="first",
+        title="label first, then rationale",
+        colour="#CC79A7",
+        marker="P",
     ),
     "single_task": Method(
-        "single-task: rationale, then label",
-        "#009E73",
-        "^",
         rationale_then_label,
         rationales_needed=1,
         label_position="last",
+        title="single-task: rationale, then label",
+        colour="#009E73",
+        marker="^",
     ),
     "dss-shuffled": Method(
-        "step-by-step, rationales of other rows",
-        "#D55E00",
-        "D",
         label_and_rationale,
         change_rows=swap_rationales,
         rationales_needed=2,
+        title="step-by-step, rationales of other rows",
+        colour="#D55E00",
+        marker="D",
     ),
     "dss-scrambled": Method(
-        "step-by-step, words in random order",
-        "#E69F00",
-        "X",
         label_and_rationale,
         change_rows=scramble_rationales,
         rationales_needed=1,
+        title="step-by-step, words in random order",
+        colour="#E69F00",
+        marker="X",
     ),
     "standard-matched": Method(
-        "standard, as many tokens as step-by-step",
-        "#999999",
-        "v",
         label_only,
         match_tokens_of="dss",
+        title="standard, as many tokens as step-by-step",
+        colour="#999999",
+        marker="v",
     ),
 }
-
 BASELINE = "standard"  # reports compare the others with it
 
 

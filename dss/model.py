@@ -3,8 +3,7 @@ Read it top-down.
 
     T5            embedding, encoder stack, decoder stack, output matrix
       Stack       a bias table shared by its layers, the layers, a final norm
-        Layer     x + self-attention, (decoder: x + cross-attention,) x + feed-forward; each on a
-        normalised x
+        Layer     x + self-attention, x + cross-attention (decoder), x + feed-forward
           Attention, FeedForward, RMSNorm
 
 Everything but attention works on tokens, (T, C), whichever sequence they belong to; attention alone
@@ -86,11 +85,7 @@ class T5(nn.Module):
         decoder_input_ids[i] begins with the start token (pad). Raises ValueError if the lists
         differ in length or hold an empty one.
         """
-        if (
-            len(input_ids) != len(decoder_input_ids)
-            or not all(input_ids)
-            or not all(decoder_input_ids)
-        ):
+        if len(input_ids) != len(decoder_input_ids) or not all([*input_ids, *decoder_input_ids]):
             raise ValueError(
                 "logits: give as many inputs as decoder inputs, at least one token in each"
             )
@@ -139,8 +134,9 @@ class Stack(nn.Module):
     """Encoder or decoder. The bias table belongs to the stack: all its layers add the same position
     bias.
 
-    A layer takes and returns two tensors, x and `part`, whose sum is the residual stream. `part` is
-    the output of the last sublayer; the next norm adds it to x, because one kernel does both.
+    A layer takes and returns two tensors, x and `update`, whose sum is the residual stream.
+    `update` is the output of the last sublayer; the next norm adds it to x, because one kernel does
+    both.
     """
 
     def __init__(self, config: T5Config, num_layers: int, is_decoder: bool) -> None:
@@ -163,11 +159,11 @@ class Stack(nn.Module):
         """x: (T, C) of the `Segments` positions; a decoder also reads memory (T_in, C) of the
         `Segments` inputs."""
         x = self.dropout(x)
-        part = None
+        update = None
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches else None
-            x, part = layer(x, part, positions, self.bias_table, memory, inputs, cache)
-        _, y = self.final_norm(x, part)
+            x, update = layer(x, update, positions, self.bias_table, memory, inputs, cache)
+        _, y = self.final_norm(x, update)
         return self.dropout(y)
 
 
@@ -188,28 +184,25 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        part: Tensor | None,
+        update: Tensor | None,
         positions: Segments | None,
         bias_table: Tensor,
         memory: Tensor | None,
         inputs: Segments | None,
         cache: "LayerCache | None",
     ) -> tuple[Tensor, Tensor]:
-        """x, part: (T, C), whose sum goes into the layer (no part: x alone); the rest is as `Stack`
-        has it."""
-        with kernels.seeds_drawn_together(
-            x.device
-        ):  # here, so that a layer computed again draws the same seeds
-            x, y = self.self_attention_norm(x, part)
+        """x, update: (T, C), whose sum goes into the layer (no update: x alone); the rest is as
+        `Stack` has it."""
+        # Dropout seeds are drawn here, so that a layer that is computed again draws the same ones.
+        with kernels.seeds_drawn_together(x.device):
+            x, y = self.self_attention_norm(x, update)
             own_cache = cache.self_attention if cache else None
-            part = self.self_attention(y, positions, y, positions, bias_table, own_cache)
-            if (
-                memory is not None
-            ):  # no position bias from target to input: their positions are unrelated
-                x, y = self.cross_attention_norm(x, part)
+            update = self.self_attention(y, positions, y, positions, bias_table, own_cache)
+            if memory is not None:  # no bias table: positions of target and input are unrelated
+                x, y = self.cross_attention_norm(x, update)
                 cross_cache = cache.cross_attention if cache else None
-                part = self.cross_attention(y, positions, memory, inputs, None, cross_cache)
-            x, y = self.feed_forward_norm(x, part)
+                update = self.cross_attention(y, positions, memory, inputs, None, cross_cache)
+            x, y = self.feed_forward_norm(x, update)
             return x, self.feed_forward(y)
 
 
@@ -295,12 +288,12 @@ class RMSNorm(nn.Module):
         self.eps = config.layer_norm_epsilon
         self.dropout_p = config.dropout_rate
 
-    def forward(self, x: Tensor, part: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x + dropout(part), or x as it is where there is no part, and that normalised."""
-        if part is None:
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + dropout(update), or x as it is where there is no update, and that normalised."""
+        if update is None:
             return x, kernels.rms_norm(x, self.weight, self.eps)
         p = self.dropout_p if self.training else 0.0
-        return kernels.rms_norm(part, self.weight, self.eps, residual=x, dropout_p=p)
+        return kernels.rms_norm(update, self.weight, self.eps, residual=x, dropout_p=p)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:

@@ -4,7 +4,6 @@ train.py evaluates with it while it trains, and `python -m dss.predict` is its c
 README.md has an example.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,9 +39,7 @@ class Student:
         default_factory=lambda: {"predict": PREDICT, "explain": EXPLAIN}
     )
     metric: str = "text"  # how a label counts as right: text, choice or equation
-    labels: list[str] = field(
-        default_factory=list
-    )  # the closed set of labels; empty if there is none
+    labels: list[str] = field(default_factory=list)  # the closed set of labels, if there is one
     max_input_length: int = TrainConfig.max_input_length  # tokens, prefix and </s> included
     max_target_length: int = TrainConfig.max_target_length  # tokens of a rationale
     max_new_tokens: int = TrainConfig.max_new_tokens  # tokens of a label
@@ -76,11 +73,11 @@ class Student:
         self.tokenizer.save(directory)
         write_json(Path(directory) / ABOUT, {name: getattr(self, name) for name in KEYS})
 
-    def answer(self, inputs: Sequence[str]) -> list[str]:
+    def answer(self, inputs: list[str]) -> list[str]:
         """The label for each input, decoded greedily."""
         return [answer.label for answer in self.answer_with_rationale(inputs)]
 
-    def answer_with_rationale(self, inputs: Sequence[str]) -> list[Answer]:
+    def answer_with_rationale(self, inputs: list[str]) -> list[Answer]:
         """The Answer to each input, decoded greedily."""
         if self.of_method.label_position == "last":
             return self.write_both(inputs)
@@ -90,7 +87,7 @@ class Student:
         written = self.write("predict", inputs, self.max_new_tokens, stop)
         return [Answer(self.tokenizer.decode(ids)) for ids in written]
 
-    def explain(self, inputs: Sequence[str]) -> list[str]:
+    def explain(self, inputs: list[str]) -> list[str]:
         """The student's own rationale for each input: its second task, or the part of its output
         that is one.
 
@@ -105,7 +102,7 @@ class Student:
             return [self.tokenizer.decode(ids) for ids in written]
         return [answer.rationale for answer in self.write_both(inputs)]
 
-    def write_both(self, inputs: Sequence[str]) -> list[Answer]:
+    def write_both(self, inputs: list[str]) -> list[Answer]:
         """Label and rationale, if a student writes both in one output: the first separator is
         between them."""
         separator = self.tokenizer.special.get(SEPARATOR)
@@ -120,9 +117,7 @@ class Student:
                 answers.append(Answer(label=second, rationale=first))
         return answers
 
-    def score(
-        self, inputs: Sequence[str], labels: Sequence[Sequence[str]]
-    ) -> list[dict[str, float]]:
+    def score(self, inputs: list[str], labels: list[list[str]]) -> list[dict[str, float]]:
         """{label: probability} for each input and its set of labels, likeliest first.
 
         p(label | input) is the product of its tokens' probabilities, the token that ends it
@@ -154,7 +149,7 @@ class Student:
             ranked.append({row[i]: shares[i] for i in likeliest_first})
         return ranked
 
-    def evaluate(self, rows: Sequence[Record]) -> tuple[list[bool], list[Answer]]:
+    def evaluate(self, rows: list[Record]) -> tuple[list[bool], list[Answer]]:
         """(right or not, the student's Answer) for each row, which has a label."""
         answers = self.answer_with_rationale([row.input for row in rows])
         right = [
@@ -164,7 +159,7 @@ class Student:
         return right, answers
 
     def write(
-        self, prefix: str, inputs: Sequence[str], longest: int, stop: int | None = None
+        self, prefix: str, inputs: list[str], longest: int, stop: int | None = None
     ) -> list[list[int]]:
         """What the model writes after a prefix ("predict" or "explain"): at most `longest` token
         ids for each input, none for a blank one."""
@@ -175,7 +170,7 @@ class Student:
             written = iter(generate(self.model, asked, longest, self.batch_size, stop))
         return [next(written) if text.strip() else [] for text in inputs]
 
-    def encode(self, prefix: str, inputs: Sequence[str]) -> list[list[int]]:
+    def encode(self, prefix: str, inputs: list[str]) -> list[list[int]]:
         """The ids of each input after a prefix. Raises TypeError for a text in place of a list."""
         if isinstance(inputs, str):
             raise TypeError("inputs must be a list of texts, not a text")

@@ -376,7 +376,9 @@ def draw(groups: list[dict], path: Path) -> None:
     for (name, other), points in lines.items():
         method = METHODS[name]
         style = LINE_STYLES[others.index(other) % len(LINE_STYLES)]
-        label = method.title if len(others) == 1 else f"{method.title}, {other}"
+        label = method.title or name
+        if len(others) > 1:
+            label += f", {other}"
         rows = [group["rows"] for group in points]
         accuracy = [group["accuracy"] for group in points]
         deviation = [group["deviation"] for group in points]

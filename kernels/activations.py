@@ -59,6 +59,7 @@ def check_arguments(gate: Tensor, up: Tensor) -> None:
 #     2 u' = 2 sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
 
 
+# ruff: disable[ANN001, ANN201]
 @triton.jit
 def sigmoid_2u(x):
     return 1 / (1 + tl.exp(-(x + x * x * x * CUBIC) * TWO_ROOT_2_BY_PI))
@@ -127,6 +128,9 @@ def geglu_backward_kernel(
     d_gate = dy * up * slope
     tl.store(d_up_ptr + here, d_up.to(d_up_ptr.dtype.element_ty), mask=inside)
     tl.store(d_gate_ptr + here, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
+
+
+# ruff: enable[ANN001, ANN201]
 
 
 class GEGLU(torch.autograd.Function):

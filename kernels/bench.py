@@ -18,13 +18,13 @@ that says so, and the others are still timed.
 """
 
 import argparse
-import functools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -41,6 +41,7 @@ from .compile import OneLineParser, recording
 HEADS = 12
 D = 64
 WIDTH = HEADS * D
+D_FF = 2048
 BF16 = torch.bfloat16
 COPY_RATE = 4.3e12  # bytes/s and FLOP/s of an H200; measured anew where there is a GPU
 PRODUCT_RATE = 770e12
@@ -88,19 +89,22 @@ class Case:
     name: str
     bytes: float  # that forward and backward must move
     flop: float
-    peers: dict[str, Callable[[], Implementation]]  # "ours" among them
+    peers: dict[str, Callable[[], Implementation]]  # "ours" is the first
     useful: float | None = None  # share of the scores
-
-    def roof(self, copy_rate: float, product_rate: float) -> float:
-        """us that forward and backward take at least."""
-        return 1e6 * max(self.bytes / copy_rate, self.flop / product_rate)
 
 
 def leaf(*shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape) * scale).to(dtype).requires_grad_()
 
 
-@dataclass(eq=False)
+def both_of_ours(operation: str, make: Callable) -> dict[str, Callable[[], Implementation]]:
+    """The Triton implementation and the reference, on tensors that make(function) makes."""
+    triton_function = getattr(kernels, f"{operation}_triton")
+    reference = getattr(kernels, f"{operation}_reference")
+    return dict(ours=partial(make, triton_function), eager=partial(make, reference))
+
+
+@dataclass
 class Attention:
     """One use of attention: the lengths of its sequences, and what computes it."""
 
@@ -111,22 +115,25 @@ class Attention:
     def __post_init__(self) -> None:
         self.causal = self.use == "decoder"
         self.longest = (max(self.M), max(self.N))
+        self.tokens = (sum(self.M), sum(self.N))
 
     def case(self, name: str) -> Case:
-        scores = HEADS * sum(m * n for m, n in zip(self.M, self.N))
-        rows = 6 * sum(self.M) + 6 * sum(self.N)  # q, o, dq, do and q, o again; k, v likewise
-        peers = dict(ours=self.ours, varlen=self.varlen, sdpa=self.sdpa, eager=self.eager)
+        peers = both_of_ours("attention", self.packed)
+        peers |= dict(varlen=self.varlen, sdpa=self.sdpa)
         if self.use == "encoder":
             peers["flex"] = self.flex
+        # Forward reads q, k, v and writes o; backward reads all four and do, writes dq, dk, dv.
+        moved = 6 * sum(self.tokens) * WIDTH * 2
+        scores = HEADS * sum(m * n for m, n in zip(self.M, self.N))
         flop = 14 * scores * D  # two products forward, five backward
-        return Case(f"attention {self.use} {name}", rows * WIDTH * 2, flop, peers, self.useful())
+        return Case(f"attention {self.use} {name}", moved, flop, peers, self.useful())
 
     def useful(self) -> float:
         """By the tiles of forward on sm_90. Masked scores of a sequence count as useful, too."""
-        q = torch.empty(sum(self.M), HEADS, D, dtype=BF16)
-        k = torch.empty(sum(self.N), HEADS, D, dtype=BF16)
+        q = torch.empty(self.tokens[0], HEADS, D, dtype=BF16)
+        k = torch.empty(self.tokens[1], HEADS, D, dtype=BF16)
         with recording("sm_90") as launches:
-            self.run(kernels.attention_triton, q, k, k)
+            kernels.attention_triton(q, k, k, None, *self.starts(), **self.options())
         tile = launches[0].options
         useful = 0
         computed = 0
@@ -137,45 +144,37 @@ class Attention:
                 computed += tile["BM"] * -(-keys // tile["BN"]) * tile["BN"]
         return useful / computed
 
-    def run(
-        self, function: Callable, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None
-    ) -> Tensor:
-        longest_q, longest_k = self.longest
-        options = dict(causal=self.causal, max_seqlen_q=longest_q, max_seqlen_k=longest_k)
-        return function(q, k, v, table, *self.starts(q.device), **options)
-
-    @functools.cache
-    def starts(self, device: torch.device) -> list[Tensor]:
+    def starts(self) -> list[Tensor]:
         """cu_seqlens of queries and keys."""
-        both = [accumulate([0, *lengths]) for lengths in (self.M, self.N)]
-        return [torch.tensor(list(x), dtype=torch.int32, device=device) for x in both]
+        both = [list(accumulate([0, *lengths])) for lengths in (self.M, self.N)]
+        return [torch.tensor(x, dtype=torch.int32) for x in both]
+
+    def options(self) -> dict[str, object]:
+        longest_q, longest_k = self.longest
+        return dict(causal=self.causal, max_seqlen_q=longest_q, max_seqlen_k=longest_k)
 
     def leaves(self) -> list[Tensor]:
         """q, as T5 has it: scores of deviation 1 without a factor 1 / sqrt(D); k, v and a table."""
-        q = leaf(sum(self.M), HEADS, D, scale=D**-0.5)
-        k = leaf(sum(self.N), HEADS, D)
-        v = leaf(sum(self.N), HEADS, D)
-        if self.use == "cross":
-            return [q, k, v]
-        return [q, k, v, leaf(32, HEADS, dtype=torch.float32)]
+        q = leaf(self.tokens[0], HEADS, D, scale=D**-0.5)
+        k = leaf(self.tokens[1], HEADS, D)
+        v = leaf(self.tokens[1], HEADS, D)
+        table = leaf(32, HEADS, dtype=torch.float32)
+        return [q, k, v] if self.use == "cross" else [q, k, v, table]
 
-    def ours(self) -> Implementation:
+    def packed(self, function: Callable) -> Implementation:
         leaves = self.leaves()
-        return Implementation(lambda: self.run(kernels.attention_triton, *leaves), leaves)
-
-    def eager(self) -> Implementation:
-        leaves = self.leaves()
-        return Implementation(lambda: self.run(kernels.attention_reference, *leaves), leaves)
+        arguments = [*leaves, *[None] * (4 - len(leaves)), *self.starts()]
+        return Implementation(partial(function, *arguments, **self.options()), leaves)
 
     def varlen(self) -> Implementation:
         """PyTorch's, which has no bias."""
         from torch.nn.attention.varlen import varlen_attn
 
         leaves = self.leaves()[:3]
-        starts = self.starts(leaves[0].device)
-        options = dict(scale=1.0, window_size=(-1, 0) if self.causal else (-1, -1))
+        arguments = [*leaves, *self.starts(), *self.longest]
+        window = (-1, 0) if self.causal else (-1, -1)
         return Implementation(
-            lambda: varlen_attn(*leaves, *starts, *self.longest, **options), leaves
+            partial(varlen_attn, *arguments, scale=1.0, window_size=window), leaves
         )
 
     def flex(self) -> Implementation:
@@ -185,10 +184,10 @@ class Attention:
         leaves = self.leaves()
         q, k, v = (x.transpose(0, 1)[None] for x in leaves[:3])
         table = leaves[3]
-        T = sum(self.M)
+        T = len(leaves[0])
         longest = self.longest[0]
         document = torch.arange(len(self.M)).repeat_interleave(torch.tensor(self.M))
-        buckets = relative_position_bucket(torch.arange(-longest, longest + 1, device=q.device))
+        buckets = relative_position_bucket(torch.arange(-longest, longest + 1))
 
         def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return document[i] == document[j]
@@ -197,9 +196,8 @@ class Attention:
             return score + table[buckets[(j - i).clamp(-longest, longest) + longest], h]
 
         options = dict(score_mod=bias, scale=1.0, kernel_options={"num_stages": 2})
-        options["block_mask"] = create_block_mask(mask, None, None, T, T, device=str(q.device))
-        compiled = torch.compile(flex_attention)
-        return Implementation(lambda: compiled(q, k, v, **options), leaves)
+        options["block_mask"] = create_block_mask(mask, None, None, T, T, device=q.device.type)
+        return Implementation(partial(torch.compile(flex_attention), q, k, v, **options), leaves)
 
     def sdpa(self) -> Implementation:
         """PyTorch's, padded, with a bias for each pair of positions, as released T5s have it."""
@@ -207,69 +205,57 @@ class Attention:
         q = leaf(B, HEADS, self.longest[0], D, scale=D**-0.5)
         k = leaf(B, HEADS, self.longest[1], D)
         v = leaf(B, HEADS, self.longest[1], D)
-        bias = leaf(1 if min(self.N) == max(self.N) else B, HEADS, *self.longest)
-        return Implementation(
-            lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0),
-            [q, k, v, bias],
-        )
+        bias = leaf(1 if len({*self.M, *self.N}) == 1 else B, HEADS, *self.longest)
+        function = F.scaled_dot_product_attention
+        leaves = [q, k, v, bias]
+        return Implementation(partial(function, *leaves, scale=1.0), leaves)
 
 
-def loss_case(name: str, T: int, V: int, linear: bool) -> Case:
+def loss_case(name: str, T: int, linear: bool, V: int = 32128) -> Case:
     def make(function: Callable) -> Implementation:
-        labels = torch.randint(0, V, (T,))
-        weights = torch.rand(T)
         leaves = [leaf(T, WIDTH), leaf(V, WIDTH, scale=WIDTH**-0.5)] if linear else [leaf(T, V)]
-        return Implementation(lambda: function(*leaves, labels, weights), leaves)
+        labels = torch.randint(0, V, (T,))
+        return Implementation(partial(function, *leaves, labels, torch.rand(T)), leaves)
 
-    def torch_none(h: Tensor, w: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        options = torch.nn.LinearCrossEntropyOptions()  # torch >= 2.13
-        losses = F.linear_cross_entropy(h, w, labels, reduction="none", options=options)
-        return (losses * weights).sum()
+    def weighted(function: Callable, *arguments: Tensor, **options: object) -> Tensor:
+        """A peer's losses of each token, times the weights, which it does not know."""
+        losses = function(*arguments[:-1], reduction="none", **options)
+        return (losses * arguments[-1]).sum()
 
     def liger(*arguments: Tensor) -> Tensor:
         from liger_kernel.transformers import functional
 
-        *leaves, labels, weights = arguments
-        if linear:
-            losses = functional.liger_fused_linear_cross_entropy(*leaves, labels, reduction="none")
-        else:
-            losses = functional.liger_cross_entropy(*leaves, labels, reduction="none")
-        return (losses * weights).sum()
+        return weighted(getattr(functional, f"liger_{liger_name}"), *arguments)
+
+    def torch_linear(*arguments: Tensor) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()  # torch >= 2.13
+        return weighted(F.linear_cross_entropy, *arguments, options=options)
 
     operation = "linear_cross_entropy" if linear else "cross_entropy"
-    functions = dict(
-        ours=getattr(kernels, f"{operation}_triton"),
-        liger=liger,
-        eager=getattr(kernels, f"{operation}_reference"),
-    )
+    liger_name = "fused_linear_cross_entropy" if linear else "cross_entropy"
+    peers = both_of_ours(operation, make)
+    peers["liger"] = partial(make, liger)
     if linear:
-        functions["torch"] = torch_none
-    peers = {peer: functools.partial(make, function) for peer, function in functions.items()}
-    moved = 3 * T * WIDTH * 2 + V * WIDTH * 6 if linear else 4 * T * V
-    return Case(f"{operation} {name}", moved, 6 * T * V * WIDTH * linear, peers)
+        peers["torch"] = partial(make, torch_linear)
+        return Case(f"{operation} {name}", 6 * (T + V) * WIDTH, 6 * T * V * WIDTH, peers)
+    return Case(f"{operation} {name}", 4 * T * V, 0, peers)
 
 
 def norm_case(name: str, T: int) -> Case:
     def make(function: Callable) -> Implementation:
-        x, residual = leaf(T, WIDTH), leaf(T, WIDTH)
-        weight = leaf(WIDTH, dtype=torch.float32)
-        return Implementation(lambda: function(x, weight, residual=residual), [x, weight, residual])
+        leaves = [leaf(T, WIDTH), leaf(WIDTH, dtype=torch.float32), leaf(T, WIDTH)]
+        x, weight, residual = leaves
+        return Implementation(partial(function, x, weight, residual=residual), leaves)
 
-    peers = dict(
-        ours=lambda: make(kernels.rms_norm_triton), eager=lambda: make(kernels.rms_norm_reference)
-    )
-    return Case(f"rms_norm {name}", 9 * T * WIDTH * 2, 0, peers)
+    return Case(f"rms_norm {name}", 9 * T * WIDTH * 2, 0, both_of_ours("rms_norm", make))
 
 
 def geglu_case(name: str, T: int) -> Case:
     def make(function: Callable) -> Implementation:
-        gate, up = leaf(T, 2048), leaf(T, 2048)
-        return Implementation(lambda: function(gate, up), [gate, up])
+        leaves = [leaf(T, D_FF), leaf(T, D_FF)]
+        return Implementation(partial(function, *leaves), leaves)
 
-    peers = dict(
-        ours=lambda: make(kernels.geglu_triton), eager=lambda: make(kernels.geglu_reference)
-    )
-    return Case(f"geglu {name}", 8 * T * 2048 * 2, 0, peers)
+    return Case(f"geglu {name}", 8 * T * D_FF * 2, 0, both_of_ours("geglu", make))
 
 
 def all_cases() -> list[Case]:
@@ -283,10 +269,10 @@ def all_cases() -> list[Case]:
             cases.append(Attention("decoder", targets, targets).case(name))
             cases.append(Attention("cross", targets, inputs).case(name))
             if dataset == "CQA":
-                cases.append(loss_case(name, sum(targets), 32128, linear=True))
+                cases.append(loss_case(name, sum(targets), linear=True))
                 cases.append(norm_case(name, sum(inputs)))
                 cases.append(geglu_case(name, sum(inputs)))
-    cases.append(loss_case("T=8192 V=32128", 8192, 32128, linear=False))
+    cases.append(loss_case("8192 tokens", 8192, linear=False))
     for N in (512, 1024, 4096):
         lengths = [N] * (65536 // N)
         for use in ("encoder", "decoder", "cross"):
@@ -350,19 +336,19 @@ def measure(case: Case, row: Row) -> None:
             output = found.function()
             outputs = output if isinstance(output, tuple) else (output,)
             upstream = [torch.randn_like(x) for x in outputs]
-
-            def both(found: Implementation = found, upstream: list[Tensor] = upstream) -> None:
-                torch.autograd.grad(found.function(), found.leaves, upstream)
-
-            taken = microseconds(both, short)
+            both = microseconds(partial(forward_backward, found, upstream), short)
             if name == "ours":
                 row.forward = microseconds(found.function, short)
-                row.both = taken
+                row.both = both
             elif row.both is not None:
-                row.peers[name] = taken / row.both
+                row.peers[name] = both / row.both
         except Exception as problem:  # out of memory, not supported, not installed
             first_line = (str(problem).splitlines() or [""])[0]
             row.failed[name] = f"{type(problem).__name__}: {first_line[:100]}"
+
+
+def forward_backward(found: Implementation, upstream: list[Tensor]) -> None:
+    torch.autograd.grad(found.function(), found.leaves, upstream)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -403,7 +389,8 @@ def main(argv: list[str] | None = None) -> int:
         if time.monotonic() > end:
             print(f"--minutes {args.minutes:g} are over")
             break
-        row = Row(case.name, case.useful, case.bytes / 1e6, case.roof(*rates))
+        roof = 1e6 * max(case.bytes / rates[0], case.flop / rates[1])
+        row = Row(case.name, case.useful, case.bytes / 1e6, roof)
         if gpu:
             measure(case, row)
         failed = failed or "ours" in row.failed

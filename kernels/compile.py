@@ -33,7 +33,7 @@ from torch import Tensor
 from . import launch
 from .activations import geglu_triton
 from .flash_attention import attention_triton
-from .losses import cross_entropy_triton, linear_cross_entropy_triton
+from .losses import cross_entropy_triton
 from .norms import rms_norm_triton
 
 BF16 = torch.bfloat16
@@ -49,31 +49,16 @@ def leaf(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 def attention_case(
-    D: int,
-    causal: bool = False,
-    bias: bool = True,
-    dropout_p: float = 0.1,
-    dtype: torch.dtype = BF16,
-    lengths: tuple[int, int] = (1024, 1024),
+    D: int, use: str, length: int, dropout_p: float = 0.1, dtype: torch.dtype = BF16
 ) -> None:
-    M, N = lengths
-    cu_seqlens_q = torch.tensor([0, M, 2 * M], dtype=torch.int32)
-    cu_seqlens_k = torch.tensor([0, N, 2 * N], dtype=torch.int32)
-    q = leaf(2 * M, 12, D, dtype=dtype)
-    k = leaf(2 * N, 12, D, dtype=dtype)
-    v = leaf(2 * N, 12, D, dtype=dtype)
-    table = leaf(32, 12, dtype=FP32) if bias else None
+    tokens = 2 * length
+    q, k, v = (leaf(tokens, 12, D, dtype=dtype) for _ in range(3))
+    cu_seqlens = torch.tensor([0, length, tokens], dtype=torch.int32)
+    table = None if use == "cross" else leaf(32, 12, dtype=FP32)
+    options = dict(max_seqlen_q=length, max_seqlen_k=length)
+    causal = use == "decoder"
     o = attention_triton(
-        q,
-        k,
-        v,
-        table,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        causal,
-        dropout_p,
-        max_seqlen_q=M,
-        max_seqlen_k=N,
+        q, k, v, table, cu_seqlens, cu_seqlens.clone(), causal, dropout_p, **options
     )
     o.sum().backward()
 
@@ -83,52 +68,36 @@ def cross_entropy_case(V: int, dtype: torch.dtype = BF16) -> None:
     cross_entropy_triton(leaf(64, V, dtype=dtype), labels, torch.ones(64)).backward()
 
 
-def linear_cross_entropy_case() -> None:
-    labels = torch.zeros(64, dtype=torch.int64)
-    weight = leaf(32128, 16)
-    linear_cross_entropy_triton(leaf(64, 16), weight, labels, torch.ones(64)).backward()
-
-
-def rms_norm_case(C: int) -> None:
+def norm_case(C: int, dropout_p: float = 0.1) -> None:
     """As under autocast: a bf16 branch beside an fp32 residual stream."""
-    weight = leaf(C, dtype=FP32)
     residual = leaf(64, C, dtype=FP32)
-    s, y = rms_norm_triton(leaf(64, C), weight, 1e-6, residual, 0.1)
+    s, y = rms_norm_triton(leaf(64, C), leaf(C, dtype=FP32), 1e-6, residual, dropout_p)
     (s + y).sum().backward()
 
 
-def first_norm_case() -> None:
-    rms_norm_triton(leaf(64, 768), leaf(768, dtype=FP32)).sum().backward()
-
-
-def geglu_case() -> None:
-    geglu_triton(leaf(64, 2048), leaf(64, 2048), 0.1).sum().backward()
+def geglu_case(dropout_p: float = 0.1) -> None:
+    geglu_triton(leaf(64, 2048), leaf(64, 2048), dropout_p).sum().backward()
 
 
 def all_cases() -> dict[str, Callable[[], None]]:
-    uses = {
-        "encoder": {},
-        "decoder": dict(causal=True),
-        "cross": dict(bias=False, lengths=(256, 1024)),
-        "short encoder": dict(lengths=(60, 60)),
-        "short decoder": dict(causal=True, lengths=(36, 36)),
-        "short cross": dict(bias=False, lengths=(36, 60)),
-    }
     cases = {}
     for D in (64, 128, 32):
-        for use, options in uses.items():
-            name = f"attention D={D} {use}"
-            cases[name] = partial(attention_case, D, **options)
-            cases[f"{name}, no dropout"] = partial(attention_case, D, dropout_p=0.0, **options)
-        cases[f"attention D={D} encoder, fp32"] = partial(attention_case, D, dtype=FP32)
-    cases["cross_entropy V=32128"] = partial(cross_entropy_case, 32128)
-    cases["cross_entropy V=32128, fp32"] = partial(cross_entropy_case, 32128, FP32)
-    cases["cross_entropy V=250112"] = partial(cross_entropy_case, 250112)
-    cases["linear_cross_entropy V=32128"] = linear_cross_entropy_case
-    cases["rms_norm C=768"] = first_norm_case
+        for use in ("encoder", "decoder", "cross"):
+            for length in (1024, 60, 24):
+                name = f"attention D={D} {use} N={length}"
+                cases[name] = partial(attention_case, D, use, length)
+                cases[f"{name}, no dropout"] = partial(attention_case, D, use, length, 0.0)
+        cases[f"attention D={D} encoder fp32"] = partial(
+            attention_case, D, "encoder", 1024, dtype=FP32
+        )
+    for V in (32128, 250112):
+        cases[f"cross_entropy V={V}"] = partial(cross_entropy_case, V)
+    cases["cross_entropy V=32128 fp32"] = partial(cross_entropy_case, 32128, FP32)
     for C in (768, 2048, 4096):
-        cases[f"rms_norm + residual + dropout C={C}"] = partial(rms_norm_case, C)
+        cases[f"rms_norm C={C}"] = partial(norm_case, C)
+    cases["rms_norm C=768, no dropout"] = partial(norm_case, 768, 0.0)
     cases["geglu F=2048"] = geglu_case
+    cases["geglu F=2048, no dropout"] = partial(geglu_case, 0.0)
     return cases
 
 
@@ -182,18 +151,12 @@ class Figures:
 
     def line(self) -> str:
         shared = f"{self.shared_bytes / 1024:.1f}"
-        numbers = (
-            self.num_warps,
-            self.num_stages,
-            self.registers,
-            shared,
-            self.blocks,
-            self.spills,
-        )
-        return f"{self.case:<36} {self.kernel:<24}" + "".join(f"{n:>8}" for n in numbers)
+        names = f"{self.case:<36} {self.kernel:<20}"
+        code = f"{self.registers:>10} {shared:>11} {self.blocks:>7} {self.spills:>7}"
+        return f"{names} {self.num_warps:>6} {self.num_stages:>7} {code}"
 
 
-HEADER = f"{'case':<36} {'kernel':<24}   warps  stages    regs  sh.KiB  blocks  spills"
+HEADER = f"{'case':<36} {'kernel':<20}  warps  stages  registers  shared KiB  blocks  spills"
 
 
 def set_target(architecture: str) -> None:

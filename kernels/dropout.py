@@ -47,6 +47,7 @@ def dropout_reference(x: Tensor, p: float, seed: int | Tensor | None = None) -> 
 ROUNDS = tl.constexpr(7)
 
 
+# ruff: disable[ANN001, ANN201]
 @triton.jit
 def dropout_mask(seed, rows, plane, first_column, threshold, COLUMNS: tl.constexpr):
     """(R, COLUMNS) booleans, true where an element is kept.
@@ -77,6 +78,9 @@ def dropout_mask(seed, rows, plane, first_column, threshold, COLUMNS: tl.constex
     bytes = tl.reshape(bytes, (R, GROUPS // 4, 4, PAIRS, 2))
     bytes = tl.permute(bytes, (0, 1, 3, 2, 4))
     return tl.reshape(bytes, (R, COLUMNS)) >= (threshold.to(tl.uint32) << 24)
+
+
+# ruff: enable[ANN001, ANN201]
 
 
 def threshold_of(p: float) -> int:

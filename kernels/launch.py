@@ -68,8 +68,8 @@ def architecture(device: torch.device) -> str | None:
 def stages(device: torch.device) -> int:
     """num_stages for loops that load tiles and multiply them: 2, or 1 where that is not safe.
 
-    On Hopper, Triton before 3.7.1 leaves out the fence between an asynchronous copy to shared memory
-    and the product (wgmma) that reads it, so that a pipelined loop may read a tile too early.
+    On Hopper, Triton before 3.7.1 leaves out the fence between an asynchronous copy to shared
+    memory and the product (wgmma) that reads it, so that a pipelined loop may read too early.
     """
     version = [int(part) for part in re.findall(r"\d+", triton.__version__)[:3]]
     if architecture(device) == "sm_90" and version < [3, 7, 1]:

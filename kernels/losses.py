@@ -112,6 +112,7 @@ def check_linear_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, weigh
 # rounded to the dtype of the logits.
 
 
+# ruff: disable[ANN001, ANN201]
 @triton.jit
 def load_logits(ptr, columns, V):
     return tl.load(ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
@@ -183,6 +184,9 @@ def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + i, mask=i < n).to(tl.float32)
         tl.store(x_ptr + i, (x * factor).to(x_ptr.dtype.element_ty), mask=i < n)
+
+
+# ruff: enable[ANN001, ANN201]
 
 
 def launch_rows(

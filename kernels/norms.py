@@ -75,6 +75,7 @@ def check_arguments(x: Tensor, weight: Tensor, residual: Tensor | None, dropout_
 # ---- Triton -------------------------------------------------------------------------------------
 
 
+# ruff: disable[ANN001, ANN201]
 @triton.jit(do_not_specialize=["T", "threshold"])  # these change often: compile once for all
 def rms_norm_forward_kernel(
     x_ptr,
@@ -165,6 +166,9 @@ def rms_norm_backward_kernel(
             dx = tl.where(keep, dx * (256.0 / (256 - threshold)), 0.0)
         tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     tl.store(partial_ptr + tl.program_id(0) * C + columns, d_weight, mask=columns < C)
+
+
+# ruff: enable[ANN001, ANN201]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def test_help_names_every_flag_with_its_default(capsys):
 
 
 def test_the_learning_rate_left_out_depends_on_the_start():
-    assert parse_args([]).learning_rate == 1e-3
+    assert parse_args([]).learning_rate == 0.02
     assert parse_args(["--weights", "x"]).learning_rate == 5e-5
     assert parse_args(["--weights", "x", "--lr", "1e-4"]).learning_rate == 1e-4
 

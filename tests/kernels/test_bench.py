@@ -60,8 +60,8 @@ def plain(monkeypatch):
     [
         (bench.Attention("encoder", [5, 40], [5, 40]).case("small"), {"flex", "eager"}),
         (bench.Attention("decoder", [5, 40], [5, 40]).case("small"), {"eager"}),
-        (bench.loss_case("small", 16, 70, linear=True), {"torch", "eager"}),
-        (bench.loss_case("small", 16, 70, linear=False), {"eager"}),
+        (bench.loss_case("small", 16, linear=True, V=70), {"torch", "eager"}),
+        (bench.loss_case("small", 16, linear=False, V=70), {"eager"}),
         (bench.norm_case("small", 16), {"eager"}),
         (bench.geglu_case("small", 16), {"eager"}),
     ],

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 
 from kernels.compile import all_cases
 
-ONE_EACH = ["D=32 short encoder, no dropout", "linear_cross", "dropout C=768", "geglu"]
+ONE_EACH = ["D=32 encoder N=60, no dropout", "V=32128 fp32", "C=768, no", "geglu F=2048, no"]
 KERNELS = {
     "attention_forward",
     "attention_dq",
