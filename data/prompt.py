@@ -186,31 +186,32 @@ def load_prompt(path: str) -> Prompt:
             raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
         if isinstance(values.get("answer_marker"), str):
             values["answer_marker"] = [values["answer_marker"]]
-        fields = {field.name: field for field in dataclasses.fields(Prompt)}
-        del fields["sha256"]
-        for name in sorted(values.keys() - fields.keys()):
-            known = ", ".join(sorted(fields))
-            raise ValueError(f'unknown key "{name}"; a prompt file has {known}')
-        for name, field in fields.items():
-            if name not in values and field.default is dataclasses.MISSING:
-                raise ValueError(f'"{name}" is missing')
-            if name in values:
-                check_type(name, values[name], field.type)
+        check_values(values)
         prompt = Prompt(**values, sha256=hashlib.sha256(content).hexdigest())
-        check_prompt(prompt)
+        check_templates(prompt)
+        for number, exemplar in enumerate(prompt.exemplars, 1):
+            problem = problem_of(prompt, exemplar)
+            if problem:
+                raise ValueError(f"exemplar {number}: {problem}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return prompt
 
 
-def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError unless the value of a key has its type."""
-    if kind is str and not isinstance(value, str):
-        raise ValueError(f'"{name}" must be a text, got {value!r}')
-    if kind == list[str] and not are_texts(value):
-        raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
-    if kind is list and not isinstance(value, list):
-        raise ValueError(f'"{name}" must be a list, got {value!r}')
+def check_values(values: dict[str, Any]) -> None:
+    """Raise ValueError unless the keys are those of a prompt file and each value has its type."""
+    fields = {field.name: field for field in dataclasses.fields(Prompt)}
+    del fields["sha256"]
+    for name in sorted(values.keys() - fields.keys()):
+        raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(fields))}')
+    for name, field in fields.items():
+        value = values.get(name, field.default)
+        if value is dataclasses.MISSING:
+            raise ValueError(f'"{name}" is missing')
+        if name in values and field.type == list[str] and not are_texts(value):
+            raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
+        if field.type in (str, list) and not isinstance(value, field.type):
+            raise ValueError(f'"{name}" must be a {field.type.__name__}, got {value!r}')
 
 
 def are_texts(values: Any) -> bool:
@@ -219,10 +220,9 @@ def are_texts(values: Any) -> bool:
     return all(isinstance(text, str) and text.strip() for text in values)
 
 
-def check_prompt(prompt: Prompt) -> None:
-    """Raise ValueError unless templates have their places and every exemplar reads back as itself.
-
-    So a marker that does not fit is found before anything is paid for.
+def check_templates(prompt: Prompt) -> None:
+    """Raise ValueError unless the keys fit together and each template has its places and no
+    others.
     """
     if prompt.label_type not in LABEL_TYPES:
         known = ", ".join(LABEL_TYPES)
@@ -234,32 +234,32 @@ def check_prompt(prompt: Prompt) -> None:
     if len(prompt.stop) > 4:
         raise ValueError(f'"stop" may have 4 texts, as servers allow; it has {len(prompt.stop)}')
     parts = set(prompt.input_parts) or {"input"}
-    check_places("question", prompt.question, parts, {"input", "hint"})
-    check_places("answer", prompt.answer, {"rationale", "label"}, set())
-    check_places("hint", prompt.hint, set(), {"label"})
-    for number, exemplar in enumerate(prompt.exemplars, 1):
-        try:
-            check_exemplar(prompt, exemplar)
-        except ValueError as error:
-            raise ValueError(f"exemplar {number}: {error}") from None
+    for name, needed, allowed in (
+        ("question", parts, {"input", "hint"}),
+        ("answer", {"rationale", "label"}, set()),
+        ("hint", set(), {"label"}),
+    ):
+        found = set(PLACE.findall(getattr(prompt, name)))
+        for place in sorted(found - needed - allowed):
+            raise ValueError(f'{{{place}}} means nothing in "{name}"')
+        for place in sorted(needed - found):
+            raise ValueError(f'{{{place}}} is missing from "{name}"')
 
 
-def check_places(name: str, template: str, needed: set[str], allowed: set[str]) -> None:
-    found = set(PLACE.findall(template))
-    for place in sorted(found - needed - allowed):
-        raise ValueError(f'{{{place}}} means nothing in "{name}"')
-    for place in sorted(needed - found):
-        raise ValueError(f'{{{place}}} is missing from "{name}"')
-
-
-def check_exemplar(prompt: Prompt, exemplar: Any) -> None:
-    wanted = {"input", "rationale", "label"}
-    if not isinstance(exemplar, dict) or exemplar.keys() != wanted:
-        raise ValueError("it must have input, rationale and label")
+def problem_of(prompt: Prompt, exemplar: Any) -> str:
+    """Why an exemplar is refused, or "". It must read back as itself: so a marker that does not
+    fit is found.
+    """
+    if not isinstance(exemplar, dict) or exemplar.keys() != {"input", "rationale", "label"}:
+        return "it must have input, rationale and label"
     if not are_texts(list(exemplar.values())):
-        raise ValueError("input, rationale and label must be texts that are not blank")
-    prompt.ask(exemplar["input"])
+        return "input, rationale and label must be texts that are not blank"
+    try:
+        prompt.ask(exemplar["input"])
+    except ValueError as error:
+        return str(error)
     read = prompt.parse(prompt.reply(exemplar), exemplar["input"])
-    if (read.rationale, read.label) != (exemplar["rationale"], exemplar["label"]):
-        seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"
-        raise ValueError(f"its answer does not read back as itself ({seen})")
+    if (read.rationale, read.label) == (exemplar["rationale"], exemplar["label"]):
+        return ""
+    seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"
+    return f"its answer does not read back as itself ({seen})"
