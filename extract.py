@@ -76,6 +76,7 @@ class ExtractConfig:
     patience: float = 600.0  # seconds to wait for a teacher that answers nobody
     price_in: float = 0.0  # $ per million prompt tokens
     price_out: float = 0.0  # $ per million tokens written
+    max_cost: float = 0.0  # end when this start has cost so many $; needs both prices; 0: no limit
     # batch files
     batch_requests: str = ""  # send nothing; write the requests to this file (OpenAI's batch API)
     batch_replies: tuple[str, ...] = ()  # send nothing; read the answers from these files
@@ -86,8 +87,10 @@ class ExtractConfig:
             require(getattr(self, name), name, "given", self)
         for name in ("max_tokens", "concurrency"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("limit", "max_retries", "patience", "price_in", "price_out"):
+        for name in ("limit", "max_retries", "patience", "price_in", "price_out", "max_cost"):
             require(getattr(self, name) >= 0, name, "0 or more", self)
+        priced = (self.price_in > 0 and self.price_out > 0) or not self.max_cost
+        require(priced, "max_cost", "given with --price-in and --price-out", self)
         require(self.timeout > 0, "timeout", "more than 0", self)
         for name, other in (("retry_failed", "overwrite"), ("batch_replies", "batch_requests")):
             both = getattr(self, name) and getattr(self, other)
@@ -120,7 +123,7 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
         settings = {name: getattr(config, name) for name in SETTINGS}
         requests = Requests(prompt, settings, params | config.parse_extra())
         rows = read_rows(config, prompt)
-        tally = Tally(config.price_in, config.price_out)
+        tally = Tally(config.price_in, config.price_out, config.max_cost)
         if config.dry_run:
             tally.print_estimate(requests, rows.values())
             return 0
@@ -186,7 +189,7 @@ def extract(
         return write_batch(config, requests, todo)
     examples = [*requests.prompt.exemplars, *map(vars, rows.values())]
     probe = requests.body(examples[0]["input"], examples[0]["label"])
-    asker = Asker(teacher, probe, config.max_retries, config.patience, tally.warn, scale)
+    asker = Asker(teacher, probe, config.max_retries, config.patience, tally.warn, tally.pay, scale)
     replies = read_batch(config, requests, rows) if config.batch_replies else None
     with Stop() as stop, tally.progress_bar(len(rows), len(todo)):
         if replies:
@@ -296,6 +299,7 @@ def answer_from_batch(
         reply = replies.ask(custom_id(record.id, requests.sha256(record)), body, asker.teacher)
         if reply is None:
             return None
+        asker.pay(reply.usage)
         answer = requests.read(record, body, asker.warn, reply)
         asked = Asked(answer, reply.text, reply.model, usage=Counter(reply.usage))
     except RequestError as error:
@@ -374,6 +378,8 @@ def finish(
         again = "; --retry-failed asks again" if failed else ""
         print_line(f"{config.errors}: {listed(kinds)}{again}")
     goes_on = "what was finished is kept, the same command goes on"
+    if failed:
+        goes_on += "; with --retry-failed it asks the failed rows, too"
     if asker.problem:
         return cli.fail("extract.py", 3, f"aborted: {one_line(asker.problem)} ({goes_on})")
     if asker.stopped.is_set():

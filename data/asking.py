@@ -45,9 +45,11 @@ class Asker:
         max_retries: int,
         patience: float,
         warn: Callable[[str, str], None],
+        pay: Callable[[dict[str, int]], str],
         scale: float = 1.0,
     ) -> None:
-        """probe: a request that the teacher can answer. warn(kind, message) prints. scale: of all
+        """probe: a request that the teacher can answer. warn(kind, message) prints.
+        pay(tokens) counts them, and gives the reason if no more may be spent. scale: of all
         pauses.
         """
         self.teacher = teacher
@@ -55,6 +57,7 @@ class Asker:
         self.max_retries = max_retries
         self.patience = patience
         self.warn = warn
+        self.pay = pay
         self.scale = scale
         self.stopped = threading.Event()
         self.problem = ""  # why the run ends
@@ -75,7 +78,7 @@ class Asker:
             self.wait()
             sent = time.monotonic()
             try:
-                reply = self.teacher.ask(body)
+                reply = self.send(body)
                 usage.update(reply.usage)
                 answer = read(reply)
             except RequestError as error:
@@ -89,7 +92,7 @@ class Asker:
                     waits += 1
                 if error.wait:
                     self.opens = max(self.opens, time.monotonic() + error.wait * self.scale)
-                pause = min(LONGEST_PAUSE, 0.25 * 2 ** (attempts + waits))
+                pause = min(LONGEST_PAUSE, 0.25 * 2 ** min(attempts + waits, 7))
                 self.sleep(pause * random.uniform(0.75, 1))
             else:
                 self.hear()
@@ -98,9 +101,11 @@ class Asker:
                 return Asked(answer, raw, reply.model, attempts + 1, seconds, usage)
 
     def judge(self, error: RequestError, sent: float, attempts: int) -> str:
-        """What an error means for the row: it "fails", or it is asked again and the attempt "counts" or not.
+        """What an error means for the row: it "fails", or is asked again; the attempt "counts" or
+        not.
 
-        sent: when the request went out. attempts: with this one. Raises the error if the run ends by it.
+        sent: when the request went out. attempts: with this one. Raises the error if it ends the
+        run.
         """
         if error.then == "run":
             raise error
@@ -110,15 +115,17 @@ class Asker:
         if error.wait and error.wait > self.patience:
             raise ends(error, f"it asks for a pause of {error.wait:.0f} s (--patience)")
         silent = time.monotonic() - self.heard > self.patience * self.scale
+        again = "counts" if error.then == "moment" else "is no attempt"
         last = error.then == "moment" and attempts >= self.max_retries
         if error.then != "unclear" and not last and not silent:
-            return "counts" if error.then == "moment" else "is no attempt"
+            return again
         if last and not self.answered and error.kind in ("disconnect", "bad_reply", "empty"):
             raise error  # the wrong place, most likely
         others = self.others_are_answered(sent)
+        if others and (error.then == "unclear" or (last and attempts > self.max_retries)):
+            return "fails"
         if others:
-            over = error.then == "unclear" or attempts > self.max_retries
-            return "fails" if over and error.then != "pace" else "counts"
+            return again
         if error.then == "unclear" and others is False:
             raise error
         if silent:
@@ -133,13 +140,20 @@ class Asker:
             if self.heard > since:
                 return True
             try:
-                self.teacher.ask(self.probe)
+                self.send(self.probe)
             except RequestError as error:
                 if error.then in ("moment", "pace"):
                     return None
                 return error.then == "row"
             self.hear()
             return True
+
+    def send(self, body: dict) -> Reply:
+        reply = self.teacher.ask(body)
+        problem = self.pay(reply.usage)
+        if problem:
+            self.end(problem)
+        return reply
 
     def hear(self) -> None:
         self.heard = time.monotonic()

@@ -148,8 +148,10 @@ def teacher_accuracy(records: list[Record]) -> Iterator[str]:
             judged[label] += 1
         if record.teacher_label is not None:
             right[label] += same_label(record.teacher_label, record.label, kind, record.input)
-    if not judged:
-        yield "  no row has a gold label and a teacher's answer"
+    if not any(record.teacher_label for record in records):
+        yield "  no row has a teacher label"
+    elif not judged:
+        yield "  no row with a teacher label has a gold label"
     else:
         share = right.total() / judged.total()
         counts = f"{right.total():,} of {judged.total():,} rows with gold, {share:.1%}"

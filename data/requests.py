@@ -21,9 +21,14 @@ class Requests:
         """
         if settings["rationalize"] and "{hint}" not in prompt.question:
             raise ValueError('--rationalize needs {hint} in the prompt file\'s "question"')
+        if prompt.schema and settings["endpoint"] != "chat":
+            raise ValueError('a prompt file with "schema" needs --endpoint chat')
         self.prompt = prompt
         self.settings = settings
-        params = {"stop": list(prompt.stop) or None, "stream": False} | params
+        defaults = {"stop": list(prompt.stop) or None, "stream": False}
+        if prompt.schema:
+            defaults["response_format"] = prompt.response_format()
+        params = defaults | params
         self.params = {name: value for name, value in params.items() if value is not None}
 
     def body(self, input: str, label: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -21,16 +22,18 @@ def print_line(line: str) -> None:
 class Tally:
     """Counts what came of this start."""
 
-    def __init__(self, price_in: float, price_out: float) -> None:
-        """price_in, price_out: $ per million tokens."""
+    def __init__(self, price_in: float, price_out: float, max_cost: float) -> None:
+        """price_in, price_out: $ per million tokens. max_cost: $, 0 for no limit."""
         self.price_in = price_in
         self.price_out = price_out
+        self.max_cost = max_cost
         self.start = time.monotonic()
         self.kinds: Counter = Counter()  # of errors; None: answered
         self.spent: Counter = Counter()  # tokens
         self.retries = 0
         self.rationales: Counter = Counter()  # their hashes
         self.warned: set[str] = set()
+        self.lock = threading.Lock()
 
     def progress_bar(self, total: int, to_ask: int) -> tqdm:
         self.bar = tqdm(
@@ -51,7 +54,6 @@ class Tally:
     def add(self, row: Record, kind: str | None) -> None:
         if row.teacher:  # else it is kept as it came
             self.kinds[kind] += 1
-            self.spent.update(row.teacher["usage"])
             self.retries += row.teacher["attempts"] - 1
             if kind is None:
                 self.rationales[hash(row.rationale)] += 1
@@ -60,10 +62,22 @@ class Tally:
         self.bar.set_postfix_str(counts + self.dollars(self.spent), refresh=False)
         self.bar.update(1)
 
+    def pay(self, tokens: dict[str, int]) -> str:
+        """Count the tokens of a reply. Returns why no request may follow, or ""."""
+        with self.lock:
+            self.spent.update(tokens)
+            if 0 < self.max_cost <= self.cost(self.spent):
+                return f"the known cost{self.dollars(self.spent)} has reached --max-cost"
+        return ""
+
+    def cost(self, tokens: dict[str, int]) -> float:
+        """In $."""
+        cost = tokens["prompt"] * self.price_in + tokens["completion"] * self.price_out
+        return cost / 1e6
+
     def dollars(self, tokens: dict[str, int]) -> str:
         """`; $1.23`, or nothing where no prices are given."""
-        cost = tokens["prompt"] * self.price_in + tokens["completion"] * self.price_out
-        return f"; ${cost / 1e6:,.2f}" if self.price_in or self.price_out else ""
+        return f"; ${self.cost(tokens):,.2f}" if self.price_in or self.price_out else ""
 
     def print_summary(self, state: dict[str, Done]) -> None:
         asked = self.kinds.total()

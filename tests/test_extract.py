@@ -328,6 +328,34 @@ def test_no_teacher_at_all(files, capsys):
     assert "is the teacher running there?" in capsys.readouterr().err
 
 
+def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys, refused):
+    make_files(tmp_path, 50)
+    line = "--price-in 1000 --price-out 5000 --concurrency 4"  # $0.30 a request
+    with Stub(latency=0.02) as stub:
+        assert run(tmp_path, stub.url, f"{line} --max-cost 3") == 3
+        assert 10 <= len(stub.requests) == len(rows(tmp_path)) <= 13 and not errors(tmp_path)
+        assert "has reached --max-cost" in capsys.readouterr().err
+        assert run(tmp_path, stub.url, line) == 0 and len(stub.requests) == 50
+    again = arguments(tmp_path, NOWHERE, "--price-in 1 --max-cost 3")
+    assert "--max-cost must be given with --price-in and --price-out" in refused(
+        extract.main, *again
+    )
+
+
+def test_answers_under_a_schema_are_asked_for_and_read(files, capsys, refused):
+    task = {key: PROMPT[key] for key in ("exemplars", "question", "label_type")}
+    (files / "p.json").write_text(json.dumps(task | {"schema": True, "question": "Q: {input}\nA:"}))
+    reply = completed('{"rationale": "So.", "label": "(4 + 2)"}')
+    stub = ask(files, always(reply))
+    assert all(b["response_format"]["type"] == "json_schema" for _, b, _, _ in stub.requests)
+    assert {(r["rationale"], r["teacher_label"]) for r in rows(files)} == {("So.", "(4 + 2)")}
+    refusing = (400, error("'response_format' is not supported"), {})
+    ask(files, always(refusing), "--overwrite", 3)
+    assert "the server refuses response_format" in capsys.readouterr().err
+    again = arguments(files, NOWHERE, "--endpoint completions")
+    assert "needs --endpoint chat" in refused(extract.main, *again)
+
+
 # Continuing.
 
 

@@ -243,7 +243,10 @@ def test_the_smallest_file(tmp_path):
         ("{", "not JSON"),
         ("[]", "one JSON object, this is list"),
         ({"sha256": ""}, 'unknown key "sha256"'),
-        ({"answer_marker": []}, '"answer_marker" must be a list of texts that are not blank'),
+        ({"answer_marker": []}, '"answer_marker" is missing'),
+        ({"answer_marker": [" "]}, '"answer_marker" must be a list of texts that are not blank'),
+        ({"answer": "It is {label}. {rationale}"}, '"rationale_first": false'),
+        ({"answer": '{"why": "{rationale}", "It is": "{label}"}'}, '"schema": true'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),
         ({"stop": ["a", "b", "c", "d", "e"]}, "4 texts"),
@@ -276,3 +279,64 @@ def test_a_missing_key_is_named(tmp_path):
     for name in FINE:
         with pytest.raises(ValueError, match=f'"{name}" is missing'):
             load_prompt(write(tmp_path, {key: value for key, value in FINE.items() if key != name}))
+
+
+LABEL_FIRST = FINE | {
+    "answer": " It is {label}. {rationale}",
+    "rationale_first": False,
+    "label_type": "class",
+    "labels": ["late", "very_late"],
+    "exemplars": [{"input": "1 and 1?", "rationale": "One more. It waits.", "label": "very_late"}],
+}
+
+
+@pytest.mark.parametrize(
+    "text, rationale, label, problem",
+    [
+        ("It is late. It came after two.", "It came after two.", "late", None),
+        ("So: it is **Very Late**.\nIt waits. Long.", "It waits. Long.", "very_late", None),
+        ("It is late.", None, "late", "unparsed"),
+        ("It is odd. It waits.", "It waits.", None, "label_invalid"),
+    ],
+)
+def test_a_label_may_come_first(tmp_path, text, rationale, label, problem):
+    read = load_prompt(write(tmp_path, LABEL_FIRST)).parse(text, "")
+    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
+
+
+SCHEMA = {
+    key: LABEL_FIRST[key] for key in LABEL_FIRST if not key.startswith(("answer", "rationale"))
+}
+SCHEMA["schema"] = True
+
+
+def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json(tmp_path):
+    p = load_prompt(write(tmp_path, SCHEMA))
+    schema = p.response_format()["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == ["rationale", "label"]
+    assert schema["properties"]["label"]["enum"] == ["late", "very_late"]
+    reply = p.chat("2?")[1]["content"]
+    assert reply == '{"rationale": "One more. It waits.", "label": "very_late"}'
+    turned = load_prompt(write(tmp_path, LABEL_FIRST | {"schema": True}))
+    assert turned.response_format()["json_schema"]["schema"]["required"] == ["label", "rationale"]
+
+
+@pytest.mark.parametrize(
+    "text, short, problem",
+    [
+        ('{"rationale": "So.", "label": "Very-late"}', False, None),
+        ('```json\n{"label": "very_late", "rationale": " So."}\n```', False, None),
+        ('{"rationale": "So.", "label": "very_late"}', True, None),
+        ('{"rationale": "So.", "label": "ve', True, "truncated"),
+        ('{"rationale": "So."}', False, "unparsed"),
+        ("So. It is very_late.", False, "unparsed"),
+        ('{"rationale": "", "label": "late"}', False, "unparsed"),
+        ('{"rationale": "So.", "label": "odd"}', False, "label_invalid"),
+        ('{"rationale": "So.", "label": 1}', False, "label_invalid"),
+        ('{"rationale": "So.", "label": null}', False, "unparsed"),
+    ],
+)
+def test_an_answer_under_a_schema_is_read_or_its_problem_named(tmp_path, text, short, problem):
+    read = load_prompt(write(tmp_path, SCHEMA)).parse(text, "", short)
+    assert read.error == problem
+    assert problem or (read.rationale, read.label) == ("So.", "very_late")
