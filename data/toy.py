@@ -66,7 +66,7 @@ NAMES = [
     "Finn",
 ]
 VERBS = ["packed", "drew", "bought", "sold", "found", "moved"]
-SIZES = {"train": 1000, "validation": 200, "test": 1000}
+SIZES = {"train": 450, "validation": 200, "test": 1000}
 
 
 def make_rows(seed: int = 0) -> tuple[list[Record], list[Record], list[Record]]:

@@ -1,1 +1,1 @@
-"""Distilling Step-by-Step: the student model, the dual-task batch and loss, decoding, metrics and checkpoints."""
+"""Distilling Step-by-Step: the method, its student, and the programs that train and use it."""

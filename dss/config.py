@@ -1,20 +1,21 @@
-"""The two configurations: `T5Config`, the shape of a model, and `TrainConfig`, a whole run and its command line."""
+"""The two configurations: `T5Config`, the shape of a model, and `TrainConfig`, a whole run and its
+command line."""
 
 import math
 import os
 from dataclasses import dataclass
 from typing import Literal
 
-from data import cli
-from data.cli import require
+from data.cli import parse, require
 
 
 @dataclass(frozen=True)
 class T5Config:
     """The shape of a T5, under the names of transformers' config.json.
 
-    T5 1.0 has relu and one matrix for embedding and output, whose logits it scales by d_model**-0.5; T5 1.1, its
-    LM-adapted and Flan descendants and mT5 have a gated GELU and a separate output matrix, not scaled.
+    T5 1.0 has relu and one matrix for embedding and output, whose logits it scales by
+    d_model**-0.5; T5 1.1, its LM-adapted and Flan descendants and mT5 have a gated GELU and a
+    separate output matrix, not scaled.
     """
 
     vocab_size: int = 32128  # V
@@ -37,36 +38,34 @@ class T5Config:
     decoder_start_token_id: int = 0  # T5 has no start token: pad begins every target
     model_type: str = "t5"  # or "mt5"
 
-    def check(self, path: object) -> None:
-        """Raise ValueError, naming `path` and key, for a value that no T5 has: a config.json may come from anywhere."""
-        for key, value in vars(self).items():
-            kind = type(getattr(T5Config, key))
-            if type(value) is not kind and not (key == "dropout_rate" and type(value) is int):  # as in transformers
-                raise ValueError(f"{path}: {key} is {value!r}, not {kind.__name__}")
-        size, layers, token, share = (1, 2**20), (1, 100), (0, self.vocab_size - 1), (0, 0.99)
-        ranges = dict(vocab_size=size, d_model=size, d_kv=size, d_ff=size, num_heads=size)
-        ranges |= dict(num_layers=layers, num_decoder_layers=layers, relative_attention_num_buckets=(4, 1024))
-        ranges |= dict(relative_attention_max_distance=(self.relative_attention_num_buckets // 2 + 1, 2**20))
-        ranges |= dict(dropout_rate=share, layer_norm_epsilon=share, initializer_factor=(0, 1000))
-        ranges |= dict(pad_token_id=token, eos_token_id=token, decoder_start_token_id=token)
-        for key, (least, most) in ranges.items():
-            if not least <= getattr(self, key) <= most:  # not a number is in no range
-                raise ValueError(f"{path}: {key} is {getattr(self, key)!r}, not from {least} to {most}")
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"{path}: feed_forward_proj is {self.feed_forward_proj!r}; known: 'relu', 'gated-gelu'")
 
-
-def t5(d_model: int, d_ff: int, layers: int, heads: int, d_kv: int = 64, **other) -> T5Config:
+def t5(
+    d_model: int, d_ff: int, layers: int, heads: int, d_kv: int = 64, **other: object
+) -> T5Config:
     return T5Config(
-        d_model=d_model, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers, num_heads=heads, d_kv=d_kv, **other
+        d_model=d_model,
+        d_ff=d_ff,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=heads,
+        d_kv=d_kv,
+        **other,
     )
 
 
 V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
 MT5 = dict(V1_1, vocab_size=250112, model_type="mt5")
 
-SIZES = {  # the public family; Flan-T5 and the LM-adapted checkpoints have the shapes of t5-v1_1
-    "tiny": t5(64, 128, 2, 2, d_kv=32, vocab_size=0),  # for random weights on a CPU; V is the tokenizer's
+SHAPES = {  # of T5 1.1 and mT5; Flan-T5 and the LM-adapted T5 have those of T5 1.1
+    "small": (512, 1024, 8, 6),
+    "base": (768, 2048, 12, 12),
+    "large": (1024, 2816, 24, 16),
+    "xl": (2048, 5120, 24, 32),
+    "xxl": (4096, 10240, 24, 64),
+}
+SIZES = {
+    # For random weights on a CPU; vocab_size is the tokenizer's.
+    "tiny": t5(64, 128, 2, 2, d_kv=32, vocab_size=0),
     "mini": t5(128, 256, 3, 4, d_kv=32, vocab_size=0),
     "t5-small": t5(512, 2048, 6, 8),
     "t5-base": t5(768, 3072, 12, 12),
@@ -74,28 +73,20 @@ SIZES = {  # the public family; Flan-T5 and the LM-adapted checkpoints have the 
     "t5-3b": t5(1024, 16384, 24, 32, d_kv=128),
     "t5-11b": t5(1024, 65536, 24, 128, d_kv=128),
 }
-SHAPES = {"small": (512, 1024, 8, 6), "base": (768, 2048, 12, 12), "large": (1024, 2816, 24, 16)}
-SHAPES |= {"xl": (2048, 5120, 24, 32), "xxl": (4096, 10240, 24, 64)}  # of T5 1.1 and mT5 alike
-SIZES |= {f"t5-v1_1-{name}": t5(*shape, **V1_1) for name, shape in SHAPES.items()}
-SIZES |= {f"mt5-{name}": t5(*shape, **MT5) for name, shape in SHAPES.items()}
+for name, shape in SHAPES.items():
+    SIZES[f"t5-v1_1-{name}"] = t5(*shape, **V1_1)
+    SIZES[f"mt5-{name}"] = t5(*shape, **MT5)
 
 
-METHODS = (  # what a student trains on: dss/batch.py
-    "standard",  # the label
-    "dss",  # step-by-step: the label and, as a second task, the rationale
-    "label_first",  # label, then rationale, in one target; an answer ends after the label
-    "single_task",  # rationale, then label, in one target
-    "dss-shuffled",  # control: dss with each rationale from another row
-    "dss-scrambled",  # control: dss with the words of each rationale in random order
-    "standard-matched",  # control: standard, for as many tokens as dss trains on
-)
+LARGEST = 2**20  # of a length or a batch size
 METRICS = ("text", "choice", "equation")
 LABELS = ("gold", "teacher", "gold-or-teacher")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Distil a teacher's rationales into a small T5. Without arguments: the embedded task, minutes on a CPU."""
+    """Distil a teacher's rationales into a small T5. Without arguments: the embedded task, minutes
+    on a CPU."""
 
     # Each default stands here and nowhere else; each comment is the help text of its flag.
 
@@ -103,79 +94,96 @@ class TrainConfig:
     data: tuple[str, ...] = ()  # training rows, JSONL files; default: the embedded task
     eval_data: str = ""  # validation rows, JSONL; default: cut from the training rows
     test_data: str = ""  # test rows, JSONL, answered once, at the end
-    eval_fraction: float = 0.1  # share of the training rows cut for validation when --eval-data is not given
-    subsample: float = 1.0  # share of all labelled rows used, validation cut included; a larger share adds to it
-    labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where gold is missing or not in --subsample
+    eval_fraction: float = 0.1  # share of the training rows cut for validation without --eval-data
+    subsample: float = 1.0  # share of all labelled rows used; a larger share adds rows to a smaller
+    labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where --subsample has no gold
     # method
-    method: tuple[Literal[METHODS], ...] = ("standard", "dss")  # a student for each, in this order: dss/README.md
-    lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale, for the dss methods
+    method: tuple[str, ...] = ("standard", "dss")  # a student for each, in order: dss/methods.py
+    lam: float = 1.0  # lambda in L = L_label + lambda * L_rationale, for methods with two tasks
     # student
-    weights: str = ""  # public T5 weights, a directory or a hub id such as google/t5-v1_1-base; default: random weights
+    weights: str = ""  # public T5 weights, directory or hub id; default: random weights of --size
     size: Literal[tuple(SIZES)] = "tiny"  # shape of a student with random weights
-    spiece: str = ""  # SentencePiece model; default: the one beside --weights, else one trained on the training rows
+    spiece: str = ""  # SentencePiece model; default: that of --weights, else trained on the rows
     vocab_size: int = 4000  # most pieces of a tokenizer trained on the training rows
     dropout: float | None = None  # dropout rate; default: the student's own
     max_input_length: int = 1024  # tokens of an input, prefix included; longer ones are cut
-    max_target_length: int = 256  # tokens of a target in training, and of a written rationale; longer ones are cut
+    max_target_length: int = 256  # tokens of a target or a written rationale; longer ones are cut
     max_new_tokens: int = 64  # tokens of a predicted label
     # optimisation
-    steps: int = 3000  # optimiser steps
+    steps: int = 700  # optimiser steps
     batch_size: int = 32  # rows a step; a row with a rationale is two sequences under dss
-    micro_batch: int = 0  # rows a device computes at a time, to save memory; 0: all; only dropout draws change
-    lr: float | None = None  # peak learning rate; default: 1e-3 from random weights, 5e-5 (the paper's) from --weights
+    micro_batch: int = 0  # rows that a device computes at a time, to save memory; 0: all
+    lr: float | None = None  # peak learning rate; default: 0.02 scaled, with --weights 5e-5 (paper)
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0, or level
     warmup: int = 100  # steps of linear warm-up
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # of torch.optim
+    optimizer: Literal["auto", "adamw", "adamw-scaled"] = "auto"  # auto: adamw with --weights
     beta2: float = 0.98  # AdamW's second decay rate
-    weight_decay: float = 0.01  # decoupled weight decay
+    weight_decay: float = 0.0  # decoupled weight decay
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 0  # random seed of weights, order of rows, dropout and every draw from the data
     # evaluation
-    eval_every: int = 200  # steps between looks at the validation rows; the best weights are kept
-    metric: Literal[("auto", *METRICS)] = "auto"  # how a label counts as right; auto: guessed from the rows
+    eval_every: int = 200  # steps between evaluations on validation rows; the best weights are kept
+    metric: Literal[("auto", *METRICS)] = "auto"  # how a label counts as right; auto: from the rows
     log_every: int = 20  # steps between lines of metrics.jsonl
     # machine and files
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    threads: int = 0  # CPU threads; 0: one for a student under 5 M parameters, which more would slow down, else all
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 (autocast) where the GPU computes it
-    shard: bool = False  # weights, gradients and optimiser in parts on all of torchrun's processes, not whole on each
-    checkpoint_activations: bool = False  # compute each layer again in the backward pass, to save memory
-    save_minutes: float = 10.0  # minutes between saved states, which --resume goes on from; 0: at every evaluation
-    plan: bool = False  # print the memory that the run needs on each device, and end
-    processes: int = 0  # number of torchrun processes (checked), or of devices to --plan for; 0: those that run
-    device_gb: float = 0.0  # memory of a device, in GB; 0: of the one that is here
+    threads: int = 0  # CPU threads; 0: one for a student under 5 M parameters, else all
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where a GPU computes it
+    shard: bool = False  # divide weights, gradients and optimiser state among torchrun's processes
+    checkpoint_activations: bool = False  # save memory: compute layers again in the backward pass
+    save_minutes: float = 10.0  # minutes between saved states for --resume; 0: at every evaluation
     out: str = ""  # output directory; default: runs/NAME_OF_DATA
-    resume: bool = False  # continue what --out holds: finished students are kept, an unfinished one goes on
+    resume: bool = False  # go on with what --out holds: finished students stay, others continue
     overwrite: bool = False  # replace the students that --out holds
 
     @property
     def learning_rate(self) -> float:
-        return self.lr if self.lr is not None else (5e-5 if self.weights else 1e-3)
+        if self.lr is not None:
+            return self.lr
+        if self.scales_rates:
+            return 0.02
+        return 5e-5 if self.weights else 1e-3
+
+    @property
+    def scales_rates(self) -> bool:
+        """Whether a tensor's rate is relative to the deviation of its initialisation."""
+        if self.optimizer == "auto":
+            return not self.weights
+        return self.optimizer == "adamw-scaled"
 
     def check(self) -> None:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
-        least = dict.fromkeys(("steps", "batch_size", "eval_every", "log_every", "max_new_tokens", "vocab_size"), 1)
-        least |= dict.fromkeys(("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed"), 0)
-        least |= dict(save_minutes=0, processes=0, device_gb=0, max_input_length=2, max_target_length=2)
-        for name, bound in least.items():
-            require(getattr(self, name) >= bound, name, f"at least {bound}", self)
+        for name in (
+            "steps",
+            "batch_size",
+            "eval_every",
+            "log_every",
+            "max_new_tokens",
+            "vocab_size",
+        ):
+            require(getattr(self, name) >= 1, name, "at least 1", self)
+        for name in ("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed"):
+            require(getattr(self, name) >= 0, name, "at least 0", self)
+        require(self.save_minutes >= 0, "save_minutes", "at least 0", self)
+        for name in ("max_input_length", "max_target_length"):
+            require(getattr(self, name) >= 2, name, "at least 2", self)
         for name in ("batch_size", "max_input_length", "max_target_length", "max_new_tokens"):
-            require(getattr(self, name) <= 2**20, name, f"at most {2**20:,}", self)
+            require(getattr(self, name) <= LARGEST, name, f"at most {LARGEST:,}", self)
+        for name in ("lr", "lam", "weight_decay", "clip", "save_minutes"):
+            require(math.isfinite(getattr(self, name) or 0), name, "a finite number", self)
         require(0 < self.subsample <= 1, "subsample", "more than 0 and at most 1", self)
         require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)
         require(self.learning_rate > 0, "lr", "more than 0", self)
-        require(self.dropout is None or 0 <= self.dropout < 1, "dropout", "at least 0 and less than 1", self)
-        for name in ("lr", "lam", "weight_decay", "clip", "save_minutes", "device_gb"):
-            require(math.isfinite(getattr(self, name) or 0), name, "a finite number", self)
+        dropout = self.dropout or 0.0
+        require(0 <= dropout < 1, "dropout", "at least 0 and less than 1", self)
         require(self.seed < 2**63, "seed", "below 2**63", self)
-        require(self.threads <= (os.cpu_count() or 1), "threads", f"at most {os.cpu_count()}, the CPUs here", self)
+        cpus = os.cpu_count() or 1
+        require(self.threads <= cpus, "threads", f"at most {cpus}, the CPUs here", self)
         require(not (self.resume and self.overwrite), "resume", "left out beside --overwrite", self)
-        if self.shard and self.optimizer == "adafactor":
-            raise ValueError("--shard goes with --optimizer adamw: torch's Adafactor cannot work on parts")
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """The command line as a TrainConfig. Exits 2 with one line if it is wrong."""
-    return cli.parse(argv, TrainConfig)
+    return parse(argv, TrainConfig)

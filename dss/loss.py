@@ -1,9 +1,11 @@
-"""The loss of Distilling Step-by-Step:  L = L_label + lambda * L_rationale  (Hsieh et al. 2023, equation 2).
+"""The loss of Distilling Step-by-Step:  L = L_label + lambda * L_rationale  (Hsieh et al. 2023,
+equation 2).
 
-Each term is the mean cross-entropy over its own target tokens. The means are taken over the whole optimiser step:
-N_label and N_rationale count the targets of all its micro-batches on all devices. Losses and gradients of these parts
-are then summed, never averaged. Apart from dropout's draws they do not depend on how a step is divided. (The released
-code weighs the terms alpha and 1 - alpha; with alpha = 1 / (1 + lambda) its loss is ours times alpha.)
+Each term is the mean cross-entropy over its own target tokens. The means are taken over the whole
+optimiser step: N_label and N_rationale count the targets of all its micro-batches on all devices.
+Losses and gradients of these parts are then summed, never averaged. Apart from dropout's draws they
+do not depend on how a step is divided. (The released code weighs the terms alpha and 1 - alpha;
+with alpha = 1 / (1 + lambda) its loss is ours times alpha.)
 """
 
 from torch import Tensor
@@ -18,8 +20,8 @@ def distillation_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This batch's share of L. n_label, n_rationale: target tokens of each task in the whole step.
 
-    Returns (L, L_label, L_rationale): scalar fp32 tensors in nats, the last two detached. Without rationales
-    (n_rationale = 0) or with lam = 0, L is the loss of standard finetuning.
+    Returns (L, L_label, L_rationale): scalar fp32 tensors in nats, the last two detached. Without
+    rationales (n_rationale = 0) or with lam = 0, L is the loss of standard finetuning.
     """
     label = (batch.task == LABEL) / max(n_label, 1)  # (T,): 1 / N_label on label tokens, else 0
     rationale = (batch.task == RATIONALE) / max(n_rationale, 1)
@@ -27,6 +29,11 @@ def distillation_loss(
     weights = label + lam * rationale  # L = L_label + lambda * L_rationale, token by token
     hidden = model(batch)  # (T, C)
     L, nll = kernels.linear_cross_entropy(
-        hidden, model.output_matrix, batch.labels, weights, scale=model.output_scale, return_token_losses=True
+        hidden,
+        model.output_matrix,
+        batch.labels,
+        weights,
+        scale=model.output_scale,
+        return_token_losses=True,
     )
     return L, (nll * label).sum(), (nll * rationale).sum()

@@ -1,9 +1,9 @@
-"""A trained student: what it answers, how it explains, and how likely it finds each label of a closed set.
+"""A trained student: what it answers, how it explains, and how likely it finds each of some labels.
 
-train.py evaluates with it while it trains, and `python -m dss.predict` is its command line. README.md has an example.
+train.py evaluates with it while it trains, and `python -m dss.predict` is its command line.
+README.md has an example.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,14 +12,20 @@ import torch
 from data.answers import same_label
 from data.files import read_json, write_json
 from data.jsonl import Record
-from dss.batch import EXPLAIN, PREDICT, SEPARATOR, label_ids, shorten
-from dss.config import METHODS, METRICS, TrainConfig
+from dss.config import METRICS, TrainConfig
 from dss.generate import generate, score
+from dss.methods import EXPLAIN, METHODS, PREDICT, SEPARATOR, Method, label_ids, shorten
 from dss.model import T5
-from dss.weights import load_t5, locate, save_t5
+from dss.weights import load_t5, resolve_checkpoint, save_t5
 from tokenizer import T5Tokenizer
 
 ABOUT = "dss.json"  # beside config.json in a student's directory; transformers does not read it
+
+
+@dataclass(frozen=True)
+class Answer:
+    label: str
+    rationale: str | None = None  # where the student writes one before its label
 
 
 @dataclass
@@ -28,10 +34,12 @@ class Student:
 
     model: T5  # on any device
     tokenizer: T5Tokenizer
-    method: str = "dss"  # one of dss.config.METHODS; it says where in an output the label is
-    prefixes: dict[str, str] = field(default_factory=lambda: {"predict": PREDICT, "explain": EXPLAIN})
+    method: str = "dss"  # a name in dss.methods.METHODS; it says where in an output the label is
+    prefixes: dict[str, str] = field(
+        default_factory=lambda: {"predict": PREDICT, "explain": EXPLAIN}
+    )
     metric: str = "text"  # how a label counts as right: text, choice or equation
-    labels: list[str] = field(default_factory=list)  # the closed set of labels; empty if there is none
+    labels: list[str] = field(default_factory=list)  # the closed set of labels, if there is one
     max_input_length: int = TrainConfig.max_input_length  # tokens, prefix and </s> included
     max_target_length: int = TrainConfig.max_target_length  # tokens of a rationale
     max_new_tokens: int = TrainConfig.max_new_tokens  # tokens of a label
@@ -39,18 +47,25 @@ class Student:
     batch_size: int = 64  # inputs at a time
 
     @classmethod
-    def load(cls, directory: str | Path, device: str | torch.device = "cpu", **settings) -> "Student":
-        """The student in OUT/METHOD/student, or any T5 (a directory or a hub id) trained with these prefixes.
+    def load(
+        cls, directory: str | Path, device: str | torch.device = "cpu", **settings: object
+    ) -> "Student":
+        """The student in OUT/METHOD/student, or any T5 (a directory or a hub id) trained with these
+        prefixes.
 
         settings: fields that override dss.json. Raises OSError or ValueError, naming the file.
         """
         if (Path(directory) / "student").is_dir():
-            raise ValueError(f"{directory}: this is the output of a run; its student is {directory}/student")
-        directory = locate(directory)
-        tokenizer, model = T5Tokenizer(directory), load_t5(directory).to(device)
+            raise ValueError(
+                f"{directory}: this is the output of a run; its student is {directory}/student"
+            )
+        directory = resolve_checkpoint(directory)
+        tokenizer = T5Tokenizer(directory)
+        model = load_t5(directory).to(device)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(f"{directory}: the tokenizer has more ids than the student embeds")
-        return cls(model, tokenizer, **read_about(directory / ABOUT) | settings)
+        about = read_about(directory / ABOUT)
+        return cls(model, tokenizer, **(about | settings))
 
     def save(self, directory: str | Path) -> None:
         """Write weights, configuration and tokenizer in Hugging Face's layout, and dss.json."""
@@ -58,88 +73,146 @@ class Student:
         self.tokenizer.save(directory)
         write_json(Path(directory) / ABOUT, {name: getattr(self, name) for name in KEYS})
 
-    def answer(self, inputs: Sequence[str]) -> list[str]:
+    def answer(self, inputs: list[str]) -> list[str]:
         """The label for each input, decoded greedily."""
-        return [label for label, _ in self.answer_with_rationale(inputs)]
+        return [answer.label for answer in self.answer_with_rationale(inputs)]
 
-    def answer_with_rationale(self, inputs: Sequence[str]) -> list[tuple[str, str | None]]:
-        """(label, rationale) for each input; the rationale is None, except for single_task."""
-        if self.method == "single_task":  # rationale <extra_id_0> label; without a separator there is no label
+    def answer_with_rationale(self, inputs: list[str]) -> list[Answer]:
+        """The Answer to each input, decoded greedily."""
+        if self.of_method.label_position == "last":
             return self.write_both(inputs)
-        stop = self.tokenizer.special.get(SEPARATOR) if self.method == "label_first" else None
-        return [(self.tokenizer.decode(ids), None) for ids in self.write("predict", inputs, self.max_new_tokens, stop)]
+        stop = None
+        if self.of_method.label_position == "first":
+            stop = self.tokenizer.special.get(SEPARATOR)
+        written = self.write("predict", inputs, self.max_new_tokens, stop)
+        return [Answer(self.tokenizer.decode(ids)) for ids in written]
 
-    def explain(self, inputs: Sequence[str]) -> list[str]:
-        """The student's own rationale for each input: its second task, or the part of its output that is one."""
-        if self.method in ("single_task", "label_first"):
-            return [rationale for _, rationale in self.write_both(inputs)]
-        return [self.tokenizer.decode(ids) for ids in self.write("explain", inputs, self.max_target_length)]
+    def explain(self, inputs: list[str]) -> list[str]:
+        """The student's own rationale for each input: its second task, or the part of its output
+        that is one.
 
-    def write_both(self, inputs: Sequence[str]) -> list[tuple[str, str]]:
-        """(label, rationale) for each input, if a student writes both: the first separator is between them."""
-        separator, both = self.tokenizer.special.get(SEPARATOR), []
+        Raises ValueError for a student that was trained without rationales.
+        """
+        if not self.of_method.learns_rationales:
+            raise ValueError(
+                f"a {self.method} student was trained without rationales: it has none to give"
+            )
+        if self.of_method.label_position == "alone":
+            written = self.write("explain", inputs, self.max_target_length)
+            return [self.tokenizer.decode(ids) for ids in written]
+        return [answer.rationale for answer in self.write_both(inputs)]
+
+    def write_both(self, inputs: list[str]) -> list[Answer]:
+        """Label and rationale, if a student writes both in one output: the first separator is
+        between them."""
+        separator = self.tokenizer.special.get(SEPARATOR)
+        answers = []
         for ids in self.write("predict", inputs, self.max_target_length):
-            cut = ids.index(separator) if separator in ids else len(ids)
-            parts = self.tokenizer.decode(ids[:cut]), self.tokenizer.decode(ids[cut + 1 :])
-            both.append(parts[::-1] if self.method == "single_task" else parts)
-        return both
+            end = ids.index(separator) if separator in ids else len(ids)
+            first = self.tokenizer.decode(ids[:end])
+            second = self.tokenizer.decode(ids[end + 1 :])
+            if self.of_method.label_position == "first":
+                answers.append(Answer(label=first, rationale=second))
+            else:
+                answers.append(Answer(label=second, rationale=first))
+        return answers
 
-    def score(self, inputs: Sequence[str], labels: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    def score(self, inputs: list[str], labels: list[list[str]]) -> list[dict[str, float]]:
         """{label: probability} for each input and its set of labels, likeliest first.
 
-        p(label | input) is the product of its tokens' probabilities, the token that ends it included; the products are
-        divided by their sum. Raises ValueError for a single_task student, whose label depends on the rationale before
-        it, and for two labels that are the same tokens.
+        p(label | input) is the product of its tokens' probabilities, the token that ends it
+        included; the products are divided by their sum. Raises ValueError for a student that writes
+        its rationale first, since its label depends on that, and for two labels that are the same
+        tokens.
         """
-        if self.method == "single_task":
-            raise ValueError("a single_task student writes its rationale before its label: it cannot score labels")
-        candidates = [[label_ids(self.tokenizer, label, self.method) for label in row] for row in labels]
-        for row, ids in zip(labels, candidates):
-            if len({tuple(c) for c in ids}) < len(ids):
-                raise ValueError(f"two of these labels are the same tokens to this student: {', '.join(row)}")
+        if self.of_method.label_position == "last":
+            raise ValueError(
+                f"a {self.method} student writes its rationale before its label: "
+                "it cannot score labels"
+            )
+        candidates = []
+        for row in labels:
+            ids = [label_ids(self.tokenizer, label, self.method) for label in row]
+            if len({tuple(candidate) for candidate in ids}) < len(ids):
+                raise ValueError(
+                    f"two of these labels are the same tokens to this student: {', '.join(row)}"
+                )
+            candidates.append(ids)
         self.model.eval()
         with self.autocast():
-            likelihoods = score(self.model, self.encode("predict", inputs), candidates, self.batch_size)
-        ranked = [sorted(zip(row, logs), key=lambda pair: -pair[1]) for row, logs in zip(labels, likelihoods)]
-        shares = [torch.tensor([log for _, log in row], dtype=torch.float64).softmax(0).tolist() for row in ranked]
-        return [dict(zip((label for label, _ in row), some)) for row, some in zip(ranked, shares)]
+            encoded = self.encode("predict", inputs)
+            likelihoods = score(self.model, encoded, candidates, self.batch_size)
+        ranked = []
+        for row, logs in zip(labels, likelihoods):
+            shares = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
+            likeliest_first = sorted(range(len(row)), key=lambda i: -logs[i])
+            ranked.append({row[i]: shares[i] for i in likeliest_first})
+        return ranked
 
-    def evaluate(self, rows: Sequence[Record]) -> tuple[list[bool], list[tuple[str, str | None]]]:
-        """(right or not, (label, rationale)) of the student's answer to each row with a label."""
+    def evaluate(self, rows: list[Record]) -> tuple[list[bool], list[Answer]]:
+        """(right or not, the student's Answer) for each row, which has a label."""
         answers = self.answer_with_rationale([row.input for row in rows])
-        right = [same_label(label, row.label, self.metric, row.input) for (label, _), row in zip(answers, rows)]
+        right = [
+            same_label(answer.label, row.label, self.metric, row.input)
+            for answer, row in zip(answers, rows)
+        ]
         return right, answers
 
-    def write(self, prefix: str, inputs: Sequence[str], longest: int, stop: int | None = None) -> list[list[int]]:
-        """What the model writes after a prefix ("predict" or "explain"): at most `longest` token ids for each input."""
+    def write(
+        self, prefix: str, inputs: list[str], longest: int, stop: int | None = None
+    ) -> list[list[int]]:
+        """What the model writes after a prefix ("predict" or "explain"): at most `longest` token
+        ids for each input, none for a blank one."""
+        encoded = self.encode(prefix, inputs)
+        asked = [ids for ids, text in zip(encoded, inputs) if text.strip()]
         self.model.eval()
         with self.autocast():
-            return generate(self.model, self.encode(prefix, inputs), longest, self.batch_size, stop)
+            written = iter(generate(self.model, asked, longest, self.batch_size, stop))
+        return [next(written) if text.strip() else [] for text in inputs]
 
-    def encode(self, prefix: str, inputs: Sequence[str]) -> list[list[int]]:
-        texts = [self.prefixes[prefix] + text for text in inputs]
-        return [shorten(self.tokenizer.encode(text), self.max_input_length) for text in texts]
+    def encode(self, prefix: str, inputs: list[str]) -> list[list[int]]:
+        """The ids of each input after a prefix. Raises TypeError for a text in place of a list."""
+        if isinstance(inputs, str):
+            raise TypeError("inputs must be a list of texts, not a text")
+        encoded = [self.tokenizer.encode(self.prefixes[prefix] + text) for text in inputs]
+        return [shorten(ids, self.max_input_length) for ids in encoded]
 
     def autocast(self) -> torch.autocast:
         device = self.model.embedding.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
+    @property
+    def of_method(self) -> Method:
+        return METHODS[self.method]
 
-KEYS = ("method", "prefixes", "metric", "labels", "max_input_length", "max_target_length", "max_new_tokens")
+
+LENGTHS = ("max_input_length", "max_target_length", "max_new_tokens")
+KEYS = ("method", "prefixes", "metric", "labels", *LENGTHS)
 
 
 def read_about(path: Path) -> dict:
-    """The fields of a Student that dss.json sets; none where there is no such file. Raises ValueError, naming it."""
+    """The fields of a Student that dss.json sets; none where there is no such file. Raises
+    ValueError, naming it."""
     if not path.exists():
         return {}
     about = read_json(path)
-    good = isinstance(about, dict) and about.keys() == set(KEYS)
-    if good:
-        method, prefixes, metric, labels, *lengths = (about[key] for key in KEYS)
-        good = method in METHODS and metric in METRICS and isinstance(prefixes, dict) and isinstance(labels, list)
-        good = good and prefixes.keys() == {"predict", "explain"}
-        good = good and all(isinstance(text, str) for text in [*prefixes.values(), *labels])
-        good = good and all(type(n) is int and 1 <= n <= 2**20 for n in lengths)
-    if not good:
+    if not is_about(about):
         raise ValueError(f"{path}: not a valid {ABOUT}; delete it to use the defaults")
     return about
+
+
+def is_about(about: object) -> bool:
+    """Whether a value read from JSON has the keys and types of dss.json."""
+    if not isinstance(about, dict) or about.keys() != set(KEYS):
+        return False
+    prefixes = about["prefixes"]
+    labels = about["labels"]
+    if not isinstance(prefixes, dict) or prefixes.keys() != {"predict", "explain"}:
+        return False
+    if not isinstance(labels, list):
+        return False
+    if not all(isinstance(text, str) for text in [*prefixes.values(), *labels]):
+        return False
+    if not all(type(about[name]) is int and 1 <= about[name] <= 2**20 for name in LENGTHS):
+        return False
+    return about["method"] in METHODS and about["metric"] in METRICS

@@ -1,100 +1,126 @@
-"""T5 checkpoints in and out, in Hugging Face layout: a directory with config.json and the weights.
+"""T5 checkpoints in Hugging Face's layout: a directory with config.json and the weights.
 
-Read: model.safetensors, pytorch_model.bin, and both in shards with an index.json. Written: model.safetensors, which
-transformers loads as it is. A safetensors file is eight bytes of header length, a JSON header that gives each tensor's
-dtype, shape and byte range, and the bytes; reading it maps the file, so a tensor costs memory only when it is copied.
+Read: model.safetensors, pytorch_model.bin, and both in shards with an index.json. Written:
+model.safetensors, which transformers loads as it is. A safetensors file is eight bytes of header
+length, a JSON header that gives each tensor's dtype, shape and byte range, and the bytes.
 
-Two settings that other layouts merge are separate here. `tie_word_embeddings`: is the output matrix the
-embedding? `scale_decoder_outputs`: are logits scaled by d_model**-0.5? T5 1.0 does both, T5 1.1 and mT5 neither.
-Checkpoints written by transformers 4 have the first key only and mean both by it; transformers 5 writes "tied" for
-all, keeps an lm_head.weight where it differs, and says in the second key whether logits are scaled.
+Two settings that other layouts merge are separate here. `tie_word_embeddings`: is the output matrix
+the embedding? `scale_decoder_outputs`: are logits scaled by d_model**-0.5? T5 1.0 does both, T5 1.1
+and mT5 neither. Checkpoints written by transformers 4 have the first key only and mean both by it;
+transformers 5 writes "tied" for all, keeps an lm_head.weight where it differs, and says in the
+second key whether logits are scaled.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import mmap
 import os
+import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from data.files import open_regular, parse_json, read_json, reason, replacing, write_json
+from data.files import read_json, replacing, write_json
 from dss.config import T5Config
-from dss.hub import fetch
+from dss.download import WEIGHTS, download, shard_names
 from dss.model import T5
-from tokenizer import T5Tokenizer
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one matrix, three names
+SHARED = "shared.weight"
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # old files repeat it
 HEAD = "lm_head.weight"
-NULLABLE = ("num_decoder_layers", "pad_token_id", "eos_token_id", "decoder_start_token_id")  # null: as if not there
-MOST_HEADER = 100_000_000  # bytes, the format's own limit
-UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # T5 1.0 has it, nothing reads it
+# T5 1.0 has this table, nothing reads it
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
-def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None, mapped: bool = False) -> T5:
-    """The T5 in a directory or on the hub (downloaded once, see dss/hub.py), in fp32 on the CPU and in eval mode.
+def load_t5(path_or_hub_id: str | os.PathLike, dropout_rate: float | None = None) -> T5:
+    """The T5 in a directory or on the hub, in fp32 on the CPU and in eval mode.
 
-    dropout_rate replaces the checkpoint's own. mapped: the weights stay in their files, in the files' dtype, and cost
-    memory only where they are read. Raises OSError if something is missing or cannot be reached, ValueError if it is
-    damaged or not a T5 that this code computes; both name the file. No memory is taken for weights before every shape
-    is known to be the one in the files.
+    dropout_rate replaces the checkpoint's own. Raises OSError if something is missing or cannot be
+    reached, ValueError if it is damaged or not a T5 that this code computes; both name the file.
     """
-    directory = locate(path_or_hub_id)
+    directory = resolve_checkpoint(path_or_hub_id)
     config = read_config(directory / "config.json")
     tensors = read_tensors(directory)
-    shared, *copies = [tensors.pop(name) for name in EMBEDDING if name in tensors] or [None]
-    if shared is None:
-        raise ValueError(f"{directory}: the weights lack shared.weight")
-    if not all(torch.equal(copy, shared) for copy in copies):
-        raise ValueError(f"{directory}: embed_tokens.weight is not shared.weight; one shared embedding is supported")
-    tensors["shared.weight"] = shared
-    tied = torch.equal(tensors.get(HEAD, shared), shared)
-    if tied:
-        tensors.pop(HEAD, None)
-    tensors.pop(UNUSED, None)
-    dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
-    config = dataclasses.replace(config, tie_word_embeddings=tied, dropout_rate=dropout_rate)
-
-    with torch.device("meta"):
+    tied = merge_shared(tensors, directory)
+    config = dataclasses.replace(config, tie_word_embeddings=tied)
+    if dropout_rate is not None:
+        config = dataclasses.replace(config, dropout_rate=dropout_rate)
+    with reading(directory / "config.json"), torch.device("meta"):
         model = T5(config)
-    shapes = {checkpoint_name(name, model): parameter.shape for name, parameter in model.named_parameters()}
-    for key, shape in shapes.items():
-        if key not in tensors:
-            raise ValueError(f"{directory}: the weights lack {key}")
-        if (found := tensors[key].shape) != shape:
-            raise ValueError(f"{directory}: {key} is {list(found)}, but config.json makes it {list(shape)}")
-    if others := sorted(tensors.keys() - shapes):
-        raise ValueError(f"{directory}: {len(others)} tensors have no place in this T5: {', '.join(others[:3])}")
-    if mapped:
-        model.load_state_dict({n: tensors[checkpoint_name(n, model)] for n, _ in model.named_parameters()}, assign=True)
-        return model.eval()
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        shapes[checkpoint_name(name, model)] = parameter.shape
+    check_shapes(tensors, shapes, directory)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(tensors.pop(key := checkpoint_name(name, model)))
-            if not all(map(math.isfinite, parameter.aminmax())):  # takes no memory, as isfinite() of all would
+            key = checkpoint_name(name, model)
+            parameter.copy_(tensors.pop(key))
+            low, high = parameter.aminmax()  # needs no memory, as isfinite() of all would
+            if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError(f"{directory}: {key} holds a number that is not finite")
     return model.eval()
 
 
+def merge_shared(tensors: dict[str, torch.Tensor], directory: Path) -> bool:
+    """Keep one of several names of the embedding. Returns whether it is the output matrix, too."""
+    tensors.pop(UNUSED, None)
+    for name in COPIES:
+        copy = tensors.pop(name, None)
+        if copy is not None and not torch.equal(copy, tensors.setdefault(SHARED, copy)):
+            raise ValueError(f"{directory}: {name} is not {SHARED}; one embedding is supported")
+    if SHARED not in tensors:
+        wrapped = [name.removesuffix(SHARED) for name in tensors if name.endswith("." + SHARED)]
+        hint = f"; its name begins with {wrapped[0]!r}: save the model in it" if wrapped else ""
+        raise ValueError(f"{directory}: the weights lack {SHARED}{hint}")
+    tied = HEAD not in tensors or torch.equal(tensors[HEAD], tensors[SHARED])
+    if tied:
+        tensors.pop(HEAD, None)
+    return tied
+
+
+def check_shapes(
+    tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size], directory: Path
+) -> None:
+    """Raise ValueError unless a checkpoint holds exactly the tensors that config.json calls for."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{directory}: the weights lack {name}")
+        if tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            raise ValueError(
+                f"{directory}: {name} is {found}, but config.json makes it {list(shape)}"
+            )
+    others = sorted(tensors.keys() - shapes.keys())
+    if others:
+        raise ValueError(
+            f"{directory}: {len(others)} tensors have no place in this T5: {', '.join(others[:3])}"
+        )
+
+
 def save_t5(model: T5, directory: str | os.PathLike) -> None:
-    """Write config.json and model.safetensors (fp32) to `directory`, each complete or not at all."""
+    """Write config.json and model.safetensors (fp32), each complete or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {checkpoint_name(name, model): parameter for name, parameter in model.named_parameters()}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[checkpoint_name(name, model)] = parameter
     config = dataclasses.asdict(model.config)
     if config["tie_word_embeddings"] and not config["scale_decoder_outputs"]:
-        # transformers 4 cannot say "tied but not scaled"; with the output matrix written out, 4 and 5 compute the same
-        tensors[HEAD] = tensors["shared.weight"]
+        # transformers 4 cannot say "tied but not scaled"; with the output matrix written out,
+        # versions 4 and 5 compute the same
+        tensors[HEAD] = tensors[SHARED]
         config["tie_word_embeddings"] = False
-    architecture = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}[config["model_type"]]
-    config.update(architectures=[architecture], is_encoder_decoder=True, torch_dtype="float32")
+    config["architectures"] = [f"{config['model_type'].upper()}ForConditionalGeneration"]
+    config["is_encoder_decoder"] = True
+    config["torch_dtype"] = "float32"
     write_safetensors(directory / "model.safetensors", tensors)
     write_json(directory / "config.json", dict(sorted(config.items())))
 
@@ -102,64 +128,56 @@ def save_t5(model: T5, directory: str | os.PathLike) -> None:
 def checkpoint_name(name: str, model: T5) -> str:
     """The name of one of our parameters in a Hugging Face checkpoint."""
     if name == "embedding.weight":
-        return "shared.weight"
-    name = name.replace(".bias_table", ".block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-    name = name.replace(".final_norm.", ".final_layer_norm.").replace(".layers.", ".block.")
-    last = "layer.1" if name.startswith("encoder.") else "layer.2"
-    parts = [("self_attention", "layer.0", "SelfAttention"), ("cross_attention", "layer.1", "EncDecAttention")]
-    for part, layer, module in [*parts, ("feed_forward", last, "DenseReluDense")]:
-        name = name.replace(f".{part}_norm.", f".{layer}.layer_norm.").replace(f".{part}.", f".{layer}.{module}.")
-    gated = model.config.feed_forward_proj == "gated-gelu"
-    for ours, theirs in (("gate", "wi_0"), ("up", "wi_1" if gated else "wi"), ("down", "wo")):
-        name = name.replace(f".DenseReluDense.{ours}.", f".DenseReluDense.{theirs}.")
+        return SHARED
+    feed_forward = "layer.1" if name.startswith("encoder.") else "layer.2"
+    up = "wi_1" if model.config.feed_forward_proj == "gated-gelu" else "wi"
+    pairs = {
+        ".bias_table": ".block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        ".final_norm.": ".final_layer_norm.",
+        ".layers.": ".block.",
+        ".self_attention_norm.": ".layer.0.layer_norm.",
+        ".self_attention.": ".layer.0.SelfAttention.",
+        ".cross_attention_norm.": ".layer.1.layer_norm.",
+        ".cross_attention.": ".layer.1.EncDecAttention.",
+        ".feed_forward_norm.": f".{feed_forward}.layer_norm.",
+        ".feed_forward.": f".{feed_forward}.DenseReluDense.",
+        ".DenseReluDense.gate.": ".DenseReluDense.wi_0.",
+        ".DenseReluDense.up.": f".DenseReluDense.{up}.",
+        ".DenseReluDense.down.": ".DenseReluDense.wo.",
+    }
+    for ours, theirs in pairs.items():
+        name = name.replace(ours, theirs)
     return name
 
 
-def locate(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
-    """The directory of a checkpoint: the path itself, or the download of a hub id, `weights` or tokenizer alone.
+def resolve_checkpoint(path_or_hub_id: str | os.PathLike, weights: bool = True) -> Path:
+    """The directory of a checkpoint: the path itself, or the download of a hub id.
 
-    Raises FileNotFoundError if it is neither, or has no config.json.
+    weights: whether those of a hub id are downloaded, too. Raises FileNotFoundError if it is
+    neither a directory with a config.json nor a hub id, and what `download` raises.
     """
-    path, name = Path(path_or_hub_id), str(path_or_hub_id)
+    path = Path(path_or_hub_id)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise FileNotFoundError(f"{path / 'config.json'}: missing; a directory of T5 weights has a config.json")
+            raise FileNotFoundError(f"{path / 'config.json'}: missing{what_is_there(path)}")
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) or {".", ".."} & set(name.split("/")):
-        raise FileNotFoundError(f"{name}: no such directory of weights")
-    return fetch(name, check_file, weight_files if weights else None)
+    hub_id = str(path_or_hub_id)
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", hub_id, re.ASCII):
+        raise FileNotFoundError(f"{hub_id}: no such directory of weights")
+    return download(hub_id, weights)
 
 
-def weight_files(directory: Path, has: Callable[[str], bool]) -> list[str]:
-    """The names of the files that hold a checkpoint's weights, whole or in shards; [] if there are none.
-
-    has(name) says whether `directory` has a file, or downloads it. Raises ValueError for an invalid index.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if has(name):
-            return [name]
-        if has(f"{name}.index.json"):
-            return shards(directory / f"{name}.index.json")
-    return []
-
-
-def shards(index: str | os.PathLike) -> list[str]:
-    """The file names that an index.json lists. Raises ValueError if it is not such an index."""
-    try:
-        content = read_json(index)
-        names, about = sorted(set(content["weight_map"].values())), content.get("metadata", {})
-        if not isinstance(about, dict) or any(n != os.path.basename(n) or n in ("", ".", "..") for n in names):
-            raise ValueError("its metadata is not an object, or it names a file in another directory")
-        return names
-    except (KeyError, TypeError, AttributeError, ValueError) as problem:
-        raise ValueError(f"{index}: not an index of shards ({problem})") from None
-
-
-def check_file(path: Path, name: str) -> None:
-    """Raise OSError or ValueError unless the file at `path` is what a checkpoint's file called `name` must be."""
-    by_name = {"spiece.model": T5Tokenizer, "config.json": read_config, "tokenizer_config.json": read_json}
-    by_ending = {"safetensors": read_safetensors, "bin": read_bin}
-    (by_name.get(name) or by_ending.get(name.rpartition(".")[2], shards))(path)
+def what_is_there(directory: Path) -> str:
+    """The end of a message: what a directory that is not a checkpoint may be instead."""
+    if (directory / "adapter_config.json").exists():
+        return "; this is an adapter: merge it into its base model, and save that"
+    shards = sorted(directory.glob("*-of-*.safetensors")) + sorted(directory.glob("*-of-*.bin"))
+    if shards:
+        return f"; {shards[0].name} is there, but the index.json that lists it is not"
+    inside = sorted(path.parent.name for path in directory.glob("*/config.json"))
+    if inside:
+        return f"; did you mean a directory in it: {', '.join(inside)}?"
+    return ""
 
 
 def read_config(path: str | os.PathLike) -> T5Config:
@@ -168,8 +186,17 @@ def read_config(path: str | os.PathLike) -> T5Config:
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if kind not in ("t5", "mt5"):
         raise ValueError(f"{path}: model_type is {kind!r}; this code computes 't5' and 'mt5'")
-    names = [field.name for field in dataclasses.fields(T5Config) if field.name in raw]
-    given = {name: raw[name] for name in names if raw[name] is not None or name not in NULLABLE}
+    given = {}
+    for field in dataclasses.fields(T5Config):
+        value = raw.get(field.name)
+        if value is None:  # null: as if it were not there
+            continue
+        expected = type(field.default)
+        if expected is float and type(value) is int:  # JSON has one kind of number
+            value = float(value)
+        if type(value) is not expected:
+            raise ValueError(f"{path}: {field.name} is {value!r}, not {expected.__name__}")
+        given[field.name] = value
     given.setdefault("num_decoder_layers", given.get("num_layers", T5Config.num_layers))
     given.setdefault("decoder_start_token_id", given.get("pad_token_id", T5Config.pad_token_id))
     if kind == "mt5":
@@ -178,85 +205,108 @@ def read_config(path: str | os.PathLike) -> T5Config:
     else:
         given.setdefault("scale_decoder_outputs", given.get("tie_word_embeddings", True))
     config = T5Config(**given)
-    config.check(path)
-    gated = config.feed_forward_proj == "gated-gelu"  # transformers says the same thing up to three times
-    for key, value in dict(dense_act_fn="gelu_new" if gated else "relu", is_gated_act=gated).items():
-        if raw.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {raw[key]!r}, but feed_forward_proj is {config.feed_forward_proj!r}")
+    gated = config.feed_forward_proj == "gated-gelu"
+    activation = "gelu_new" if gated else "relu"
+    if config.feed_forward_proj not in ("relu", "gated-gelu"):
+        raise ValueError(
+            f"{path}: feed_forward_proj is {config.feed_forward_proj!r}, not 'relu' or 'gated-gelu'"
+        )
+    if raw.get("dense_act_fn", activation) != activation:  # transformers says it a second time
+        raise ValueError(
+            f"{path}: dense_act_fn is {raw['dense_act_fn']!r}, but feed_forward_proj is "
+            f"{config.feed_forward_proj!r}"
+        )
+    for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
+        if not 0 <= getattr(config, name) < config.vocab_size:
+            raise ValueError(
+                f"{path}: {name} is {getattr(config, name)}, which is not in the vocabulary"
+            )
     return config
 
 
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a checkpoint directory, mapped from its files. Raises FileNotFoundError or ValueError."""
-    files = weight_files(directory, lambda name: (directory / name).exists())
-    if not files:
-        raise FileNotFoundError(f"{directory}: no model.safetensors or pytorch_model.bin, whole or in shards")
-    tensors = {}
-    for name in files:
-        tensors |= (read_safetensors if name.endswith(".safetensors") else read_bin)(directory / name)
-    return tensors
+    """{name: tensor} of a checkpoint directory. Raises OSError or ValueError, naming the file."""
+    for name in WEIGHTS:
+        read = read_bin if name.endswith(".bin") else read_safetensors
+        if (directory / name).exists():
+            return read(directory / name)
+        index = directory / f"{name}.index.json"
+        if index.exists():
+            tensors = {}
+            for shard in shard_names(index):
+                tensors.update(read(directory / shard))
+            return tensors
+    names = " or ".join(WEIGHTS)
+    raise FileNotFoundError(
+        f"{directory}: no {names}, whole or in shards{what_is_there(directory)}"
+    )
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever the block, which reads a file, raises becomes one line with the file's name."""
+    try:
+        yield
+    except Exception as problem:
+        if isinstance(problem, OSError) and problem.filename:
+            raise
+        lines = str(problem).splitlines() or [type(problem).__name__]
+        if Path(path).read_bytes().startswith(b"version https://git-lfs"):
+            lines = ["it is a git-lfs pointer, not the file itself; `git lfs pull` fetches it"]
+        raise ValueError(f"{path}: cannot be read: {lines[0]}") from None
+
+
+def require_float(name: str, dtype: torch.dtype | str) -> None:
+    """Raise ValueError for a tensor of integers or of eight bits, as in quantized weights."""
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"{name} is {dtype}; quantized weights are not read, {', '.join(DTYPES)} are"
+        )
 
 
 def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a PyTorch checkpoint: weights_only refuses a pickle that would run code."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-    try:
-        zipped = zipfile.is_zipfile(path)
-        if zipped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError("it is a compressed archive, which cannot be memory-mapped")
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_dense(t) for n, t in tensors.items()):
-            raise ValueError("it is not a dict of named dense tensors of floating-point numbers")
-        # A view may say it is larger than what it views. Four names may share the embedding.
-        if sum(t.numel() * t.itemsize for name, t in tensors.items() if name not in (*EMBEDDING[1:], HEAD)) > size:
-            raise ValueError("its tensors are larger than the file")
-        return tensors
-    except Exception as problem:  # torch.load documents no closed set of errors for a damaged file
-        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors ({reason(problem)})") from None
-
-
-def is_dense(value):
-    strided = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    return strided and value.dtype in DTYPES.values()
+    """{name: tensor} of a PyTorch checkpoint. A pickle that would run code is refused."""
+    with reading(path):
+        zipped = zipfile.is_zipfile(path)  # since PyTorch 1.6
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+            if damaged:
+                raise ValueError(f"{damaged} in it is damaged")
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError:  # torch's message advises to load it all the same
+            raise ValueError("it holds more than a state_dict, which is not loaded") from None
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{name!r} in it is not a tensor; save a state_dict()")
+            require_float(name, tensor.dtype)
+    return tensors
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """{name: tensor}, each a view of the mapped file. Raises ValueError, naming the file, if it breaks the format:
-    each byte after the header belongs to one tensor."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if size else b""
-    try:
-        (length,) = struct.unpack_from("<Q", buffer)
-        if length > min(size - 8, MOST_HEADER):
-            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-        header = parse_json(buffer[8 : 8 + length].rstrip(b" "), "its header")
-        metadata = header.pop("__metadata__", {}) if buffer[8:9] == b"{" else None
-        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its header is not one")
-        tensors, begin = {}, 8 + length
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (start, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-            sizes = start, end, *shape
-            if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and n >= 0 for n in sizes):
-                raise ValueError(f"{name} has no shape or no place")
-            count, end = math.prod(shape), 8 + length + end
-            if 8 + length + start != begin or end - begin != count * dtype.itemsize or end > size:
-                raise ValueError(f"the bytes of {name} are not all there, or not its own")
-            flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=begin) if count else torch.empty(0)
-            tensors[name] = flat.reshape(shape)
-            begin = end
-        if begin != size:
-            raise ValueError(f"{size - begin:,} bytes belong to no tensor")
-        return tensors
-    except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as problem:
-        raise ValueError(f"{path}: not a complete safetensors file ({problem})") from None
+    """{name: tensor}; each is a view of the mapped file and costs memory only where it is read."""
+    tensors = {}
+    with reading(path), open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        (length,) = struct.unpack_from("<Q", data)
+        begin = 8 + length
+        header = json.loads(data[8:begin])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            dtype = DTYPES.get(entry["dtype"], entry["dtype"])
+            require_float(name, dtype)
+            count = math.prod(entry["shape"])
+            offset = begin + entry["data_offsets"][0]
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
+            tensors[name] = flat.reshape(entry["shape"])
+    return tensors
 
 
 def write_safetensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
     """{name: tensor} -> a safetensors file in fp32, complete or not at all."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, tensor in tensors.items():
         end = offset + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}

@@ -1,20 +1,20 @@
 """The operations a T5 spends its time in, and the one place that chooses how each is computed.
 
-Every operation has a reference in plain PyTorch, `<name>_reference`, and Triton kernels, `<name>_triton`, in one of
-flash_attention, losses, norms and activations. Tensors on an NVIDIA GPU go to Triton where it is installed, all others
-to the reference. DSS_KERNELS=reference or triton overrides that; `TRITON_INTERPRET=1 DSS_KERNELS=triton` runs the
-Triton code on CPU tensors, slowly. The model calls only what is defined here.
+Every operation has a reference in plain PyTorch, `<name>_reference`, and Triton kernels,
+`<name>_triton`, in one of flash_attention, losses, norms and activations. Tensors on an NVIDIA GPU
+go to Triton where it is installed, all others to the reference. DSS_KERNELS=reference or triton
+overrides that. `TRITON_INTERPRET=1 DSS_KERNELS=triton` runs the Triton code on CPU tensors, slowly.
+The model calls only what is defined here.
 """
 
 import os
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import launch
-from .activations import geglu_reference, geglu_triton, relu_reference, relu_triton
+from .activations import geglu_reference, geglu_triton
 from .dropout import seeds_drawn_together  # noqa: F401, for the model
 from .flash_attention import attention_reference, attention_triton
 from .losses import (
@@ -25,61 +25,125 @@ from .losses import (
 )
 from .norms import rms_norm_reference, rms_norm_triton
 
+HEAD_WIDTHS = (16, 32, 64, 128)  # for which attention has Triton kernels
 __version__ = "0.3.0"  # transformers probes for a package named `kernels` and reads its version
 
 
 def choice(device: torch.device) -> str:
     """Which implementation tensors on this device get: "triton" or "reference".
 
-    Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this once before it begins,
-    so that no run ends in the middle; on a GPU that our kernels do not fit it warns once.
+    Raises ValueError for a DSS_KERNELS that is misspelt or impossible here. A program calls this
+    once before it begins, so that no run ends in the middle. Warns once on a GPU without kernels.
     """
-    value, gpu = os.environ.get("DSS_KERNELS", ""), device.type == "cuda"
-    if value not in ("", "reference", "triton"):
-        raise ValueError(f"DSS_KERNELS must be 'triton' or 'reference', got {value!r}")
-    if value == "triton" and not launch.INSTALLED:
-        raise ValueError("DSS_KERNELS=triton: Triton is not installed here; unset it to use the references")
-    if value == "triton" and not gpu and not launch.INTERPRETED:
-        raise ValueError(f"DSS_KERNELS=triton: Triton needs a GPU, not {device.type}, or TRITON_INTERPRET=1 as well")
-    if value or not (gpu and launch.INSTALLED):
-        return value or "reference"
-    if launch.architecture(device) is None:
-        text = "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or more; the references compute instead"
-        warnings.warn(f"{device}: {text}", stacklevel=2)
+    asked = os.environ.get("DSS_KERNELS", "")
+    if asked not in ("", "reference", "triton"):
+        raise ValueError(f"DSS_KERNELS must be 'triton' or 'reference', got {asked!r}")
+    if asked == "reference":
         return "reference"
-    return "triton"
+    problem = why_not_triton(device)
+    if problem is None and (asked == "triton" or device.type == "cuda"):
+        return "triton"
+    if asked == "triton":
+        raise ValueError(f"DSS_KERNELS=triton: {problem}; unset it to use the references")
+    if device.type == "cuda" and launch.INSTALLED:
+        warnings.warn(f"{device}: {problem}; the references compute instead", stacklevel=2)
+    return "reference"
 
 
-def use_triton(x: Tensor) -> bool:
-    return choice(x.device) == "triton"
+def why_not_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on this device, or None if they can."""
+    if not launch.INSTALLED:
+        return "Triton is not installed here"
+    if device.type != "cuda" and not launch.INTERPRETED:
+        return f"Triton needs a GPU, not {device.type}, or TRITON_INTERPRET=1 as well"
+    if launch.architecture(device) is None:
+        return "the Triton kernels need an NVIDIA GPU of compute capability 8.0 or more"
+    return None
 
 
-def attention(q: Tensor, *args: Any, **options: Any) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    max_distance: int = 128,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+) -> Tensor:
     """Attention within packed sequences, with T5's position bias: see `attention_reference`."""
-    return (attention_triton if use_triton(q) else attention_reference)(q, *args, **options)
+    function = attention_reference
+    if choice(q.device) == "triton":
+        if q.shape[-1] in HEAD_WIDTHS:
+            function = attention_triton
+        else:
+            text = f"attention: no Triton kernel for heads of width {q.shape[-1]}"
+            warnings.warn(f"{text}; the reference computes instead", stacklevel=2)
+    return function(
+        q,
+        k,
+        v,
+        table,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal=causal,
+        dropout_p=dropout_p,
+        seed=seed,
+        max_distance=max_distance,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
 
 
-def cross_entropy(logits: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy with a weight per token: see `cross_entropy_reference`."""
-    return (cross_entropy_triton if use_triton(logits) else cross_entropy_reference)(logits, *args, **options)
+def cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor, return_token_losses: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy with a weight for each token: see `cross_entropy_reference`."""
+    function = cross_entropy_reference
+    if choice(logits.device) == "triton":
+        function = cross_entropy_triton
+    return function(logits, labels, weights, return_token_losses)
 
 
-def linear_cross_entropy(hidden: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    scale: float = 1.0,
+    return_token_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Output matrix and cross-entropy in one: see `linear_cross_entropy_reference`."""
-    implementation = linear_cross_entropy_triton if use_triton(hidden) else linear_cross_entropy_reference
-    return implementation(hidden, *args, **options)
+    function = linear_cross_entropy_reference
+    if choice(hidden.device) == "triton":
+        function = linear_cross_entropy_triton
+    return function(hidden, weight, labels, weights, scale, return_token_losses)
 
 
-def rms_norm(x: Tensor, *args: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """T5's layer norm, with the residual connection before it: see `rms_norm_reference`."""
-    return (rms_norm_triton if use_triton(x) else rms_norm_reference)(x, *args, **options)
+    function = rms_norm_reference
+    if choice(x.device) == "triton":
+        function = rms_norm_triton
+    return function(x, weight, eps, residual, dropout_p, seed)
 
 
-def geglu(gate: Tensor, *args: Any, **options: Any) -> Tensor:
+def geglu(
+    gate: Tensor, up: Tensor, dropout_p: float = 0.0, seed: int | Tensor | None = None
+) -> Tensor:
     """gelu(gate) * up with dropout: see `geglu_reference`."""
-    return (geglu_triton if use_triton(gate) else geglu_reference)(gate, *args, **options)
-
-
-def relu(x: Tensor, *args: Any, **options: Any) -> Tensor:
-    """max(x, 0) with dropout: see `relu_reference`."""
-    return (relu_triton if use_triton(x) else relu_reference)(x, *args, **options)
+    function = geglu_reference
+    if choice(gate.device) == "triton":
+        function = geglu_triton
+    return function(gate, up, dropout_p, seed)

@@ -4,257 +4,380 @@ The mathematics, for one sequence of M queries and N keys and one head:
 
     S = Q K^T + B,   P = softmax(S),   O = P V,      B[i, j] = table[bucket(j - i), head]
 
-Two things set T5 apart from other transformers. There is no 1/sqrt(D): T5 folds that factor into the initialisation
-of the query projection. And positions enter only through B, a learned scalar per head and *bucket* of the distance
-j - i from query to key (kernels/buckets.py).
+Two things set T5 apart from other transformers. There is no 1/sqrt(D): T5 folds that factor into
+the initialisation of the query projection. And positions enter only through B, a learned scalar per
+head and *bucket* of the distance j - i from query to key (kernels/buckets.py).
 
-Sequences are packed, as in FlashAttention's varlen interface: q is (Tq, H, D), all sequences one after another,
-and sequence b owns the rows cu_seqlens_q[b] : cu_seqlens_q[b + 1]. Keys and values have their own cu_seqlens, so
-cross-attention (other lengths, no bias) and decoding (one query, many keys) are the same call.
+Sequences are packed, as in FlashAttention's varlen interface: q is (Tq, H, D), all sequences one
+after another, and sequence b owns the rows cu_seqlens_q[b] : cu_seqlens_q[b + 1]. Keys and values
+have their own cu_seqlens, so that cross-attention (other lengths, no bias) and decoding (one query,
+many keys) are the same call.
 
-The **reference** is plain PyTorch, the oracle of every test and the path the CPU takes. It pads inside, so it needs
-memory for B x H x M x N scores. The **Triton kernels** (attention_kernels.py) keep nothing of that size in device
-memory:
+The **reference** is the formula in PyTorch, one sequence at a time. Tests compare with it, and CPUs
+use it. The **Triton kernels** (attention_kernels.py) store no scores:
 
     forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)
-    backward   reads those and do; writes dq, dk, dv, stats (lse and delta), and sums of the table's gradient
-    recomputed in backward: S, P from S and lse, the dropout mask from its seed
+    backward   reads those and do; writes dq, dk, dv, stats (lse and delta), and sums of the table's
+               gradient; computes S, P and the dropout mask again
 
-FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) runs over tiles of BM queries and BN keys. One
-program owns one tile of queries (or, for dk and dv, of keys) of one sequence and head, and walks along the other side.
+They use FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) over tiles of
+scores.
 
-**Bias.** diag = table[bucket], (H, 2 (reach + MARGIN) + 1), holds the bias of every distance up to `reach`, where the
-last bucket of each direction begins, and of a few more, so that a tile can be read without limiting each distance. A
-tile whose distances are all beyond adds one number to all its scores ("plain"). The others, a band along the diagonal
-of about 2 reach + BM keys a query tile, look each distance up ("edge"); so do tiles that need a mask. Plain tiles and
-edge tiles have a loop each: a branch inside one loop would put both bodies into it.
+**Tiles.** Each sequence is cut into tiles of 16, 32 or 64 tokens. A program takes one tile of
+queries (or, for dk and dv, of keys) of one head, and walks along the tiles of the other side.
+`Tiles` lists the tiles of a stream, so that no program is started for nothing; it is made once a
+batch. Their size depends on the mean length alone. Large tiles compute mostly padding where
+sequences are short, small ones read the other side too often where they are long. NOTES.md has the
+counts.
 
-**No sync.** The grid is laid out for max_seqlen_q and max_seqlen_k; programs past the end of a sequence return at once.
-On a GPU cu_seqlens are not checked: a sequence without keys gives NaN, and so does M > N with causal. On the CPU both
-raise ValueError.
+**Bias.** diag = table[bucket], (H, 2 (reach + MARGIN) + 1), holds the bias of every distance up to
+`reach`, where the last bucket of each direction begins, and of a few more, so that a tile can be
+read without limiting each distance.
+
+**No wait for the device.** On a GPU the values of cu_seqlens are not checked: a sequence without
+keys gives NaN, and so does M > N with causal. On the CPU both raise ValueError.
 """
 
-from itertools import pairwise, product
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-from .attention_kernels import MARGIN, attention_dkdv_kernel, attention_dq_kernel, attention_forward_kernel
+from .attention_kernels import (
+    MARGIN,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+    attention_forward_kernel,
+)
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
-from .launch import architecture, check_tensors, launch, rows_together, triton
+from .launch import (
+    INTERPRETED,
+    check_tensors,
+    launch,
+    make_rows_contiguous,
+    stages,
+    triton,
+)
 
-# ---- Reference ------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Tiles:
+    """The sequences of a packed stream, cut into tiles for its queries and tiles for its keys.
+
+    queries, keys: (number of tiles, 2) int32, on the stream's device: the sequence of each tile,
+        and its first row within that sequence. A tile past the end of its sequence is skipped.
+    query_rows, key_rows: tokens of a tile: 16, 32 or 64.
+    """
+
+    query_rows: int
+    queries: Tensor
+    key_rows: int
+    keys: Tensor
+
+
+def make_tiles(
+    cu_seqlens: Tensor, total: int, query_rows: int | None = None, key_rows: int | None = None
+) -> Tiles:
+    """The `Tiles` of a stream of `total` tokens; by default as large as its mean length suggests.
+
+    cu_seqlens: (B + 1,) int32. Where it lies on a GPU the host does not wait for its values. The
+    lists are then as long as they can become, at most B tiles too long. On the CPU they are exact.
+    """
+    mean = total / (len(cu_seqlens) - 1)
+    long = mean >= 128 or INTERPRETED  # the interpreter takes as long for a small tile
+    if query_rows is None:
+        query_rows = 64 if long else 16
+    if key_rows is None:
+        key_rows = 64 if long else 32 if mean >= 32 else 16
+    queries = cut(cu_seqlens, total, query_rows)
+    keys = cut(cu_seqlens, total, key_rows)
+    return Tiles(query_rows, queries, key_rows, keys)
+
+
+def cut(cu_seqlens: Tensor, total: int, rows: int) -> Tensor:
+    """(tiles, 2) int32. A sequence has length / rows tiles, rounded up."""
+    sequences = len(cu_seqlens) - 1
+    counts = (cu_seqlens.diff() + rows - 1) // rows
+    ends = counts.cumsum(0)
+    tile = torch.arange(total // rows + sequences, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, tile, right=True).clamp(max=sequences - 1)
+    first_row = (tile - (ends - counts)[sequence]) * rows
+    tiles = torch.stack([sequence, first_row], 1).int()
+    if cu_seqlens.device.type == "cpu":
+        tiles = tiles[: int(ends[-1])]
+    return tiles
+
+
+def bias_by_distance(table: Tensor, causal: bool, max_distance: int = 128) -> Tensor:
+    """The argument `diag` of `attention`: layers that share a table can share it.
+
+    table: (num_buckets, H). Returns (H, distances) fp32. No gradient flows through it; that of the
+    table comes from `attention` itself.
+    """
+    _, lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
+    return table.detach().float().T.index_select(1, lut)
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    causal: bool = False, dropout_p: float = 0.0, seed: int | Tensor | None = None, max_distance: int = 128,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Attention within each packed sequence, with T5's relative position bias, in plain PyTorch.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    max_distance: int = 128,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    tiles_q: Tiles | None = None,
+    tiles_k: Tiles | None = None,
+    diag: Tensor | None = None,
+) -> Tensor:
+    """Attention within each packed sequence, with T5's relative position bias.
 
-    q: (Tq, H, D); k, v: (Tk, H, D); any float dtype. The products have that dtype, bias and softmax are fp32.
+    q: (Tq, H, D); k, v: (Tk, H, D); one float dtype. The products have that dtype; bias and softmax
+        are fp32.
     table: (num_buckets, H), the bias of each bucket, or None for no bias (cross-attention).
-    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where sequences begin; every sequence needs a query and a key.
-    causal: the table is one-directional, and queries are the *last* M of the N positions (FlashAttention's
-        convention): query i sees keys j <= i + N - M. So a decoding step is M = 1, and M > N is refused.
-    dropout_p: of the attention weights. seed: of that dropout; None draws one from torch's generator, and a (1,) int64
-        tensor on q's device is read when the kernels run (a CUDA graph may change it between replays).
+    cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where sequences begin. Every sequence needs a query
+        and a key.
+    causal: the table is one-directional, and the queries are the *last* M of the N positions
+        (FlashAttention's convention): query i sees the keys j <= i + N - M. So a decoding step is
+        M = 1, and M > N is refused.
+    dropout_p: of the attention weights. seed: of that dropout; None draws one from torch's
+        generator. A (1,) int64 tensor on q's device is read when the kernels run, so that a CUDA
+        graph may change it between replays.
     max_distance: T5's relative_attention_max_distance.
-    max_seqlen_q, max_seqlen_k: the longest sequence, as a host integer; without it the device is asked.
+    max_seqlen_q, max_seqlen_k: the longest sequence. Not needed, and ignored.
+    tiles_q, tiles_k: `make_tiles` of the two streams, made once a batch and shared by all layers.
+    diag: `bias_by_distance` of the table, made once for all layers that share the table.
+        The Triton kernels make these three where they are None; the reference ignores them.
 
     Returns (Tq, H, D) in q's dtype. Raises ValueError for shapes that do not fit together.
     """
-    longest = (max_seqlen_q, max_seqlen_k)
-    M, N = check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, longest)
-    B, len_q, len_k = len(cu_seqlens_q) - 1, cu_seqlens_q.diff(), cu_seqlens_k.diff()
-    slot_q = padded_slots(cu_seqlens_q, len_q, M, q.shape[0])
-    slot_k = slot_q if cu_seqlens_k is cu_seqlens_q else padded_slots(cu_seqlens_k, len_k, N, k.shape[0])
-    q, k, v = pad(q, slot_q, B, M), pad(k, slot_k, B, N), pad(v, slot_k, B, N)  # (B, H, M, D), (B, H, N, D)
+    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance)
+    M = cu_seqlens_q.diff().tolist()
+    N = cu_seqlens_k.diff().tolist()
+    if dropout_p > 0:
+        seed = seed_on(q.device, seed)
+    outputs = []
+    for i, (queries, keys, values) in enumerate(zip(q.split(M), k.split(N), v.split(N))):
+        scores = (queries.transpose(0, 1) @ keys.permute(1, 2, 0)).float()  # (H, M, N)
+        offset = N[i] - M[i] if causal else 0
+        position = torch.arange(offset, offset + M[i], device=q.device)[:, None]
+        distance = torch.arange(N[i], device=q.device) - position
+        if table is not None:
+            bucket = relative_position_bucket(distance, len(table), max_distance, not causal)
+            scores = scores + F.embedding(bucket, table.float()).movedim(-1, 0)
+        if causal:
+            scores = scores + torch.where(distance > 0, float("-inf"), 0.0)
+        weights = scores.softmax(-1)
+        if dropout_p > 0:
+            weights = dropout_reference(weights, dropout_p, seed + i)
+        outputs.append((weights.to(v.dtype) @ values.transpose(0, 1)).transpose(0, 1))
+    return torch.cat(outputs)
 
-    scores = (q @ k.mT).float()  # (B, H, M, N); T5 does not divide by sqrt(D)
-    i = torch.arange(M, device=q.device)[:, None]
-    j = torch.arange(N, device=q.device)[None, :]
-    if causal and cu_seqlens_k is not cu_seqlens_q:
-        i = i + (len_k - len_q)[:, None, None]  # (B, M, 1): queries are the last positions
-    if table is not None:
-        bucket = relative_position_bucket(j - i, table.shape[0], max_distance, bidirectional=not causal)
-        bias = F.embedding(bucket, table.float())  # (M, N, H), or (B, M, N, H) where the offset differs by sequence
-        scores += bias.movedim(-1, -3)  # in place, here and below: scores are the largest tensor by far
-    if causal or slot_k is not None:
-        hidden = j > i if causal else j >= len_k[:, None, None]  # later keys, the padding among them; or padding alone
-        scores += torch.where(hidden, float("-inf"), 0.0).unsqueeze(-3)  # a fifth of the time of masked_fill_
 
-    weights = dropout_reference(scores.softmax(-1), dropout_p, seed)
-    return unpad((weights.to(v.dtype) @ v), slot_q)
-
-
-def check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, longest):
-    """The lengths of the longest sequences, where they are not given; ValueError, which names what does not fit."""
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    max_distance: int,
+) -> None:
+    """Raise ValueError and name what does not fit. Values are read on the CPU only."""
     if q.dim() != 3 or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"attention: q and k must be (Tq, H, D) and (Tk, H, D), got {list(q.shape)}, {list(k.shape)}")
+        shapes = f"{list(q.shape)} and {list(k.shape)}"
+        raise ValueError(f"attention: q and k must be (Tq, H, D) and (Tk, H, D), got {shapes}")
     if v.shape != k.shape:
         raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise ValueError(f"attention: q, k and v must share one float dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise ValueError(f"attention: q, k and v must share one float dtype, got {dtypes}")
     if table is not None and (table.dim() != 2 or table.shape[1] != q.shape[1]):
-        raise ValueError(f"attention: table must be (num_buckets, {q.shape[1]}), got {list(table.shape)}")
+        shape = list(table.shape)
+        raise ValueError(f"attention: table must be (num_buckets, {q.shape[1]}), got {shape}")
     if max_distance < 1:
         raise ValueError(f"attention: max_distance must be at least 1, got {max_distance}")
-    sides = [("q", cu_seqlens_q, len(q), longest[0]), ("k", cu_seqlens_k, len(k), longest[1])]
-    for name, cu, total, given in sides:
-        if total == 0:
-            raise ValueError(f"attention: {name} has no tokens; give at least one")
-        if cu.dim() != 1 or cu.dtype != torch.int32 or len(cu) != len(cu_seqlens_q) or len(cu) < 2:
-            raise ValueError(f"attention: cu_seqlens_{name} must be (B + 1,) int32, got {list(cu.shape)} {cu.dtype}")
-        if cu.device.type == "cpu":  # on a GPU reading the values would stall the queue
-            starts = cu.tolist()
-            lengths = [end - start for start, end in pairwise(starts)]
-            if starts[0] != 0 or starts[-1] != total:
-                raise ValueError(f"attention: cu_seqlens_{name} must run from 0 to {total}, got {starts}")
-            if min(lengths) < 1:
-                raise ValueError(f"attention: cu_seqlens_{name} holds an empty sequence; each needs at least one token")
-            if given is not None and given < max(lengths):
-                raise ValueError(f"attention: max_seqlen_{name} must be at least {max(lengths)}, got {given}")
-    if causal and cu_seqlens_q.device.type == "cpu" and (cu_seqlens_q.diff() > cu_seqlens_k.diff()).any():
-        raise ValueError("attention: causal queries are the last of the positions, but a sequence has more than keys")
-    return tuple(int(cu.diff().max()) if given is None else given for _, cu, _, given in sides)
+    for name, cu_seqlens, tokens in (("q", cu_seqlens_q, len(q)), ("k", cu_seqlens_k, len(k))):
+        check_cu_seqlens(name, cu_seqlens, tokens)
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must have one length")
+    on_cpu = cu_seqlens_q.device.type == "cpu"
+    if causal and on_cpu and (cu_seqlens_q.diff() > cu_seqlens_k.diff()).any():
+        raise ValueError("attention: causal: a sequence has more queries than keys")
 
 
-def padded_slots(cu_seqlens, lengths, longest, total):
-    """(T,) where each packed token lies in a (B * longest) padded array; None where there is no padding to add."""
-    B = len(lengths)
-    if B * longest == total:  # all equally long: packed is padded
-        return None
-    shift = torch.arange(B, device=cu_seqlens.device) * longest - cu_seqlens[:-1]
-    return torch.arange(total, device=cu_seqlens.device) + shift.repeat_interleave(lengths, output_size=total)
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    if tokens == 0:
+        raise ValueError(f"attention: {name} has no tokens; give at least one")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
+        got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        raise ValueError(f"attention: cu_seqlens_{name} must be (B + 1,) int32, got {got}")
+    if cu_seqlens.device.type == "cpu":  # on a GPU reading the values would stall the queue
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
+            ends = f"{cu_seqlens[0]} to {cu_seqlens[-1]}"
+            raise ValueError(
+                f"attention: cu_seqlens_{name} must run from 0 to {tokens}, not {ends}"
+            )
+        if cu_seqlens.diff().min() < 1:
+            raise ValueError(f"attention: cu_seqlens_{name} holds an empty sequence")
 
 
-def pad(x, slot, B, longest):
-    """(T, H, D) packed -> (B, H, longest, D), zeros where a sequence has ended."""
-    if slot is not None:
-        x = x.new_zeros(B * longest, *x.shape[1:]).index_copy(0, slot, x)
-    return x.unflatten(0, (B, longest)).transpose(1, 2)
+# ---- Triton --------------------------------------------------------------------------------------
 
 
-def unpad(x, slot):
-    """(B, H, longest, D) -> (T, H, D) packed."""
-    x = x.transpose(1, 2).flatten(0, 1)
-    return x if slot is None else x.index_select(0, slot)
+@dataclass
+class Call:
+    """What forward and backward of one call share, beside the tensors that autograd keeps."""
+
+    causal: bool
+    threshold: int  # of dropout, in 1/256
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    query_rows: int
+    queries: Tensor  # tiles
+    key_rows: int
+    keys: Tensor
+    num_buckets: int = 0  # 0: no bias
+    reach: int = 0
+    lut: Tensor | None = None  # the bucket of each distance that `diag` holds
 
 
-# ---- Launchers ------------------------------------------------------------------------------------------------------
+def launch_kernel(
+    kernel: Callable,
+    call: Call,
+    of_keys: bool,
+    tensors: list[Tensor | None],
+    seed: Tensor | None,
+    **flags: int,
+) -> None:
+    """Run a kernel with a program for each head and tile of queries, or of keys.
 
-
-# {(kernel, bytes per number): {D: (BM, BN, num_warps, num_stages)}}, found with `python -m kernels.aot`. In half
-# precision a chain of two products puts all warps along the rows of a tile, 16 to each: more warps than that compute
-# the same scores twice. Among the others, large tiles that do not spill inside a loop; smaller ones for wider heads,
-# and for fp32, whose products do without tensor cores to keep its digits. "causal" rows are exceptions: masks need
-# registers too.
-FP32 = {
-    ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-    ("dq", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 2)},
-    ("dkdv", 4): {32: (32, 32, 8, 2), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2)},
-}
-CONFIGURATIONS = {
-    "sm_90": {
-        ("forward", 2): dict.fromkeys((32, 64, 128), (64, 64, 4, 2)),
-        ("dq", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-        ("dq causal", 2): {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1)},
-        ("dkdv", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 128, 8, 2)},
-        ("dkdv causal", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (16, 128, 8, 2)},
-        **FP32,
-    },
-    "sm_80": {
-        ("forward", 2): {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-        ("dq", 2): dict.fromkeys((32, 64, 128), (64, 32, 4, 2)),
-        ("dkdv", 2): {32: (32, 64, 4, 2), 64: (16, 64, 4, 2), 128: (32, 64, 4, 2)},
-        **FP32,
-        ("forward", 4): {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 2)},
-    },
-    "interpreter": {
-        key: dict.fromkeys((32, 64, 128), (128, 128, 1, 1)) for key in product(("forward", "dq", "dkdv"), (2, 4))
-    },
-}
-
-
-def tile(q, name, causal):
-    """(BM, BN, num_warps, num_stages)"""
-    table, size = CONFIGURATIONS[architecture(q.device)], q.element_size()
-    row = (causal and table.get((f"{name} causal", size))) or table[name, size]
-    return row[max(q.shape[2], 32)]
-
-
-def launch_tiles(kernel, name, side, inputs, setting, *tensors, **flags):
-    """Run a kernel with a program for each tile of side 0 (queries) or 1 (keys), and head."""
-    q, k, v, _, *where = inputs
-    causal, bias, threshold, reach, longest = setting
-    (Tq, H, D), B = q.shape, len(where[0]) - 1
-    BM, BN, warps, stages = tile(q, name, causal)
-    tiles = -(-longest[side] // (BN if side else BM))
-    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]  # of tokens and heads
-    numbers = (tiles, Tq, H, *strides, reach, threshold)
-    flags |= dict(CAUSAL=causal, BIAS=bias, DROPOUT=threshold > 0, D=D, BM=BM, BN=BN)
-    flags |= dict(num_warps=warps, num_stages=stages)
-    few = D <= 64 and not (causal or threshold)  # values to hold at once
-    if name == "forward" and few and (BM, warps) == (64, 4) and architecture(q.device) == "sm_90":
-        flags["maxnreg"] = 168  # three blocks on a multiprocessor; the others would spill
-    launch(kernel, (B * tiles, H), *inputs[:4], *tensors, *where, *numbers, **flags)
+    tensors: what the kernel takes up to `tiles_ptr`; the first four are q, k, v and diag.
+    """
+    q, k, v, diag = tensors[:4]
+    Tq, H, D = q.shape
+    rows = call.query_rows
+    tiles = call.queries
+    if of_keys:
+        rows = call.key_rows
+        tiles = call.keys
+    long = call.query_rows == call.key_rows == 64
+    flags |= dict(CAUSAL=call.causal, BIAS=diag is not None, DROPOUT=call.threshold > 0, LONG=long)
+    flags |= dict(D=D, BM=call.query_rows, BN=call.key_rows)
+    flags |= dict(num_warps=rows // 16, num_stages=stages(q.device) if long else 1)
+    strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]  # of tokens and heads
+    numbers = [Tq, H, *strides, call.reach, call.threshold]
+    where = [tiles, call.cu_seqlens_q, call.cu_seqlens_k, seed]
+    launch(kernel, (len(tiles), H), *tensors, *where, *numbers, **flags)
 
 
 class Attention(torch.autograd.Function):
-    """seed: (1,) int64 on the device, or None without dropout."""
-
     @staticmethod
-    def forward(ctx, q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest):
-        diag, lut, reach, ctx.num_buckets = q, cu_seqlens_q, 0, 0  # without a table nothing reads them
-        if table is not None:
-            ctx.num_buckets = len(table)
-            reach, lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
-            diag = table.float().T.index_select(1, lut)  # the bias of every distance, (H, 2 (reach + MARGIN) + 1)
-        inputs = (q, k, v, diag, cu_seqlens_q, cu_seqlens_k, q if seed is None else seed)
-        ctx.setting = causal, table is not None, threshold, reach, longest
-        o, lse = q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], device=q.device)
-        launch_tiles(attention_forward_kernel, "forward", 0, inputs, ctx.setting, o, lse)
-        ctx.save_for_backward(*inputs, lut, o, lse)
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        table: Tensor | None,
+        diag: Tensor | None,
+        seed: Tensor | None,
+        call: Call,
+    ) -> Tensor:
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[1], q.shape[0], device=q.device)
+        tensors = [q, k, v, diag, o, lse]
+        launch_kernel(attention_forward_kernel, call, False, tensors, seed)
+        ctx.save_for_backward(q, k, v, diag, seed, o, lse)
+        ctx.call = call
         return o
 
     @staticmethod
-    def backward(ctx, do):
-        *inputs, lut, o, lse = ctx.saved_tensors
-        q, k, do, wanted = *inputs[:2], do.contiguous(), ctx.needs_input_grad
-        causal, *_, longest = ctx.setting
-        buckets = ctx.num_buckets if wanted[3] else 0
-        programs = (len(inputs[4]) - 1) * -(-longest[0] // tile(q, "dq", causal)[0]) if buckets else 1
-        partial = torch.empty(programs, q.shape[1], triton.next_power_of_2(max(buckets, 1)), device=q.device)
-        dq, stats = torch.empty_like(o), torch.empty(*lse.shape, 2, device=q.device)
-        flags = dict(BUCKETS=partial.shape[2], TABLE_GRADIENT=buckets > 0)
-        launch_tiles(attention_dq_kernel, "dq", 0, inputs, ctx.setting, lut, o, do, dq, lse, stats, partial, **flags)
-        d_table = partial.sum(0).T[:buckets] if buckets else None
-        dk = dv = None
-        if wanted[1] or wanted[2]:
-            dk, dv = (k.new_empty(k.shape) for _ in range(2))
-            launch_tiles(attention_dkdv_kernel, "dkdv", 1, inputs, ctx.setting, do, dk, dv, stats)
-        return dq, dk, dv, d_table, *[None] * 7
+    @once_differentiable
+    def backward(ctx: FunctionCtx, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, diag, seed, o, lse = ctx.saved_tensors
+        call = ctx.call
+        do = do.contiguous()
+        dq = torch.empty_like(o)
+        stats = torch.empty(*lse.shape, 2, device=q.device)
+        buckets = 0
+        partial = None
+        if ctx.needs_input_grad[3]:
+            buckets = max(triton.next_power_of_2(call.num_buckets), 16)  # a product needs 16
+            partial = torch.empty(len(call.queries), q.shape[1], buckets, device=q.device)
+        tensors = [q, k, v, diag, call.lut, o, do, dq, lse, stats, partial]
+        launch_kernel(attention_dq_kernel, call, False, tensors, seed, BUCKETS=buckets)
+        d_table = None
+        if partial is not None:
+            d_table = partial.sum(0).T[: call.num_buckets]
+        dk = None
+        dv = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+            dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+            tensors = [q, k, v, diag, do, dk, dv, stats]
+            launch_kernel(attention_dkdv_kernel, call, True, tensors, seed)
+        return dq, dk, dv, d_table, None, None, None
 
 
 def attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-    causal: bool = False, dropout_p: float = 0.0, seed: int | Tensor | None = None, max_distance: int = 128,
-    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-) -> Tensor:  # fmt: skip
-    """`attention_reference` by the Triton kernels; dropout_p is rounded to a multiple of 1/256 (kernels/dropout.py).
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    max_distance: int = 128,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    tiles_q: Tiles | None = None,
+    tiles_k: Tiles | None = None,
+    diag: Tensor | None = None,
+) -> Tensor:
+    """`attention_reference` by the Triton kernels. dropout_p is rounded to a multiple of 1/256.
 
-    q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The gradients are contiguous.
+    q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The
+    gradients are contiguous.
     """
-    longest = (max_seqlen_q, max_seqlen_k)
-    longest = check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance, longest)
+    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance)
     if q.shape[2] not in (16, 32, 64, 128):
-        raise ValueError(f"attention: the Triton kernel takes D of 16, 32, 64 or 128, got {q.shape[2]}")
-    check_tensors("attention", q=q, k=k, v=v, table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    q, k, v = rows_together(q, k, v)
+        raise ValueError(f"attention: Triton takes D of 16, 32, 64 or 128, got {q.shape[2]}")
+    where = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_tensors("attention", q=q, k=k, v=v, table=table, **where)
+    q, k, v = make_rows_contiguous(q, k, v)
+    if tiles_q is None:
+        tiles_q = make_tiles(cu_seqlens_q, len(q))
+    if tiles_k is None:
+        tiles_k = make_tiles(cu_seqlens_k, len(k))
     threshold = threshold_of(dropout_p)
-    seed = seed_on(q.device, seed) if threshold else None
-    return Attention.apply(q, k, v, table, cu_seqlens_q, cu_seqlens_k, seed, causal, threshold, max_distance, longest)
+    seed = seed_on(q.device, seed) if threshold > 0 else None
+    call = Call(
+        causal=causal,
+        threshold=threshold,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        query_rows=tiles_q.query_rows,
+        queries=tiles_q.queries,
+        key_rows=tiles_k.key_rows,
+        keys=tiles_k.keys,
+    )
+    if table is not None:
+        call.num_buckets = len(table)
+        call.reach, call.lut = near_buckets(
+            len(table), max_distance, not causal, q.device, MARGIN.value
+        )
+        if diag is None:
+            diag = bias_by_distance(table, causal, max_distance)
+    return Attention.apply(q, k, v, table, diag, seed, call)

@@ -1,19 +1,23 @@
-"""Triton where it is installed, and the one way our kernels are launched.
+"""Triton where it is installed, and the one function by which our kernels are launched.
 
-There is no Triton for macOS and Windows. There the kernels below `@triton.jit` are plain Python functions that nobody
-calls: `kernels/__init__.py` chooses the references.
+There is no Triton for macOS and Windows. There `@triton.jit` leaves a plain Python function that
+nobody calls: `kernels/__init__.py` chooses the references.
 
-`TRITON_INTERPRET=1`, set before Triton is imported, runs the kernels in NumPy on CPU tensors. The interpreter differs
-from a GPU in three ways (triton 3.9): `tl.dot` of bfloat16 is silently wrong, so kernels widen their operands to fp32
-when INTERPRETED; rounding from fp32 to bfloat16 truncates; and `tl.dot` ignores `input_precision`.
+`TRITON_INTERPRET=1`, set before Triton is imported, runs the kernels in NumPy on CPU tensors. The
+interpreter differs from a GPU in three ways (triton 3.9): `tl.dot` of bfloat16 is silently wrong,
+so kernels widen their operands to fp32 when INTERPRETED; rounding from fp32 to bfloat16
+truncates; and `tl.dot` ignores `input_precision`.
 """
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -24,79 +28,76 @@ except ImportError:
 INSTALLED = triton is not None
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
-if not INSTALLED:  # what defining the kernels, as opposed to launching them, needs of Triton
-    triton = SimpleNamespace(jit=lambda f=None, **_: f or (lambda g: g))
+if not INSTALLED:  # enough of Triton to define kernels that are never launched
+
+    def jit(function: Callable | None = None, **options: object) -> Callable:
+        return function or jit
+
+    triton = SimpleNamespace(jit=jit)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-recording = None  # (architecture, launches) while launches are written down instead of made, by kernels.aot
-compiled = {}  # {what Triton compiles anew for: (launcher, function, metadata, constexpr arguments)}
 
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    """Run kernel[grid](*arguments, **options) on the device of the first argument, a tensor.
 
-def launch(kernel: Callable, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    """Run kernel[grid](*arguments) with options: its constexpr arguments, num_warps, num_stages and maxnreg.
-
-    The first argument is a tensor; the kernel runs on its device. Triton's own way to a compiled kernel costs the host
-    more than many of our kernels take, so that a kernel that has run before is called directly.
+    options: the constexpr arguments, num_warps, num_stages and maxnreg. Tools and tests record
+    launches by replacing this function (kernels/compile.py).
     """
-    device = arguments[0].device
-    if recording is not None:
-        recording[1].append((kernel, arguments, options))
-    elif 0 in grid:
+    if 0 in grid:
         return
-    elif INTERPRETED:
+    with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **options)
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            launch(kernel, grid, *arguments, **options)
-    else:
-        key = [kernel, device, *options.values()]
-        for x in arguments:  # what Triton tells apart: dtype and alignment; of an integer 1, multiples of 16, 64 bits
-            if isinstance(x, int):
-                key.append((x == 1) - (x % 16 == 0) if x < 2**31 else 2 + x % 16)
-            elif not isinstance(x, float):
-                key += x.dtype, x.data_ptr() % 16
-        found = compiled.get(key := tuple(key))
-        if found is None:
-            built = kernel[grid](*arguments, **options)
-            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
-            compiled[key] = built.run, built.function, built.packed_metadata, constants
-        else:
-            run, function, metadata, constants = found
-            stream = triton.runtime.driver.active.get_current_stream(device.index)
-            x, y, z = (*grid, 1, 1)[:3]
-            run(x, y, z, stream, function, metadata, None, None, None, *arguments, *constants)  # None: no hooks
-
-
-def architecture(device):
-    """The row of a table of configurations that holds for a device: "sm_90", "sm_80", "interpreter", or None.
-
-    Datacentre Blackwell takes Hopper's, other GPUs from Ampere on take Ampere's, whose tiles fit 99 KiB of shared
-    memory. Older ones have less, and AMD's are untested.
-    """
-    return recording[0] if recording is not None else architecture_of(device)
 
 
 @functools.cache
-def architecture_of(device):
+def architecture(device: torch.device) -> str | None:
+    """Which row of a table of tiles holds for a device: "sm_90", "sm_80", "interpreter", or None.
+
+    Datacentre Blackwell takes Hopper's row. Other GPUs from Ampere on take Ampere's, whose tiles
+    fit into 99 KiB of shared memory. None: an older GPU, which has less, or one by AMD (not
+    tested).
+    """
     if device.type != "cuda":
         return "interpreter"
-    capability = torch.cuda.get_device_capability(device)[0]
-    if torch.version.hip or capability < 8:
+    major, _ = torch.cuda.get_device_capability(device)
+    if torch.version.hip or major < 8:
         return None
-    return "sm_90" if capability in (9, 10) else "sm_80"
+    return "sm_90" if major in (9, 10) else "sm_80"
 
 
-def check_tensors(operation, **tensors):
-    """Raise ValueError for a tensor on another device than the first, or of a float dtype that no kernel takes."""
+def stages(device: torch.device) -> int:
+    """num_stages for loops that load tiles and multiply them: 2, or 1 where that is not safe.
+
+    On Hopper, Triton before 3.7.1 leaves out the fence between an asynchronous copy to shared
+    memory and the product (wgmma) that reads it, so that a pipelined loop may read too early.
+    """
+    version = [int(part) for part in re.findall(r"\d+", triton.__version__)[:3]]
+    if architecture(device) == "sm_90" and version < [3, 7, 1]:
+        return 1
+    return 2
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives to matrix products, or None where it is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def check_tensors(operation: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError for tensors on several devices, or of a float dtype that no kernel takes."""
     given = {name: x for name, x in tensors.items() if x is not None}
     device = next(iter(given.values())).device
     for name, x in given.items():
         if x.device != device:
-            raise ValueError(f"{operation}: {name} must be on {device} as the others, got {x.device}")
+            text = f"{name} must be on {device} as the others, got {x.device}"
+            raise ValueError(f"{operation}: {text}")
         if x.is_floating_point() and x.element_size() not in (2, 4):
-            raise ValueError(f"{operation}: {name} must be float32, float16 or bfloat16, got {x.dtype}")
+            text = f"{name} must be float32, float16 or bfloat16, got {x.dtype}"
+            raise ValueError(f"{operation}: {text}")
 
 
-def rows_together(*tensors):
-    """The tensors, copied where the numbers of a row do not lie side by side."""
+def make_rows_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors; copied are those in which the numbers of a row do not lie side by side."""
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -1,44 +1,45 @@
-"""Cross-entropy with a weight per token, over logits or straight from hidden states.
+"""Cross-entropy with a weight for each token, of given logits or straight from hidden states.
 
     loss = sum_t  w_t * ( logsumexp(z_t) - z_t[label_t] ),        z_t = scale * W h_t
 
-The weights carry the method: 1 / N_label on the tokens of label targets and lambda / N_rationale on those of
-rationales make one weighted sum of  L_label + lambda * L_rationale,  so both tasks are one pass over one stream.
-A token whose label is -100, or whose weight is 0, adds nothing to the loss and nothing to any gradient.
+The weights carry the method: 1 / N_label on the tokens of label targets and lambda / N_rationale
+on those of rationales make one weighted sum of  L_label + lambda * L_rationale,  so both tasks
+are one pass over one stream. A token whose label is -100, or whose weight is 0, adds nothing to
+the loss and nothing to any gradient.
 
-**Rows.** One program computes one row, in fp32. Up to V = 32768 it stays in registers between the sum and the gradient:
-the logits are read once and the gradient is written once. Longer rows (mT5 has V = 250112) are read twice.
+**Rows.** One program computes one row in fp32. Up to V = 32768 the row stays in registers between
+the sum and the gradient: the logits are read once and the gradient is written once. Longer rows
+(mT5 has V = 250112) are read twice.
 
-**Linear.** T x V logits would be the largest tensor of the whole model. `linear_cross_entropy` takes the tokens in
-chunks: one matrix product makes a chunk's logits, LOGITS_BYTES of them, the row kernel turns them into their gradient
-in place, and two more products give d(hidden) and a summand of d(weight). On the CPU a few operations of PyTorch,
-`fill_rows`, do the row kernel's work. Small chunks are expensive, because each reads and writes all of d(weight), which
-is fp32 whatever the dtype of the inputs: sums of bfloat16 over 32 chunks are off by 7e-3.
+**Linear.** T x V logits would be the largest tensor of the model. The Triton version takes the
+tokens in chunks: one matrix product makes a chunk's logits (LOGITS_BYTES of them), the row kernel
+turns them into their gradient in place, and two more products give d(hidden) and a summand of
+d(weight). Each chunk reads and writes all of d(weight), so small chunks are expensive. d(weight)
+is summed in fp32 whatever the dtype of the inputs: sums of bfloat16 over 32 chunks are off by
+7e-3.
 
-**The gradient is computed in the forward pass**, while the logits are at hand, for an upstream gradient of 1. The
-backward pass multiplies by the real one, on the device and in place, and a kernel that finds a 1 there returns at once;
-a second backward pass through the same graph is refused.
+**The gradient is computed in the forward pass**, while the logits are at hand, for an upstream
+gradient of 1. The backward pass multiplies by the real one, on the device and in place. A kernel
+that finds a 1 there returns at once. A second backward pass through the same graph is refused.
 
-Labels outside [0, V) other than -100 are refused; on a GPU, where reading them would make the host wait, they give NaN.
-In fp16 a gradient below 6e-8 is 0, and w_t / V gets there; train in bfloat16.
+Labels outside [0, V) other than -100 are refused. On a GPU reading them would make the host wait,
+so there they give a loss of NaN.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .launch import launch, rows_together, tl, triton
+from .launch import autocast_dtype, check_tensors, launch, make_rows_contiguous, tl, triton
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
-LOGITS_BYTES = 256 * 2**20  # of one chunk of logits: about 4k tokens of T5's vocabulary in bfloat16
-CPU_LOGITS_BYTES = 32 * 2**20  # without Triton: about 256 tokens of it in fp32, which stay in a large CPU's cache
-
-# {columns: num_warps} of a row's block. The longest row takes 64 fp32 values a thread; with 32 warps it would take 32,
-# but a thread then has only 64 registers, and 4 to 30 values spill.
-WARPS = {1024: 4, 8192: 8, 32768: 16}
-
-
-# ---- Reference ------------------------------------------------------------------------------------------------------
+LOGITS_BYTES = 256 * 2**20  # of one chunk: about 4k tokens of T5's vocabulary in bfloat16
+MAX_BLOCK = 32768  # the longest row that stays in registers
+SCALE_BLOCK = 4096
 
 
 def cross_entropy_reference(
@@ -46,69 +47,72 @@ def cross_entropy_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """sum_t weights[t] * -log softmax(logits[t])[labels[t]], computed in fp32.
 
-    logits: (T, V), any float dtype; labels: (T,) int64 in [0, V), or -100 for "ignored"; weights: (T,) fp32.
-    Returns a scalar fp32 tensor and, if asked, also the (T,) unweighted losses in nats, detached, 0 where ignored.
-    Raises ValueError for arguments that do not fit together.
+    logits: (T, V), any float dtype. labels: (T,) int64 in [0, V), or -100 for "ignored".
+    weights: (T,) fp32; they get no gradient.
+    Returns a scalar fp32 tensor and, if asked, also the (T,) unweighted losses in nats, detached, 0
+    where ignored. Raises ValueError for arguments that do not fit together.
     """
-    check_arguments(logits, labels, weights)
+    check_arguments(logits.shape, logits.dtype, labels, weights)
     nll = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
     loss = (nll * weights).sum()
     return (loss, nll.detach()) if return_token_losses else loss
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, scale: float = 1.0,
-    return_token_losses: bool = False, logits_bytes: int = CPU_LOGITS_BYTES,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`cross_entropy_reference` of the logits scale * hidden @ weight^T, chunk by chunk.
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    scale: float = 1.0,
+    return_token_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cross_entropy_reference` of the logits scale * hidden @ weight^T.
 
-    hidden: (T, C); weight: (V, C); scale: d_model**-0.5 where T5 ties the output to the embedding, else 1;
-    logits_bytes bounds the logits of one chunk. The matrix products are in hidden's dtype, or in autocast's where it is
-    on; weight may be fp32 beside hidden in half precision, and its gradient is fp32 then. Other arguments, results and
-    errors as in `cross_entropy_reference`.
+    hidden: (T, C); weight: (V, C), also fp32 beside hidden in half precision. scale: d_model**-0.5
+    where T5 ties the output matrix to the embedding, else 1. The product is in hidden's dtype or,
+    under autocast, in autocast's. Other arguments, results and errors as in
+    `cross_entropy_reference`.
     """
-    return in_chunks(fill_rows, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes)
+    check_linear_arguments(hidden, weight, labels, weights)
+    logits = F.linear(hidden * scale, weight.to(hidden.dtype))
+    return cross_entropy_reference(logits, labels, weights, return_token_losses)
 
 
-def fill_rows(logits, gradient, labels, weights, losses, nll):
-    """`launch_rows` in plain PyTorch; where there is a gradient it is written over the logits."""
-    z, known = logits.float(), labels != IGNORE
-    lse, label = z.logsumexp(-1, keepdim=True), torch.where(known, labels, 0)[:, None]
-    nll.copy_(torch.where(known, (lse - z.gather(1, label))[:, 0], 0.0))
-    torch.mul(nll, weights, out=losses)
-    if gradient is not None:
-        p = z.sub_(lse).exp_()
-        p.scatter_add_(1, label, torch.full_like(lse, -1.0)).mul_(torch.where(known, weights, 0.0)[:, None])
-        gradient.copy_(p)
-
-
-def multiply_reference_(x, factor):
-    """`multiply_` in plain PyTorch; on the CPU the factor can be looked at."""
-    return x if x.device.type == "cpu" and factor == 1 else x.mul_(factor)
-
-
-def check_arguments(logits: Tensor, labels: Tensor, weights: Tensor) -> None:
-    """Raise ValueError, naming the argument, unless shapes, dtypes and values fit together."""
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or weights.shape != labels.shape:
-        shapes = ", ".join(str(list(x.shape)) for x in (logits, labels, weights))
-        raise ValueError(f"cross_entropy: logits, labels and weights must be (T, V), (T,) and (T,), got {shapes}")
-    if not logits.is_floating_point() or labels.dtype != torch.int64:
-        raise ValueError(f"cross_entropy: logits must be float and labels int64, got {logits.dtype}, {labels.dtype}")
+def check_arguments(shape: torch.Size, dtype: torch.dtype, labels: Tensor, weights: Tensor) -> None:
+    """Raise ValueError, naming the argument, unless logits of this shape and dtype fit the rest."""
+    if len(shape) != 2 or labels.shape != shape[:1] or weights.shape != labels.shape:
+        got = f"{list(shape)}, {list(labels.shape)}, {list(weights.shape)}"
+        text = f"logits, labels and weights must be (T, V), (T,) and (T,), got {got}"
+        raise ValueError(f"cross_entropy: {text}")
+    if not dtype.is_floating_point or labels.dtype != torch.int64:
+        text = f"logits must be float and labels int64, got {dtype}, {labels.dtype}"
+        raise ValueError(f"cross_entropy: {text}")
     if weights.requires_grad:
         raise ValueError("cross_entropy: weights get no gradient and must not require one")
-    V = logits.shape[1]
     if labels.device.type == "cpu":  # reading values from a GPU would make the host wait
-        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= V))]
+        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= shape[1]))]
         if len(wrong):
-            raise ValueError(f"cross_entropy: labels must be in [0, {V}) or {IGNORE}, got {int(wrong[0])}")
+            text = f"labels must be in [0, {shape[1]}) or {IGNORE}, got {int(wrong[0])}"
+            raise ValueError(f"cross_entropy: {text}")
 
 
-# ---- Triton ---------------------------------------------------------------------------------------------------------
+def check_linear_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        got = f"{list(hidden.shape)}, {list(weight.shape)}"
+        text = f"hidden and weight must be (T, C) and (V, C), got {got}"
+        raise ValueError(f"linear_cross_entropy: {text}")
+    shape = torch.Size([len(hidden), len(weight)])
+    check_arguments(shape, hidden.dtype, labels, weights)
+
+
+# ---- Triton -------------------------------------------------------------------------------------
 #
-# With p = softmax(z) and y the label,  d loss_t / d z_v = w_t (p_v - [v = y]).  At v = y a confident row has p near 1,
-# and what is left of p - 1 is formed here, in fp32, before it is rounded to the dtype of the logits.
+# With p = softmax(z) and y the label,  d loss_t / d z_v = w_t (p_v - [v = y]).  At v = y a
+# confident row has p near 1, and what is left of p - 1 is formed here, in fp32, before it is
+# rounded to the dtype of the logits.
 
 
+# ruff: disable[ANN001, ANN201]
 @triton.jit
 def load_logits(ptr, columns, V):
     return tl.load(ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
@@ -117,27 +121,29 @@ def load_logits(ptr, columns, V):
 @triton.jit
 def cross_entropy_row_kernel(
     logits_ptr,
-    gradient_ptr,  # may be logits_ptr: a thread writes what it has read
-    labels_ptr, weights_ptr,
+    gradient_ptr,  # None, or logits_ptr itself: a thread writes what it has read
+    labels_ptr,
+    weights_ptr,
     losses_ptr,  # weighted
     nll_ptr,  # unweighted
-    V, logits_stride, gradient_stride,
-    HAS_GRADIENT: tl.constexpr,
+    V,
+    logits_stride,
+    gradient_stride,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK: the row is read once
-    BLOCK: tl.constexpr, IGNORED: tl.constexpr,
-):  # fmt: skip
+    BLOCK: tl.constexpr,
+    IGNORED: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     ignored = label == IGNORED
     weight = tl.where(ignored, 0.0, tl.load(weights_ptr + row))
     logits_ptr += row * logits_stride
-    gradient_ptr += row * gradient_stride
     columns = tl.arange(0, BLOCK)
-
     known = (label >= 0) & (label < V)
     y = label.to(tl.int32)  # comparing in 64 bits takes more registers
-    # 1. lse = log sum exp z, and z[label], which is read before the first reduction: no warp writes its gradient
-    #    before all have met there.
+
+    # 1. lse = log sum exp z, and z[label], which is read before the first reduction: no warp writes
+    #    its gradient before all have met there.
     z_label = tl.load(logits_ptr + y, mask=known, other=float("nan")).to(tl.float32)
     if ONE_BLOCK:
         z = load_logits(logits_ptr, columns, V)
@@ -159,18 +165,20 @@ def cross_entropy_row_kernel(
     tl.store(losses_ptr + row, weight * nll)
 
     # 3. The gradient.
-    if HAS_GRADIENT:
+    if gradient_ptr is not None:
+        gradient_ptr += row * gradient_stride
         for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
             here = start + columns
             if not ONE_BLOCK:
                 z = load_logits(logits_ptr, here, V)
-            g = tl.where(ignored, 0.0, tl.exp(z - lse) * weight - tl.where(here == y, weight, 0.0))
+            of_label = tl.where(here == y, weight, 0.0)
+            g = tl.where(ignored, 0.0, tl.exp(z - lse) * weight - of_label)
             tl.store(gradient_ptr + here, g.to(gradient_ptr.dtype.element_ty), mask=here < V)
 
 
 @triton.jit
 def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """x *= factor, which is on the device; nothing is read or written where it is 1, as in `loss.backward()`."""
+    """x *= factor, which is on the device. Where it is 1, nothing is read or written."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -178,101 +186,158 @@ def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
         tl.store(x_ptr + i, (x * factor).to(x_ptr.dtype.element_ty), mask=i < n)
 
 
-def launch_rows(logits, gradient, labels, weights, losses, nll):
-    """Fill losses and nll (T,) fp32 and, unless it is None, gradient (T, V), which may be `logits` itself."""
+# ruff: enable[ANN001, ANN201]
+
+
+def launch_rows(
+    logits: Tensor,
+    gradient: Tensor | None,
+    labels: Tensor,
+    weights: Tensor,
+    losses: Tensor,
+    nll: Tensor,
+) -> None:
+    """Fill losses and nll, (T,) fp32, and gradient, (T, V), which may be `logits` itself."""
     T, V = logits.shape
-    block = min(max(triton.next_power_of_2(V), 16), max(WARPS))
-    target = logits if gradient is None else gradient
-    tensors, strides = (logits, target, labels, weights, losses, nll), (logits.stride(0), target.stride(0))
-    flags = dict(HAS_GRADIENT=gradient is not None, ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
-    warps = next(WARPS[size] for size in WARPS if block <= size)
-    launch(cross_entropy_row_kernel, (T,), *tensors, V, *strides, **flags, num_warps=warps)
+    block = min(max(triton.next_power_of_2(V), 16), MAX_BLOCK)
+    # The longest row takes 64 fp32 values a thread. With 32 warps it would take 32, but a thread
+    # then has only 64 registers, and 4 to 30 values spill.
+    num_warps = 4
+    if block > 1024:
+        num_warps = 8 if block <= 8192 else 16
+    gradient_stride = 0 if gradient is None else gradient.stride(0)
+    tensors = (logits, gradient, labels, weights, losses, nll)
+    sizes = (V, logits.stride(0), gradient_stride)
+    constants = dict(ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
+    launch(cross_entropy_row_kernel, (T,), *tensors, *sizes, **constants, num_warps=num_warps)
 
 
-def multiply_(x, factor):
-    """x (contiguous) times a scalar tensor, in place, without a look at the scalar from the host."""
-    block = 4096
-    launch(cross_entropy_scale_kernel, (-(-x.numel() // block),), x, factor, x.numel(), BLOCK=block, num_warps=8)
-    return x
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x (contiguous) times a scalar tensor, in place; the host does not read the scalar."""
+    grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
+    launch(cross_entropy_scale_kernel, grid, x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
 
 
-class Known(torch.autograd.Function):
-    """A loss, and the gradients of its inputs that are known already. multiply: scales them in place."""
+class PrecomputedGradient(torch.autograd.Function):
+    """A loss, and the gradients of its inputs, which are known up to the upstream factor."""
 
     @staticmethod
-    def forward(ctx, loss, gradients, multiply, *inputs):
-        ctx.gradients, ctx.multiply = gradients, multiply
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        ctx.dtypes = [x.dtype for x in inputs]
         return loss
 
     @staticmethod
-    def backward(ctx, upstream):
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("cross_entropy: the gradient is scaled in place; a second backward needs a new forward")
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, *(g if g is None else ctx.multiply(g, upstream) for g in gradients)
-
-
-@torch.no_grad()
-def loss_in_chunks(fill, hidden, weight, labels, weights, logits_bytes):
-    """(the token losses, weighted; unweighted; the gradients of hidden and, where it is wanted, of weight)"""
-    T, V = len(hidden), len(weight)
-    matrix, d_hidden, d_weight = weight.to(hidden.dtype), torch.empty_like(hidden), None
-    losses, nll = (torch.empty(T, device=hidden.device) for _ in range(2))
-    chunks = -(-T * V * hidden.element_size() // logits_bytes)
-    rows = max(-(-T // max(chunks, 1)), 1)  # of each chunk but the last, which may be smaller
-    for h, d_h, *of_rows in zip(*(x.split(rows) for x in (hidden, d_hidden, labels, weights, losses, nll))):
-        logits = h @ matrix.T  # (rows, V)
-        fill(logits, logits if hidden.requires_grad or weight.requires_grad else None, *of_rows)
-        if hidden.requires_grad:  # from here on the logits are their own gradient
-            torch.mm(logits, matrix, out=d_h)
-        if weight.requires_grad:
-            d_weight = add_product(d_weight, logits.T, h)  # (V, C)
-    return losses, nll, [d_hidden, d_weight]
-
-
-def add_product(total, a, b):
-    """total + a @ b as fp32, never rounded to the dtype of a and b on the way; in place, where there is a total."""
-    if a.dtype == torch.float32:
-        return a @ b if total is None else total.addmm_(a, b)
-    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
-    return product if total is None else total.add_(product)
-
-
-# ---- The public functions -------------------------------------------------------------------------------------------
+            text = "the gradient is scaled in place; a second backward needs a new forward"
+            raise RuntimeError(f"cross_entropy: {text}")
+        results = []
+        for gradient, dtype in zip(ctx.gradients, ctx.dtypes):
+            if gradient is not None:
+                scale_(gradient, upstream)
+                gradient = gradient.to(dtype)
+            results.append(gradient)
+        ctx.gradients = None
+        return None, None, *results
 
 
 def cross_entropy_triton(
     logits: Tensor, labels: Tensor, weights: Tensor, return_token_losses: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy_reference` with the row kernel."""
-    check_arguments(logits, labels, weights)
-    (z,) = rows_together(logits.detach())
-    losses, nll = (torch.empty(len(labels), device=logits.device) for _ in range(2))
-    gradient = torch.empty_like(z) if logits.requires_grad else None
+    check_arguments(logits.shape, logits.dtype, labels, weights)
+    check_tensors("cross_entropy", logits=logits, labels=labels, weights=weights)
+    (z,) = make_rows_contiguous(logits.detach())
+    losses = torch.empty(len(labels), device=logits.device)
+    nll = torch.empty_like(losses)
+    gradient = None
+    if logits.requires_grad and torch.is_grad_enabled():
+        # In fp16 small entries would be lost before a loss scaler's factor reaches them.
+        dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+        gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     launch_rows(z, gradient, labels.contiguous(), weights.float().contiguous(), losses, nll)
-    loss = Known.apply(losses.sum(), [gradient], multiply_, logits)
+    loss = PrecomputedGradient.apply(losses.sum(), [gradient], logits)
     return (loss, nll) if return_token_losses else loss
 
 
 def linear_cross_entropy_triton(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, scale: float = 1.0,
-    return_token_losses: bool = False, logits_bytes: int = LOGITS_BYTES,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """`linear_cross_entropy_reference` with the row kernel."""
-    return in_chunks(launch_rows, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes)
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    scale: float = 1.0,
+    return_token_losses: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`linear_cross_entropy_reference`, chunk by chunk, with the row kernel.
+
+    Raises ValueError in fp16 where a gradient is wanted: entries below 6e-8 would be lost before
+    the factor of a loss scaler reaches them, and w_t / V is that small.
+    """
+    check_linear_arguments(hidden, weight, labels, weights)
+    tensors = dict(hidden=hidden, weight=weight, labels=labels, weights=weights)
+    check_tensors("linear_cross_entropy", **tensors)
+    dtype = autocast_dtype(hidden.device) or hidden.dtype
+    want_hidden = torch.is_grad_enabled() and hidden.requires_grad
+    want_weight = torch.is_grad_enabled() and weight.requires_grad
+    if dtype == torch.float16 and (want_hidden or want_weight):
+        text = "the gradient loses its small entries in float16; train in bfloat16"
+        raise ValueError(f"linear_cross_entropy: {text}")
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = (hidden * scale).to(dtype)
+        found = loss_in_chunks(hidden, weight, labels, weights.float(), want_hidden, want_weight)
+        gradients = [found.d_hidden, found.d_weight]
+        loss = PrecomputedGradient.apply(found.losses.sum(), gradients, hidden, weight)
+    return (loss, found.nll) if return_token_losses else loss
 
 
-def in_chunks(fill, hidden, weight, labels, weights, scale, return_token_losses, logits_bytes):
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        shapes = f"{list(hidden.shape)}, {list(weight.shape)}"
-        raise ValueError(f"linear_cross_entropy: hidden and weight must be (T, C) and (V, C), got {shapes}")
-    check_arguments(hidden[:, :1].expand(-1, len(weight)), labels, weights)
-    device = "cpu" if hidden.is_meta else hidden.device.type  # on meta there are shapes alone
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
-        hidden = (hidden * scale).to(dtype).contiguous()
-        arguments = (hidden, weight, labels.contiguous(), weights.float().contiguous(), logits_bytes)
-        losses, nll, gradients = loss_in_chunks(fill, *arguments)
-        multiply = multiply_ if fill is launch_rows else multiply_reference_
-        loss = Known.apply(losses.sum(), gradients, multiply, hidden, weight)
-    return (loss, nll) if return_token_losses else loss
+@dataclass
+class ChunkedLoss:
+    losses: Tensor  # (T,), weighted
+    nll: Tensor  # (T,), unweighted
+    d_hidden: Tensor | None  # (T, C)
+    d_weight: Tensor | None  # (V, C) fp32
+
+
+@torch.no_grad()
+def loss_in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    want_hidden: bool,
+    want_weight: bool,
+) -> ChunkedLoss:
+    """The losses, and for an upstream gradient of 1 the gradients that are wanted."""
+    T = len(hidden)
+    losses = torch.empty(T, device=hidden.device)
+    found = ChunkedLoss(losses, torch.empty_like(losses), None, None)
+    if want_hidden:
+        found.d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    matrix = weight.to(hidden.dtype)
+    chunks = max(triton.cdiv(T * len(weight) * hidden.element_size(), LOGITS_BYTES), 1)
+    rows = triton.cdiv(T, chunks * 16) * 16  # a multiple of 16: one compilation serves all
+    for start in range(0, max(T, 1), max(rows, 1)):
+        chunk = slice(start, start + rows)
+        h = hidden[chunk]
+        logits = h @ matrix.T  # (rows, V)
+        gradient = logits if want_hidden or want_weight else None  # in place
+        of_rows = (labels[chunk].contiguous(), weights[chunk].contiguous())
+        launch_rows(logits, gradient, *of_rows, losses[chunk], found.nll[chunk])
+        if want_hidden:
+            torch.mm(gradient, matrix, out=found.d_hidden[chunk])
+        if want_weight:
+            found.d_weight = add_product(found.d_weight, gradient.T, h)
+    return found
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b in fp32, never rounded to a dtype of a and b; in place if there is a total."""
+    if a.dtype == torch.float32:
+        return a @ b if total is None else total.addmm_(a, b)
+    if a.is_cuda:
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        product = a.float() @ b.float()
+    return product if total is None else total.add_(product)

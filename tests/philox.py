@@ -1,4 +1,4 @@
-"""Philox4x32-7 in NumPy, written from the paper, and with it the very masks that the Triton kernels draw.
+"""Philox4x32-7 in NumPy, written from the paper, and the masks that the Triton kernels draw with it.
 
 Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -14,13 +14,18 @@ def philox(seed, counters, rounds=7):
     k = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(rounds):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [b >> np.uint64(32) ^ c[1] ^ np.uint64(k[0]), b & low, a >> np.uint64(32) ^ c[3] ^ np.uint64(k[1]), a & low]
+        c = [
+            b >> np.uint64(32) ^ c[1] ^ np.uint64(k[0]),
+            b & low,
+            a >> np.uint64(32) ^ c[3] ^ np.uint64(k[1]),
+            a & low,
+        ]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c
 
 
 def mask(seed, rows, plane, columns, threshold):
-    """What kernels/dropout.py multiplies by, (R, columns) for rows (R,); bytes below the threshold are dropped."""
+    """What kernels/dropout.py multiplies by: (R, columns) for rows (R,)."""
     row, column = np.broadcast_arrays(np.asarray(rows)[:, None], np.arange(columns)[None, :])
     group = 4 * (column // 64) + column % 8 // 2
     words = philox(seed, (row, np.full_like(row, plane), group, np.zeros_like(row)))

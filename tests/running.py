@@ -3,25 +3,37 @@
 import json
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import torch
 
 import train
+from data.cli import Interrupted
 from data.jsonl import Record, write_jsonl
 from dss.config import T5Config, parse_args
 from dss.model import T5
 from dss.weights import load_t5
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_decoder_layers=2, num_heads=3)
+SMALL = dict(
+    vocab_size=61,
+    d_model=24,
+    d_kv=8,
+    d_ff=40,
+    num_layers=2,
+    num_decoder_layers=2,
+    num_heads=3,
+)
 V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
+QUICK = "--batch-size 4 --warmup 2 --max-target-length 12 --max-new-tokens 4".split()
+SIX = [*QUICK, *"--steps 6 --eval-every 2 --log-every 100 --method dss".split()]
 
 
 def write_rows(directory, rows, split):
-    """The flags of train.py for rows[:split] to train on and rows[split:] to be tested on."""
+    """Flags of train.py: rows[:split] to train on, and rows[split:] to be tested on."""
     write_jsonl(directory / "rows.jsonl", rows[:split])
     write_jsonl(directory / "test.jsonl", rows[split:])
-    return ["--data", str(directory / "rows.jsonl"), "--test_data", str(directory / "test.jsonl")]
+    return ["--data", str(directory / "rows.jsonl"), "--test-data", str(directory / "test.jsonl")]
 
 
 def student(**shape):
@@ -32,7 +44,10 @@ def student(**shape):
 
 def counting(n):
     """n Records whose answers are equations."""
-    return [Record(f"r{i}", f"Tom gave {i} apples.", f"{i} + 1", f"Add 1 to {i}.", f"{i}") for i in range(n)]
+    rows = []
+    for i in range(n):
+        rows.append(Record(f"r{i}", f"Tom gave {i} apples.", f"{i} + 1", f"Add 1 to {i}.", f"{i}"))
+    return rows
 
 
 def run(*arguments):
@@ -54,10 +69,20 @@ def watched(name, act):
     return function
 
 
-def at_step(steps, act):
-    """train.train_step, but before its calls of the numbers `steps` (from 0) `act(model)` happens."""
+def at_step(step, act):
+    """train.train_step, but `act(model)` happens before the call number `step`, from 0."""
     calls = iter(range(1000))
-    return watched("train_step", lambda student, *_: act(student.model) if next(calls) in steps else None)
+
+    def act_once(student, *_):
+        if next(calls) == step:
+            act(student.model)
+
+    return watched("train_step", act_once)
+
+
+def stop_at(n):
+    """data.cli.Stop.check, but it interrupts the run when it is asked for the n-th time."""
+    return Mock(side_effect=[None] * (n - 1) + [Interrupted])
 
 
 def wait_until(holds, seconds=100):
@@ -66,12 +91,17 @@ def wait_until(holds, seconds=100):
         time.sleep(0.005)
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def result(out, method):
     return json.loads((out / method / "result.json").read_text())
 
 
-def weights(arm):
-    return load_t5(arm / "student").state_dict()
+def weights(directory):
+    """Those of the student in OUT/METHOD."""
+    return load_t5(directory / "student").state_dict()
 
 
 def same(a, b):

@@ -1,4 +1,4 @@
-"""Run a function in several processes at once, as torchrun would. They are forked from a server that has torch."""
+"""Run a function in several processes, as torchrun would, but forked from a server with torch."""
 
 import multiprocessing
 import os
@@ -7,30 +7,37 @@ import sys
 from torch.distributed import TCPStore
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "dss.run.shards", "conftest", "hypothesis.strategies"])
+context.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
 
 
 def run(n, directory, work, *arguments):
-    """The exit statuses of n processes that each call work(*arguments); what they print is in DIRECTORY/RANK.txt."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them, as torchrun's does
-    rest = (n, store.port, directory, work, arguments)
-    processes = [context.Process(target=begin, args=(rank, *rest)) for rank in range(n)]
+    """The exit statuses of n processes that each call work(*arguments). What they print is in
+    DIRECTORY/RANK.txt."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = dict(
+        WORLD_SIZE=str(n),
+        LOCAL_WORLD_SIZE=str(n),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the store outlives them, as torchrun's does
+    )
+    processes = []
+    for rank in range(n):
+        own = environment | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        log = directory / f"{rank}.txt"
+        processes.append(context.Process(target=begin, args=(own, log, work, arguments)))
     for process in processes:
         process.start()
-    return [end(process) for process in processes]
+    for process in processes:
+        process.join(100)
+        if process.exitcode is None:
+            process.kill()
+    return [process.exitcode for process in processes]
 
 
-def end(process, seconds=100):
-    process.join(seconds)
-    if process.exitcode is None:
-        process.kill()
-    return process.exitcode
-
-
-def begin(rank, n, port, directory, work, arguments):
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n))
-    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
-    sys.stdout = sys.stderr = open(directory / f"{rank}.txt", "w", buffering=1)
+def begin(environment, log, work, arguments):
+    os.environ |= environment
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
     import torch
 
     torch.set_num_threads(1)

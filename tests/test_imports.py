@@ -10,7 +10,7 @@ from running import ROOT
 OURS = {"data", "tokenizer", "kernels", "dss", "train", "extract", "tests"}
 MAY_IMPORT = {"data": set(), "tokenizer": set(), "kernels": set(), "dss": {"data", "tokenizer", "kernels"}}
 PACKAGES = {"torch", "triton", "sentencepiece", "numpy", "tqdm"}
-OPTIONAL = {"matplotlib", *"transformers ctranslate2 liger_kernel cut_cross_entropy".split()}  # imported where used
+OPTIONAL = {"huggingface_hub", "matplotlib", *"transformers ctranslate2 liger_kernel cut_cross_entropy".split()}  # imported where used
 
 
 def parse(path):
@@ -60,7 +60,7 @@ x = torch.ones(3, 4)
 assert kernels.rms_norm(x, x[0]).shape == (3, 4)
 os.environ["DSS_KERNELS"] = "triton"
 try:
-    kernels.relu(x)
+    kernels.geglu(x, x)
 except ValueError as problem:
     sys.exit("not installed" not in str(problem))
 sys.exit(3)

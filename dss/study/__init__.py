@@ -1,1 +1,0 @@
-"""The paper's comparisons as tables and pictures: `python -m dss.study`."""

@@ -1,0 +1,148 @@
+"""Each method's sequences, its control, and that a new entry in METHODS is a method."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from running import SIX, counting, json_lines, result, run, write_rows
+
+import train
+from data.jsonl import Record
+from dss.batch import LABEL, RATIONALE
+from dss.methods import METHODS, SEPARATOR, Method, Target, label_ids, sequences, shorten
+from tokenizer import T5Tokenizer
+
+ROW = Record("1", "how many apples left", "three", "Tom gave one")
+
+
+@pytest.fixture(scope="module")
+def tok(spiece):
+    return T5Tokenizer(spiece)
+
+
+def joined(tok, *parts):
+    """The ids of two texts, with the separator between them."""
+    first, second = parts
+    return [*tok.encode(first)[:-1], tok.special[SEPARATOR], *tok.encode(second)]
+
+
+def test_each_method_has_its_sequences(tok):
+    question = tok.encode("predict: how many apples left")
+    label = (question, tok.encode("three"), LABEL)
+    rationale = (tok.encode("explain: how many apples left"), tok.encode("Tom gave one"), RATIONALE)
+    want = {
+        "standard": [label],
+        "dss": [label, rationale],
+        "label_first": [(question, joined(tok, "three", "Tom gave one"), LABEL)],
+        "single_task": [(question, joined(tok, "Tom gave one", "three"), LABEL)],
+        "dss-shuffled": [label, rationale],
+        "dss-scrambled": [label, rationale],
+        "standard-matched": [label],
+    }
+    assert {method: sequences(ROW, method, tok) for method in METHODS} == want
+
+
+def test_a_row_without_rationale_trains_the_label_and_one_without_label_nothing(tok):
+    bare = replace(ROW, rationale=None)
+    assert sequences(bare, "dss", tok) == sequences(bare, "standard", tok)
+    (single,) = sequences(bare, "single_task", tok)
+    assert single.target_ids == [tok.special[SEPARATOR], *tok.encode("three")]
+    (first,) = sequences(bare, "label_first", tok)
+    assert first.target_ids == [*tok.encode("three")[:-1], tok.special[SEPARATOR], 1]
+    for method in METHODS:
+        assert sequences(replace(ROW, label=None), method, tok) == []
+
+
+def test_long_texts_are_cut_but_keep_their_end_and_single_task_its_label(tok):
+    row = Record("1", "one two three " * 20, "three", "four plus minus " * 20)
+    for method in METHODS:
+        found = sequences(row, method, tok, max_input_length=10, max_target_length=7)
+        for s in found:
+            assert len(s.input_ids) == 10 and s.input_ids[-1] == 1
+            assert len(s.target_ids) <= 7 and s.target_ids[-1] == 1
+        end = [tok.special[SEPARATOR], *tok.encode("three")]
+        assert (found[0].target_ids[-len(end) :] == end) == (method == "single_task")
+
+
+@given(st.lists(st.integers(2, 99), min_size=1), st.integers(1, 20), st.integers(1, 5))
+def test_shortening_keeps_the_beginning_and_the_last_ids(ids, longest, keep_last):
+    short = shorten(ids, longest, keep_last)
+    assert len(short) == min(len(ids), longest) and short[-1] == ids[-1]
+    if keep_last <= longest < len(ids):
+        assert short == ids[: longest - keep_last] + ids[-keep_last:]
+
+
+def test_what_is_cut_is_counted(tok):
+    for method, inputs, targets in (("standard", 1, 1), ("dss", 2, 2), ("single_task", 1, 1)):
+        cut = Counter()
+        sequences(replace(ROW, label="one two"), method, tok, 5, 2, cut)
+        assert cut == {"inputs": inputs, "targets": targets}
+        cut.clear()
+        sequences(ROW, method, tok, 99, 99, cut)
+        assert not +cut
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "single_task"])
+def test_the_ids_of_a_label_are_how_its_target_begins(tok, method):
+    ids = label_ids(tok, "three", method)
+    assert sequences(ROW, method, tok)[0].target_ids[: len(ids)] == ids
+
+
+def rows_with_gaps():
+    """40 rows, 32 of them with a rationale."""
+    rows = []
+    for i in range(40):
+        rationale = None if i % 5 == 0 else f"a b c d e {i}"
+        rows.append(Record(str(i), f"q{i}", f"l{i}", rationale))
+    return rows
+
+
+def test_shuffled_rationales_all_stand_on_another_row():
+    rows = rows_with_gaps()
+    swapped = METHODS["dss-shuffled"].change_rows(rows, 0)
+    assert Counter(row.rationale for row in swapped) == Counter(row.rationale for row in rows)
+    for before, after in zip(rows, swapped):
+        assert replace(after, rationale=before.rationale) == before
+        assert (before.rationale is None) == (after.rationale is None)
+        assert after.rationale is None or after.rationale != before.rationale
+
+
+def test_scrambled_rationales_keep_their_words_and_stay_on_their_row():
+    rows = rows_with_gaps()
+    scramble = METHODS["dss-scrambled"].change_rows
+    scrambled = scramble(rows, 0)
+    assert scrambled == scramble(rows, 0) != scramble(rows, 1)
+    orders = set()
+    for before, after in zip(rows, scrambled):
+        assert replace(after, rationale=before.rationale) == before
+        if before.rationale is not None:
+            assert sorted(after.rationale.split()) == sorted(before.rationale.split())
+            orders.add(tuple(word for word in after.rationale.split() if word.isalpha()))
+    assert len(orders) > 10, "not one order for all rows"
+
+
+def test_a_new_entry_is_a_method_that_trains_tests_and_reports(tmp_path, monkeypatch, capsys):
+    """Its second task is to write the question down."""
+
+    def label_and_question(row, tokenizer):
+        return [
+            Target("predict: ", tokenizer.encode(row.label), LABEL),
+            Target("ask: ", tokenizer.encode(row.input), RATIONALE),
+        ]
+
+    asking = Method("the question itself", "#000000", "*", label_and_question)
+    monkeypatch.setitem(METHODS, "asking", asking)
+    files = write_rows(tmp_path, counting(20), 16)
+    assert run(*files, *SIX, "standard", "asking", "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "dss - standard:" in shown and "asking - standard:" in shown
+    assert result(tmp_path / "out", "asking")["test_accuracy"] is not None
+    line = json_lines(tmp_path / "out" / "asking" / "metrics.jsonl")[-2]
+    assert line["rationale_loss"] > 0
+
+
+def test_an_unknown_method_is_refused_with_the_list_of_methods(refused):
+    said = refused(train.main, "--method", "finetune")
+    assert f"--method finetune: no such method; known: {', '.join(METHODS)}" in said

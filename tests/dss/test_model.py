@@ -1,0 +1,322 @@
+"""The model against transformers, and on the Triton kernels against itself on the references."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from comparing import DEVICE, needs_triton, relative_error
+from running import SMALL, V1_1, student
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
+from dss.config import SIZES, parse_args
+from dss.distributed import Replicas
+from dss.generate import generate
+from dss.loss import distillation_loss
+from dss.model import T5
+from dss.weights import checkpoint_name, load_t5, save_t5
+
+RELU = dict(feed_forward_proj="relu")
+GATED = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+FEW = dict(relative_attention_num_buckets=8, relative_attention_max_distance=20)
+VARIANTS = {  # name: (transformers' config arguments, whether lm_head is a matrix of its own)
+    "T5 1.0": (RELU, False),
+    "T5 1.1, LM-adapted, Flan": (GATED, True),
+    "T5 1.1 as transformers 5 initialises it": (GATED, False),  # tied but not scaled
+    "mT5": (GATED, True),
+    "deeper decoder, H * D != C": (GATED | dict(num_decoder_layers=3, d_kv=16), True),
+    "few buckets, short distance": (RELU | FEW, False),
+}
+INPUTS = [[5, 6, 7, 8, 1], [9, 1], [*range(3, 43), 1]]
+TARGETS = [[4, 5, 1], [7, 8, 9, 10, *range(30, 44), 1], [1]]
+STARTED = [[0, *target[:-1]] for target in TARGETS]
+
+
+def shake(model, size=0.1):
+    """Move the weights away from their initial values, so that a swap of two would show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+
+
+@pytest.fixture(params=VARIANTS)
+def pair(request, transformers, tmp_path):
+    """(name, transformers' model in training but without dropout, ours from the directory that it
+    saved)."""
+    arguments, own_head = VARIANTS[request.param]
+    kind = "MT5" if request.param == "mT5" else "T5"
+    shape = SMALL | arguments | dict(dropout_rate=0.0, decoder_start_token_id=0)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    shake(theirs)
+    if own_head:
+        theirs.lm_head.weight = torch.nn.Parameter(torch.randn(61, 24) / 5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    return request.param, theirs.train(), load_t5(tmp_path / "theirs")
+
+
+def their_logits(theirs):
+    logits = []
+    for ids, started in zip(INPUTS, STARTED):
+        output = theirs(
+            input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([started])
+        )
+        logits.append(output.logits[0])
+    return torch.cat(logits)
+
+
+def test_logits_and_every_gradient_are_those_of_transformers(pair, measured):
+    name, theirs, ours = pair
+    got = torch.cat(ours.logits(INPUTS, STARTED))
+    want = their_logits(theirs)
+    measured(f"{name}: logits against transformers", relative_error(got, want), 1e-5)
+    labels = torch.tensor(sum(TARGETS, []))
+    for logits in (got, want):
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    errors = []
+    for parameter_name, p in ours.named_parameters():
+        errors.append(relative_error(p.grad, gradients[checkpoint_name(parameter_name, ours)]))
+    measured(f"{name}: worst of {len(errors)} gradients against transformers", max(errors), 1e-4)
+
+
+def test_greedy_tokens_are_transformers_tokens(pair):
+    _, theirs, ours = pair
+    theirs.eval()
+    # transformers 5.23 fails to make a cache for a decoder deeper than its encoder
+    settings = dict(max_new_tokens=12, do_sample=False, use_cache=False)
+    for ids, got in zip(INPUTS, generate(ours, INPUTS, max_new_tokens=12)):
+        want = theirs.generate(torch.tensor([ids]), **settings)[0].tolist()[1:]
+        assert got == want[: want.index(1) if 1 in want else None]
+
+
+def test_the_saved_student_gives_transformers_the_same_logits(
+    pair, transformers, measured, tmp_path
+):
+    name, theirs, ours = pair
+    shake(ours, 0.05)
+    save_t5(ours, tmp_path / "ours")
+    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours")
+    assert type(back) is type(theirs)
+    error = relative_error(their_logits(back), torch.cat(ours.logits(INPUTS, STARTED)))
+    measured(f"{name}: logits of the saved student in transformers", error, 1e-5)
+    again = load_t5(tmp_path / "ours")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters()))
+
+
+@pytest.mark.parametrize("size", ["t5-v1_1-small", "mt5-small"])
+def test_random_weights_begin_at_the_loss_of_a_guess(size):
+    """An output matrix of deviation 1, as transformers draws it, would begin near a loss of
+    sqrt(d_model) = 22."""
+    torch.manual_seed(0)
+    small = dict(vocab_size=500, num_layers=2, num_decoder_layers=2)
+    model = T5(dataclasses.replace(SIZES[size], **small)).eval()
+    batch = pack([Sequence(list(range(3, 30)), list(range(100, 140)), LABEL)])
+    loss = torch.nn.functional.cross_entropy(model.read_out(model(batch)), batch.labels)
+    assert abs(loss - torch.tensor(500.0).log()) < 1.0
+
+
+def test_public_sizes_have_the_published_parameter_counts():
+    millions = {"t5-small": 60.5, "t5-base": 222.9, "t5-v1_1-small": 77.0}
+    millions |= {"t5-v1_1-base": 247.6, "mt5-small": 300.2}
+    for size, number in millions.items():
+        with torch.device("meta"):
+            model = T5(SIZES[size])
+        assert model.num_parameters() == pytest.approx(number * 1e6, rel=1e-3), size
+
+
+def test_dropout_follows_torch_s_seed_and_acts_behind_the_final_norm():
+    model = student(**V1_1, dropout_rate=0.5).train()
+    batch = pack([Sequence(INPUTS[0], TARGETS[1], LABEL)])
+    torch.manual_seed(1)
+    first = model(batch)
+    torch.manual_seed(1)
+    assert torch.equal(first, model(batch))
+    assert not torch.equal(first, model(batch))
+    assert (first == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+PLACES = ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"]
+
+
+@pytest.mark.parametrize("shape", [{}, V1_1], ids=["T5 1.0", "T5 1.1"])
+@pytest.mark.parametrize("place", PLACES)
+def test_each_dropout_acts_in_training_alone(place, shape):
+    model = student(**shape)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "dropout_p"):
+            module.dropout_p = 0.5 if name.endswith(place) else 0.0
+    for training in (True, False):
+        model.train(training)
+        one, two = (model.logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
+        assert torch.equal(one, two) != training
+
+
+def test_bfloat16_autocast_stays_near_fp32():
+    model = student(**V1_1).eval()
+    batch = pack([Sequence(i, t, LABEL) for i, t in zip(INPUTS, TARGETS)])
+    full = model(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch)
+    assert half.dtype == torch.bfloat16 and relative_error(half.float(), full) < 3e-2
+
+
+def test_logits_refuses_lists_that_do_not_match():
+    model = student(**V1_1)
+    assert model.logits([], []) == []
+    for inputs, decoder_inputs in (([[1]], []), ([[]], [[0]]), ([[1]], [[]])):
+        with pytest.raises(ValueError, match="logits"):
+            model.logits(inputs, decoder_inputs)
+
+
+# ---- On the Triton kernels -----------------------------------------------------------------------
+
+WIDE = dict(d_model=32, d_kv=16, d_ff=48, num_heads=2, dropout_rate=0.0)
+SEQUENCES = [
+    Sequence([5, 6, 7, 8, 1], [11, 1], LABEL),
+    Sequence([9, 6, 7, 8, 1], [12, 13, 14, 15, 1], RATIONALE),
+    Sequence([9, 1], [16, 1], LABEL),
+    Sequence([*range(3, 60), 1], [*range(20, 55), 1], RATIONALE),
+]
+
+
+def wide_student(**changes):
+    model = student(**(WIDE | changes)).to(DEVICE)
+    shake(model)
+    return model
+
+
+def train_step(model, monkeypatch, kernels, bf16=False, sequences=SEQUENCES):
+    """The losses (3,), and the gradients by name, of one step."""
+    monkeypatch.setenv("DSS_KERNELS", kernels)
+    model.zero_grad()
+    counts = count_targets(sequences)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+        losses = distillation_loss(model, pack(sequences, DEVICE), *counts, lam=0.5)
+    losses[0].backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return torch.stack([loss.detach() for loss in losses]), gradients
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [RELU, V1_1], ids=["T5 1.0", "T5 1.1"])
+def test_every_gradient_of_a_step_on_triton_is_that_of_the_references(
+    shape, monkeypatch, measured
+):
+    model = wide_student(**shape)
+    losses, gradients = train_step(model, monkeypatch, "triton")
+    want_losses, want = train_step(model, monkeypatch, "reference")
+    torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=1e-6)
+    assert all((g != 0).any() for g in want.values()), "a parameter that plays no part"
+    worst = max(relative_error(gradients[name], want[name]) for name in want)
+    measured(f"Triton: worst of {len(want)} gradients against the references", worst, 2e-5)
+
+
+@needs_triton
+def test_every_gradient_on_triton_under_bfloat16_autocast(monkeypatch, measured):
+    """fp32 weights, products in bf16: Triton is at most twice as far from fp32 as the
+    references."""
+    model = wide_student(**V1_1)
+    _, exact = train_step(model, monkeypatch, "reference")
+    _, ours = train_step(model, monkeypatch, "triton", bf16=True)
+    _, theirs = train_step(model, monkeypatch, "reference", bf16=True)
+    ratios = []
+    for name, gradient in exact.items():
+        assert ours[name].dtype == torch.float32
+        allowed = max(relative_error(theirs[name], gradient), 5e-3)
+        ratios.append(relative_error(ours[name], gradient) / allowed)
+    measured("Triton in bf16: worst ratio of the gradients' errors", max(ratios), 2.0)
+
+
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_dropout_follows_torch_s_seed_also_where_layers_are_computed_again(kernels, monkeypatch):
+    """With --checkpoint-activations a layer must draw the same dropout when it is computed again:
+    otherwise the gradients are wrong, at an equal loss."""
+    shape = V1_1 | dict(dropout_rate=0.3, num_layers=1, num_decoder_layers=1)
+    plain = wide_student(**shape).train()
+    config = parse_args(["--checkpoint-activations"])
+    checkpointed = Replicas(config, torch.device(DEVICE)).place(copy.deepcopy(plain))
+    computed = []
+    attention = checkpointed.encoder.layers[0].self_attention
+    attention.register_forward_hook(lambda *_: computed.append(1))
+    found = []
+    for model, seed in ((plain, 1), (checkpointed, 1), (plain, 2)):
+        torch.manual_seed(seed)
+        found.append(train_step(model, monkeypatch, kernels, sequences=SEQUENCES[:2]))
+    (losses, gradients), (same_losses, same_gradients), (other_losses, _) = found
+    assert len(computed) == 2
+    assert torch.equal(losses, same_losses) and not torch.equal(losses, other_losses)
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, same_gradients[name]) and gradient.isfinite().all(), name
+
+
+@needs_triton
+def test_generation_on_triton_is_that_of_the_references(monkeypatch):
+    model = wide_student(**RELU).eval()
+    written = []
+    for kernels in ("triton", "reference"):
+        monkeypatch.setenv("DSS_KERNELS", kernels)
+        written.append(generate(model, INPUTS, max_new_tokens=5))
+    assert written[0] == written[1] and any(written[0])
+
+
+class Watch(TorchDispatchMode):
+    """Counts casts of floating-point tensors with a row per token, and what would make the host
+    wait."""
+
+    def __init__(self, row_counts):
+        super().__init__()
+        self.row_counts = row_counts
+        self.casts = 0
+        self.waits = 0
+        self.operations = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.operations += 1
+        if operation is torch.ops.aten._to_copy.default and args[0].is_floating_point():
+            of_tokens = args[0].dim() > 1 and args[0].shape[0] in self.row_counts
+            self.casts += of_tokens and args[0].dtype != result.dtype
+        aten = torch.ops.aten
+        self.waits += operation in (aten._local_scalar_dense.default, aten.nonzero.default)
+        return result
+
+
+@needs_triton
+def test_a_bfloat16_step_of_t5_base_casts_few_activations_and_never_waits(monkeypatch):
+    """A step on a GPU, without one: launches are recorded, not made. Of 12 + 12 layers; narrow,
+    since the counts do not depend on the width."""
+    from kernels.compile import recording
+
+    monkeypatch.setenv("DSS_KERNELS", "triton")
+    # These checks read labels and cu_seqlens, but only on the CPU.
+    monkeypatch.setattr("kernels.losses.check_arguments", lambda *_: None)
+    monkeypatch.setattr("kernels.flash_attention.check_arguments", lambda *of: of[-1])
+    model = student(**WIDE | V1_1 | dict(num_layers=12, num_decoder_layers=12, dropout_rate=0.1))
+    model.train()
+    for stack in (model.encoder, model.decoder):
+        stack.dropout.p = 0.0  # torch's own dropout asks for values on a CPU
+    sequences = []
+    for task in (LABEL, RATIONALE) * 2:
+        sequences.append(Sequence(list(range(2, 60)), list(range(2, 52)), task))
+    batch = pack(sequences)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _, _ = distillation_loss(model, batch, *count_targets(sequences), 1.0)
+        loss.backward()
+
+    with recording("sm_90"):
+        step()  # the first step fills caches, which may wait
+    watch = Watch({len(batch.input_ids), len(batch.labels)})
+    with recording("sm_90") as launches, watch:
+        step()
+    launched = [launch.kernel.__name__ for launch in launches]
+    assert launched.count("attention_forward_kernel") == 36
+    assert launched.count("attention_dkdv_kernel") == 36
+    assert watch.casts <= 20 and watch.waits == 0
+    assert watch.operations > 100, "the mode saw the step"

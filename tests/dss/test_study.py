@@ -1,0 +1,242 @@
+"""The study: its grid, its files, and that nothing finished is ever trained twice."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from running import ROOT, wait_until, write_rows
+
+from data.jsonl import Record, write_jsonl
+from dss import study
+from dss.config import parse_args
+
+QUICK = (
+    "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8".split()
+)
+ROWS = [
+    Record(f"r{i}", f"How many are {i}?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)
+]
+ONE = [*QUICK, "--method", "standard", "--seed", "0"]
+CELL = "labels=gold,size=tiny,subsample=1.0,method=standard,seed=0"
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_rows(tmp_path, ROWS, 20)
+
+
+def run(*arguments):
+    return study.main([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a study of one run."""
+    directory = tmp_path_factory.mktemp("finished")
+    assert run(*write_rows(directory, ROWS, 20), *ONE, "--out", directory / "study") == 0
+    return directory / "study"
+
+
+def times(out):
+    return {path: path.stat().st_mtime_ns for path in sorted(out.rglob("result.json"))}
+
+
+def cells(*arguments):
+    """{directory of a cell: what its command line means to train.py}."""
+    config, train_flags = study.parse([str(a) for a in arguments])
+    configs = [parse_args(study.command(c, config, train_flags)) for c in study.make_cells(config)]
+    return {c.out: c for c in configs}
+
+
+def test_a_study_runs_its_grid_once_and_a_wider_one_adds_to_it(files, tmp_path, capsys, refused):
+    out = tmp_path / "study"
+    first = [*files, *ONE, "--out", out]
+    assert run(*first) == 0
+    shown = capsys.readouterr().out
+    before = times(out)
+    assert [path.parent.parent.name for path in before] == [CELL]
+    (group,) = json.loads((out / "study.json").read_text())["groups"]
+    assert "gain" not in group and 0 < group["commonest_label"] < 1
+    assert (out / "study.md").read_text() in shown and "| gold | tiny | 1 | standard | 1 |" in shown
+    assert "--resume goes on" in refused(study.main, *first), "it exists"
+    assert run(*first, "--resume", "--subsample", "0.5", "1", "--jobs", "2") == 0
+    assert before.items() < times(out).items() and len(times(out)) == 2
+
+
+def test_each_method_gets_the_rate_that_is_best_on_validation_rows(files, tmp_path, monkeypatch):
+    """The runs are stood in for; only what their validation rows say depends on the rate."""
+    ran = []
+
+    def run_cells(cells, config, train_flags, stop):
+        for cell in cells:
+            directory = config.directory / study.directory_name(cell) / cell["method"]
+            directory.mkdir(parents=True, exist_ok=True)
+            good = {("standard", 0.1), ("dss", 0.01)}
+            accuracy = 0.9 if (cell["method"], cell["lr"]) in good else 0.5
+            result = dict(validation_accuracy=accuracy, rows=18, steps=4, seconds=1)
+            (directory / "result.json").write_text(json.dumps(result))
+            (directory / "predictions.jsonl").write_text('{"correct": true}\n')
+            ran.append((cell["method"], cell["lr"], cell["seed"]))
+        return []
+
+    monkeypatch.setattr(study, "run_cells", run_cells)
+    grid = ["--method", "standard", "dss", "--lr", "0.1", "0.01", "--seed", "3", "4"]
+    assert run(*files, *grid, "--out", tmp_path / "study") == 0
+    searched = [(method, rate, 3) for method in ("standard", "dss") for rate in (0.1, 0.01)]
+    assert ran[:4] == searched
+    assert sorted(ran[4:]) == [
+        ("dss", 0.01, 3),
+        ("dss", 0.01, 4),
+        ("standard", 0.1, 3),
+        ("standard", 0.1, 4),
+    ]
+
+
+def test_other_rows_are_refused(files, tmp_path, capsys, finished):
+    out = shutil.copytree(finished, tmp_path / "study")
+    before = times(out)
+    write_jsonl(files[1], [Record("new", "How many?", "1", "Count.")] * 20)
+    assert run(*files, *ONE, "--out", out, "--resume") == 2
+    assert "other rows" in capsys.readouterr().err and times(out) == before
+
+
+def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tmp_path):
+    """Killed while its first run trains, which then ends by itself, and stopped by Ctrl-C later."""
+    out = tmp_path / "study"
+    quick = [
+        "--steps",
+        "80",
+        "--eval_every",
+        "10",
+        *QUICK[4:],
+        "--method",
+        "standard",
+        "--seed",
+        "0",
+        "1",
+        "2",
+    ]
+    arguments = [*files, *quick, "--resume", "--out", str(out)]
+    command = [sys.executable, "-m", "dss.study", *arguments]
+    done = {}
+    for number, (stop, status) in enumerate(
+        [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
+    ):
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        wait_until(lambda seen=number: len(times(out)) > seen)
+        process.send_signal(stop)
+        process.communicate(timeout=60)
+        assert process.returncode == status
+        wait_until(lambda: str(out) not in commands())
+        assert str(out) not in commands()
+        before, done = done, times(out)
+        assert number < len(done) < 3 and before.items() <= done.items()
+    assert run(*arguments) == 0
+    assert len(times(out)) == 3 and done.items() < times(out).items()
+
+
+def commands():
+    """The command lines of all processes here: that of a run has its --out."""
+    return subprocess.run(
+        "cat /proc/[0-9]*/cmdline", shell=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_bad_input_ends_in_one_line_and_nothing_is_made(files, tmp_path, refused):
+    for wrong, what in (
+        (["--data", tmp_path / "none.jsonl"], "none.jsonl"),
+        (["--subsample", "0.5", "2"], "--subsample must be"),
+        (["--jobs", "-1"], "--jobs must be"),
+        (["--seed", "1", "1"], "--seed must be"),
+        (["--batch-sise", "4"], "did you mean --batch-size?"),
+        (["--weights", tmp_path], "config.json: missing"),
+    ):
+        assert what in refused(study.main, *files, *QUICK, *wrong, "--out", tmp_path / "study")
+        assert not (tmp_path / "study").exists()
+
+
+def test_presets_have_the_papers_settings_and_a_flag_beside_one_overrides_it():
+    made = cells("--preset", "cqa-base", "--data-dir", "a b", "--seed", "3")
+    (cell,) = [c for c in made.values() if c.method == ("dss",)]
+    assert (cell.steps, cell.batch_size, cell.learning_rate, cell.schedule) == (
+        10_000,
+        64,
+        5e-5,
+        "linear",
+    )
+    assert (cell.data, cell.test_data) == (("a b/cqa_train.jsonl",), "a b/cqa_test.jsonl")
+    assert round(cell.eval_fraction * 9741) == 975 and cell.weights == "google/t5-v1_1-base"
+    assert (cell.weight_decay, cell.warmup, cell.beta2, cell.seed) == (0, 0, 0.999, 3)
+    assert {c.steps for c in cells("--preset", "cqa-base", "--steps=7").values()} == {7}
+    for name in study.PRESETS:
+        assert cells("--preset", name)
+
+
+def test_students_of_one_name_are_two_runs():
+    """Once the last part of the path alone named a run."""
+    made = cells("--weights", "a/dss/student", "b/dss/student", "--method", "dss", "--seed", "0")
+    assert len(made) == 2 and {c.weights for c in made.values()} == {
+        "a/dss/student",
+        "b/dss/student",
+    }
+
+
+def test_overwrite_deletes_runs_and_nothing_else(files, tmp_path, capsys, finished):
+    """It deleted a directory of a run's name whatever was in it."""
+    mine = tmp_path / "mine" / CELL / "standard" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert run(*files, *ONE, "--overwrite", "--out", tmp_path / "mine") == 2
+    assert "is not the output of a run" in capsys.readouterr().err and mine.exists()
+    out = shutil.copytree(finished, tmp_path / "study")
+    before = times(out)
+    assert run(*files, *ONE, "--overwrite", "--out", out) == 0
+    assert times(out).keys() == before.keys() and times(out) != before
+
+
+def make_runs():
+    """Two seeds of two methods at two numbers of rows."""
+    runs = []
+    for rows in (10, 20):
+        for seed, (standard, dss) in enumerate(
+            [([1, 0, 0, 0], [1, 1, 0, 0]), ([1, 1, 1, 0], [1, 1, 1, 1])]
+        ):
+            for method, correct in (("standard", standard), ("dss", dss)):
+                cell = dict(size="tiny", subsample=rows / 20, method=method, seed=seed)
+                result = dict(
+                    rows=rows, steps=1, seconds=1, commonest_label=0.25, bag_of_words=None
+                )
+                runs.append(study.Run(cell, result, np.array(correct)))
+    return runs
+
+
+def test_gains_are_paired_within_a_seed():
+    standard, dss, *_ = study.summarise(make_runs())
+    assert standard["accuracy"] == 0.5 and dss["accuracy"] == 0.75
+    assert dss["gain"][0] == 0.25 and "gain" not in standard
+    assert np.isclose(standard["deviation"], np.std([0.25, 0.75], ddof=1))
+    assert (standard["commonest_label"], standard["bag_of_words"]) == (0.25, None)
+
+
+def test_the_picture_has_a_line_for_each_method_and_baseline(tmp_path, monkeypatch):
+    figure = pytest.importorskip(
+        "matplotlib.figure", reason="matplotlib, which draws the picture, is not installed"
+    )
+    shown = []
+    monkeypatch.setattr(
+        figure.Figure, "legend", lambda self, **_: shown.extend(self.axes[0].get_lines())
+    )
+    study.draw(study.summarise(make_runs()), tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
+    levels = {tuple(line.get_ydata()) for line in shown if list(line.get_xdata()) == [10, 20]}
+    assert levels >= {(0.5, 0.5), (0.75, 0.75), (0.25, 0.25)}
+
+
+def test_without_matplotlib_the_table_says_how_to_get_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib" in study.write_report(tmp_path, make_runs())
+    assert not (tmp_path / "study.png").exists()

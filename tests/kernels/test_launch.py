@@ -1,0 +1,106 @@
+"""Who computes an operation, Triton or the reference, and what DSS_KERNELS changes."""
+
+import inspect
+
+import pytest
+import torch
+from comparing import DEVICE, OPERATIONS, REFERENCE, TRITON, needs_triton
+
+import kernels
+from kernels.compile import recording
+
+# DSS_KERNELS, device, whether Triton is installed and interpreted; the choice, or what the error
+# says.
+CHOICES = [
+    ("", "cpu", True, True, "reference"),
+    ("", "cuda", True, False, "triton"),
+    ("", "cuda", False, False, "reference"),
+    ("reference", "cuda", True, False, "reference"),
+    ("triton", "cpu", True, True, "triton"),
+    ("triton", "cpu", True, False, "TRITON_INTERPRET=1"),
+    ("triton", "mps", False, False, "not installed"),
+    ("cuda", "cuda", True, False, "must be 'triton' or 'reference', got 'cuda'"),
+]
+
+STAGES = [
+    ("3.6.0", "sm_90", 1),
+    ("3.7.0+git1", "sm_90", 1),
+    ("3.7.1", "sm_90", 2),
+    ("3.10.0", "sm_90", 2),
+    ("3.6.0", "sm_80", 2),
+]
+
+
+@pytest.mark.parametrize("value, device, installed, interpreted, outcome", CHOICES)
+def test_the_choice_of_kernels(monkeypatch, value, device, installed, interpreted, outcome):
+    monkeypatch.setattr("kernels.launch.architecture", lambda device: "sm_90")
+    monkeypatch.setenv("DSS_KERNELS", value)
+    monkeypatch.setattr("kernels.launch.INSTALLED", installed)
+    monkeypatch.setattr("kernels.launch.INTERPRETED", interpreted)
+    if outcome in ("triton", "reference"):
+        assert kernels.choice(torch.device(device)) == outcome
+    else:
+        with pytest.raises(ValueError, match=f"DSS_KERNELS.*{outcome}"):
+            kernels.choice(torch.device(device))
+
+
+def test_a_gpu_that_the_kernels_do_not_fit(monkeypatch):
+    """A T4 (compute capability 7.5) has too little shared memory for our tiles."""
+    monkeypatch.setattr("kernels.launch.INSTALLED", True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    kernels.launch.architecture.cache_clear()
+    monkeypatch.delenv("DSS_KERNELS", raising=False)
+    with pytest.warns(UserWarning, match="compute capability 8.0 .* the references compute"):
+        assert kernels.choice(torch.device("cuda", 7)) == "reference"
+    monkeypatch.setenv("DSS_KERNELS", "triton")
+    with pytest.raises(ValueError, match=r"DSS_KERNELS=triton: .* compute capability 8\.0"):
+        kernels.choice(torch.device("cuda", 7))
+    kernels.launch.architecture.cache_clear()
+
+
+@needs_triton
+def test_dss_kernels_decides_which_implementation_an_operation_calls(monkeypatch):
+    """Only the Triton implementations launch kernels."""
+    x = torch.ones(5, 16, device=DEVICE)
+    heads = x[:, None]
+    labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+
+    def call_each():
+        kernels.attention(heads, heads, heads, None, cu_seqlens, cu_seqlens)
+        kernels.cross_entropy(x, labels, x[:, 0])
+        kernels.linear_cross_entropy(x, x, labels, x[:, 0])
+        kernels.rms_norm(x, x[0])
+        kernels.geglu(x, x)
+
+    for value, count in [("reference", 0), ("triton", 5)]:
+        monkeypatch.setenv("DSS_KERNELS", value)
+        with recording("sm_90") as launches:
+            call_each()
+        assert len(launches) == count
+
+
+@needs_triton
+def test_a_head_width_without_a_kernel_gets_the_reference_and_a_warning(monkeypatch):
+    monkeypatch.setenv("DSS_KERNELS", "triton")
+    x = torch.randn(5, 2, 24, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
+    with pytest.warns(UserWarning, match="no Triton kernel for heads of width 24; the reference"):
+        y = kernels.attention(x, x, x, None, cu_seqlens, cu_seqlens)
+    assert torch.equal(y, REFERENCE.attention(x, x, x, None, cu_seqlens, cu_seqlens))
+
+
+@needs_triton
+@pytest.mark.parametrize("version, row, count", STAGES)
+def test_pipelines_have_one_stage_where_triton_leaves_out_a_fence(monkeypatch, version, row, count):
+    monkeypatch.setattr("kernels.launch.architecture", lambda device: row)
+    monkeypatch.setattr("kernels.launch.triton.__version__", version)
+    assert kernels.launch.stages(torch.device("cuda")) == count
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_and_its_implementations_have_one_signature(name):
+    signature = inspect.signature(getattr(kernels, name))
+    assert signature == inspect.signature(getattr(REFERENCE, name))
+    assert signature == inspect.signature(getattr(TRITON, name))
+    assert not any(p.kind.name.startswith("VAR_") for p in signature.parameters.values())

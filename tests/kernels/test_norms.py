@@ -1,0 +1,132 @@
+"""RMS norm, with residual and dropout, against its formula: outputs and each gradient."""
+
+import pytest
+import torch
+from comparing import (
+    DEVICE,
+    DTYPES,
+    REFERENCE,
+    TRITON,
+    both,
+    compare,
+    forward_backward,
+    needs_gpu,
+    needs_triton,
+    random,
+    wide,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from philox import mask
+
+SEED = 2**33 + 5
+
+
+def norm(s, weight):
+    s32 = wide(s)
+    return (s32 / (s32.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight).to(s.dtype)
+
+
+def check_norm(ours, T, C, dtype, p, seed=0):
+    """Without and with a residual; with dropout where its mask is known: in Triton."""
+    if ours is not TRITON:
+        p = 0.0
+    keep = mask(SEED, range(T), 0, C, round(256 * p)).to(DEVICE)
+    compare(ours.rms_norm, norm, random([(T, C), (C,)], dtype, seed))
+
+    def formula(x, weight, residual):  # both outputs feed the loss, as in the model
+        s = (wide(residual) + wide(x) * keep.to(wide(x))).to(x.dtype)
+        return s, norm(s, weight)
+
+    leaves = random([(T, C), (C,), (T, C)], dtype, seed)
+    compare(lambda x, w, r: ours.rms_norm(x, w, 1e-6, r, p, SEED), formula, leaves)
+
+
+SIZES = [(1, 1, 0), (1, 2, 0), (33, 7, 0), (70, 300, 0.5), (65, 513, 0.1), (3, 4096, 0)]
+SIZES += [(600, 16, 0.1)]  # several tiles a program
+
+
+@both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, C, p", SIZES)
+def test_outputs_and_gradients(ours, T, C, dtype, p):
+    check_norm(ours, T, C, dtype, p)
+
+
+@pytest.mark.search
+@both
+@settings(max_examples=100)
+@given(st.integers(8, 70), st.integers(4, 700), st.integers(0, 999), st.sampled_from(DTYPES))
+def test_random_sizes(ours, T, C, seed, dtype):
+    check_norm(ours, T, C, dtype, [0.0, 0.1, 0.5][seed % 3], seed)
+
+
+@both
+def test_a_bfloat16_branch_beside_a_float32_residual(ours):
+    """As under autocast: the sum is fp32, and each gradient has its input's dtype."""
+    (x,) = random([(9, 40)], torch.bfloat16)
+    weight, residual = random([(40,), (9, 40)], torch.float32, 1)
+
+    def formula(x, weight, residual):
+        s = residual + x
+        return s, norm(s, weight)
+
+    leaves = [x, weight, residual]
+    compare(lambda x, w, r: ours.rms_norm(x, w, residual=r), formula, leaves)
+
+
+@both
+def test_autocast_decides_the_dtype_of_the_normalised_output_alone(ours):
+    x, weight, residual = random([(9, 40), (40,), (9, 40)], torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        s, y = ours.rms_norm(x, weight, residual=residual)
+    assert s.dtype == torch.float32 and y.dtype == torch.bfloat16
+
+
+@both
+def test_no_tokens(ours):
+    x = torch.zeros(0, 8, device=DEVICE, requires_grad=True)
+    weight = torch.ones(8, device=DEVICE, requires_grad=True)
+    y = ours.geglu(ours.rms_norm(x, weight), x)
+    assert y.shape == (0, 8)
+    assert (torch.autograd.grad(y.sum(), weight)[0] == 0).all()
+
+
+@needs_triton
+def test_the_gradient_of_a_gradient_is_refused():
+    x, weight = (x.requires_grad_() for x in random([(3, 4), (4,)], torch.float32))
+    y = TRITON.rms_norm(x, weight)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+OF_BOTH = [
+    (lambda ours, x: ours.rms_norm(x, x[0, 1:]), "weight must be"),
+    (lambda ours, x: ours.rms_norm(x, x[0], residual=x[1:]), "residual must have x's shape"),
+    (lambda ours, x: ours.rms_norm(x, x[0], dropout_p=0.1), "is for x beside a residual"),
+    (lambda ours, x: ours.rms_norm(x, x[0], residual=x, dropout_p=-0.1), "dropout"),
+]
+OF_TRITON = [
+    (lambda ours, x: ours.rms_norm(x.double(), x[0]), "x must be float32, .* got torch.float64"),
+    (lambda ours, x: ours.rms_norm(torch.zeros(1, 16385), torch.zeros(16385)), "up to 16384"),
+]
+CASES = [(REFERENCE, *case) for case in OF_BOTH]
+CASES += [pytest.param(TRITON, *case, marks=needs_triton) for case in OF_BOTH + OF_TRITON]
+
+
+@pytest.mark.parametrize("ours, call, word", CASES)
+def test_arguments_that_do_not_fit_are_named(ours, call, word):
+    with pytest.raises(ValueError, match="rms_norm|dropout_p") as caught:
+        call(ours, torch.zeros(4, 6))
+    caught.match(word)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=needs_gpu) for dtype in DTYPES])
+def test_full_size(dtype):
+    """The sizes of a step of T5-base and of T5-xxl; repeats are equal bit for bit."""
+    for T, C in ((8192, 768), (8192, 2048), (4099, 4096)):
+        check_norm(TRITON, T, C, dtype, 0.1)
+        leaves = random([(T, C), (C,)], dtype)
+        first, second = (forward_backward(TRITON.rms_norm, leaves) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
