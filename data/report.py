@@ -83,7 +83,7 @@ class Lengths:
         for label in sorted(labels):
             if self.pieces is not None:
                 groups[tuple(self.pieces.encode(label))].append(label)
-        return [group for group in groups.values() if len({written(each) for each in group}) > 1]
+        return [group for group in groups.values() if len(group) > 1]
 
 
 def describe(records: list[Record], lengths: Lengths) -> Iterator[str]:
@@ -205,7 +205,7 @@ def length_table(records: list[Record], lengths: Lengths) -> Iterator[str]:
         if count:
             what = f"have unknown characters (<unk>) in their {name}"
             yield line(count, len(records), what)
-    for group in lengths.alike({r.label for r in records if r.label is not None}):
+    for group in lengths.alike({written(r.label) for r in records if r.label is not None}):
         yield f"  the tokenizer cannot tell these labels apart: {group}"
 
 
