@@ -44,7 +44,7 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
 
 
 def test_what_misleads_is_counted(tmp_path, capsys, spiece):
-    """Spellings of one class, one rationale for all, and characters that the tokenizer does not have."""
+    """Spellings of one class, one rationale for all, characters that the tokenizer lacks."""
     rows = [
         Record(str(n), f"one {n}", label, "Yes.")
         for n, label in enumerate(["a ☃", "a  ☃", "a ☂", "b"] * 5)
