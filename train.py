@@ -22,7 +22,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,12 @@ from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
-from dss.stats import commonest_label
+from dss.stats import accuracy_at, bag_of_words, calibration_error, commonest_label, macro_f1
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
+
+MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,17 @@ class Run:
     student: Student  # untrained, on the CPU; every method starts from these weights
     placement: distributed.Replicas  # on which devices the weights are
     out: Path
+
+    @cached_property
+    def baselines(self) -> dict[str, float | None]:
+        """The accuracies of simple predictors on the rows that students are compared on."""
+        rows = self.rows
+        labels = [row.label for row in rows.train]
+        _, commonest = commonest_label(labels, rows.asked, rows.metric)
+        bag = None
+        if rows.labels and len(rows.train) <= MOST_BAG_ROWS:
+            bag = bag_of_words(rows.train, rows.validation, rows.asked, rows.labels)
+        return {"commonest_label": commonest, "bag_of_words": bag}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,8 +213,6 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
     ].learns_rationales:  # for the reader's eyes: no test needs the rationale
         rationales = student.explain([sample["input"] for sample in samples])
         samples = [s | {"rationale": text} for s, text in zip(samples, rationales)]
-    labels = [row.label for row in rows.train]
-    _, commonest = commonest_label(labels, rows.asked, rows.metric)
     result = {
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
@@ -217,9 +228,10 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "parameters": student.model.num_parameters(),
         "device": str(run.placement.device),
         "torch": torch.__version__,
-        "commonest_label": commonest,
         "samples": samples,
+        **run.baselines,
     }
+    result |= reliability(student, rows, right, answers)
     result["doubt"] = reason_to_doubt(result, run.out / student.method / "metrics.jsonl")
     if distributed.is_first():
         out = run.out / student.method
@@ -227,6 +239,30 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         write_json(out / "result.json", result)
         forget_state(out)
     return result
+
+
+def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
+    """Macro-F1, expected calibration error and accuracies at coverages, where labels are a closed
+    set. A student's confidence is the probability of its answer among the labels."""
+    if not rows.labels:
+        return {}
+    gold = [row.label for row in rows.asked]
+    figures = {"macro_f1": macro_f1([answer.label for answer in answers], gold)}
+    if METHODS[student.method].label_position == "last":  # its label cannot be scored
+        return figures
+    pairs = list(zip(rows.asked, answers))
+    labels = student.told_apart(rows.labels)
+
+    def confidences(some: list[tuple[Record, Answer]]) -> list[float]:
+        scores = student.score([row.input for row, _ in some], [labels] * len(some))
+        return [scores[i].get(answer.label, 0.0) for i, (_, answer) in enumerate(some)]
+
+    confidence = np.array(distributed.share_out(confidences, pairs))
+    correct = np.array(right, dtype=float)
+    figures["calibration_error"] = calibration_error(confidence, correct)
+    for coverage in (0.5, 0.8, 0.9):
+        figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
+    return figures
 
 
 # ---- What a step needs ---------------------------------------------------------------------------
@@ -349,11 +385,19 @@ def prepare(config: TrainConfig) -> Run:
     model = make_model(config, shape)
     if config.threads or parameters < 5e6:  # more threads would slow a small student down
         torch.set_num_threads(config.threads or 1)
+    answers = config.answers
+    if answers == "auto":
+        answers = "likeliest" if rows.metric == "choice" else "write"
+    if answers == "likeliest" and rows.metric != "choice" and not rows.labels:
+        raise ValueError(
+            "--answers likeliest: neither choices in the inputs nor a closed set of labels"
+        )
     student = Student(
         model,
         tokenizer,
         metric=rows.metric,
         labels=rows.labels,
+        answers=answers,
         max_input_length=config.max_input_length,
         max_target_length=config.max_target_length,
         max_new_tokens=config.max_new_tokens,

@@ -20,6 +20,7 @@ SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 HALF_WIDTH = {
     code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)
 }  # "：" -> ":", as CJK models write it
+INVISIBLE = dict.fromkeys([0x61C, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF], " ")
 SEPARATORS = (
     r"(?<=[^\W_])[\s_-]+(?=[^\W_])"  # between the words of a class: refund_request, Refund Request
 )
@@ -189,10 +190,8 @@ def class_key(label: str) -> str:
 
 
 def written(text: str) -> str:
-    """A text as a T5 tokenizer can write it: NFKC, no invisible characters, single spaces."""
-    text = unicodedata.normalize("NFKC", text)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    return " ".join(text.split())
+    """A text as a T5 tokenizer can write it: NFKC, single spaces, for invisible ones as well."""
+    return " ".join(unicodedata.normalize("NFKC", text).translate(INVISIBLE).split())
 
 
 def pick(answer: str, choices: list[tuple[str, str]]) -> str | None:

@@ -73,11 +73,17 @@ class Lengths:
             return len(re.findall(r"\w+|[^\w\s]", text))
         return len(self.pieces.encode(text)) + 1
 
-    def unknown(self, text: str) -> int:
-        """How many characters, or runs of them, the tokenizer does not have."""
-        if self.pieces is None:
-            return 0
-        return self.pieces.encode(text).count(self.pieces.unk_id())
+    def has_unknown(self, text: str) -> bool:
+        """Whether the text has characters that the tokenizer does not have."""
+        return self.pieces is not None and self.pieces.unk_id() in self.pieces.encode(text)
+
+    def alike(self, labels: set[str]) -> list[list[str]]:
+        """The groups of labels that the tokenizer cannot tell apart."""
+        groups = defaultdict(list)
+        for label in sorted(labels):
+            if self.pieces is not None:
+                groups[tuple(self.pieces.encode(label))].append(label)
+        return [group for group in groups.values() if len(group) > 1]
 
 
 def describe(records: list[Record], lengths: Lengths) -> Iterator[str]:
@@ -148,8 +154,10 @@ def teacher_accuracy(records: list[Record]) -> Iterator[str]:
             judged[label] += 1
         if record.teacher_label is not None:
             right[label] += same_label(record.teacher_label, record.label, kind, record.input)
-    if not judged:
-        yield "  no row has a gold label and a teacher's answer"
+    if not any(record.teacher_label for record in records):
+        yield "  no row has a teacher label"
+    elif not judged:
+        yield "  no row with a teacher label has a gold label"
     else:
         share = right.total() / judged.total()
         counts = f"{right.total():,} of {judged.total():,} rows with gold, {share:.1%}"
@@ -185,7 +193,7 @@ def length_table(records: list[Record], lengths: Lengths) -> Iterator[str]:
             counts_here = [lengths.count(text) for text in texts]
             counts += counts_here
             over += any(count > longest for count in counts_here)
-            unknown[name] += any(lengths.unknown(text) for text in texts)
+            unknown[name] += any(lengths.has_unknown(text) for text in texts)
         counts.sort()
         if counts:
             shown = ""
@@ -197,6 +205,8 @@ def length_table(records: list[Record], lengths: Lengths) -> Iterator[str]:
         if count:
             what = f"have unknown characters (<unk>) in their {name}"
             yield line(count, len(records), what)
+    for group in lengths.alike({written(r.label) for r in records if r.label is not None}):
+        yield f"  the tokenizer cannot tell these labels apart: {group}"
 
 
 def texts_of(record: Record, name: str) -> list[str]:

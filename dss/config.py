@@ -123,6 +123,7 @@ class TrainConfig:
     seed: int = 0  # random seed of weights, order of rows, dropout and every draw from the data
     # evaluation
     eval_every: int = 200  # steps between evaluations on validation rows; the best weights are kept
+    answers: Literal["auto", "likeliest", "write"] = "auto"  # auto: write, but choose from choices
     metric: Literal[("auto", *METRICS)] = "auto"  # how a label counts as right; auto: from the rows
     log_every: int = 20  # steps between lines of metrics.jsonl
     # machine and files

@@ -216,10 +216,13 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     print_table(results)
     label, accuracy = commonest_label([row.label for row in rows.train], rows.asked, rows.metric)
     print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
+    if results[0]["bag_of_words"] is not None:
+        print(f"a bag of words (dss/stats.py): {results[0]['bag_of_words']:.1%}")
     print_differences(out, rows, results)
     for result in results:
         if result["doubt"]:
             print(f"{result['method']}: {result['doubt']}")
+    print_reliability(results)
     print_samples(rows, config, results)
     print(
         f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, "
@@ -249,6 +252,20 @@ def print_table(results: list[dict]) -> None:
             f"{r['validation_accuracy']:>12.1%}{test:>8}{tqdm.format_sizeof(r['tokens']):>9}"
             f"{minutes:>6.0f}m{seconds:02.0f}s"
         )
+
+
+def print_reliability(results: list[dict]) -> None:
+    """How far each student's probabilities can be trusted, where labels are a closed set."""
+    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE", "accuracy_at_0.5": "at 50 %"}
+    columns |= {"accuracy_at_0.8": "at 80 %", "accuracy_at_0.9": "at 90 % coverage"}
+    shown = [result for result in results if "macro_f1" in result]
+    if not shown:
+        return
+    heads = "".join(f"{head:>18}" for head in columns.values())
+    print(f"\n{'method':<18}{heads}")
+    for result in shown:
+        cells = ["-" if name not in result else f"{result[name]:.1%}" for name in columns]
+        print(f"{result['method']:<18}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def print_differences(out: Path, rows: Rows, results: list[dict]) -> None:
@@ -290,6 +307,11 @@ def reason_to_doubt(result: dict, metrics: Path) -> str:
             "no better than the commonest label; try more --steps, another student or "
             "pretrained --weights"
         )
+    accuracy = result["test_accuracy"]
+    if accuracy is None:
+        accuracy = result["validation_accuracy"]
+    if result["bag_of_words"] is not None and accuracy < result["bag_of_words"]:
+        return "less accurate than a bag of words: nothing follows from comparing it"
     fell_fast = before - last > max(0.1 * before, 0.02)  # nats a token
     if fell_fast and result["best_step"] == result["steps"]:
         return (

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data import toy
-from data.answers import choose_label_type
+from data.answers import choose_label_type, closed_set
 from data.jsonl import Record, read_jsonl
 from dss.config import TrainConfig
 from dss.methods import BASELINE, EXPLAIN, METHODS, PREDICT, SEPARATOR
@@ -86,7 +86,8 @@ def load_rows(config: TrainConfig, read: Read = read_jsonl) -> Rows:
     metric = config.metric
     if metric == "auto":
         metric = choose_label_type(rows + validation + test)
-    return Rows(name, rows, validation, test, metric, closed_set(rows, metric), unlabelled)
+    labels = closed_set([row.label for row in rows], metric)
+    return Rows(name, rows, validation, test, metric, labels, unlabelled)
 
 
 def read_labelled(path: str, read: Read, use: str) -> list[Record]:
@@ -105,14 +106,6 @@ def labelled(rows: list[Record], files: str, use: str, by_teacher: bool = False)
 def with_teacher_labels(rows: list[Record]) -> list[Record]:
     """The rows that have a teacher's label, with that as their label."""
     return [replace(row, label=row.teacher_label) for row in rows if row.teacher_label is not None]
-
-
-def closed_set(rows: list[Record], metric: str) -> list[str]:
-    """The labels of the rows, sorted, if they look like classes: texts, 2 to 50 of them, each 5
-    times on average."""
-    labels = sorted({record.label for record in rows})
-    is_closed = metric == "text" and 2 <= len(labels) <= min(50, len(rows) / 5)
-    return labels if is_closed else []
 
 
 def require_rationales(files: str, rows: list[Record], methods: tuple[str, ...]) -> None:

@@ -1,14 +1,28 @@
-"""Statistics of a comparison: intervals, and the simplest predictors that a student must beat."""
+"""Statistics of a comparison: intervals, and the simple predictors that a student must beat.
 
+    python -m dss.stats TRAIN TEST   the accuracies of the commonest label and of a bag of words
+
+The bag of words is multinomial logistic regression. A student that is less accurate has not learned
+enough for a comparison of methods to mean anything.
+"""
+
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from data.answers import same_label
-from data.jsonl import Record
+from data import cli
+from data.answers import choose_label_type, closed_set, same_label, written
+from data.jsonl import Record, read_jsonl
 
 RESAMPLES = 10_000
+STRENGTHS = (2e-4, 5e-4, 1e-3)  # of the sum of squared weights in the bag of words' loss
 
 
 def paired_interval(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float]:
@@ -41,3 +55,144 @@ def commonest_label(
     label, _ = Counter(train_labels).most_common(1)[0]
     right = [same_label(label, row.label, metric, row.input) for row in asked_rows]
     return label, sum(right) / len(right)
+
+
+def macro_f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
+    """The mean, over the gold labels, of each label's F1."""
+    scores = []
+    for label in set(gold):
+        hits = sum(a == b == label for a, b in zip(predicted, gold))
+        scores.append(2 * hits / (predicted.count(label) + gold.count(label)))
+    return float(np.mean(scores))
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """The expected calibration error: the mean distance between confidence and accuracy.
+
+    confidence: (n,) from 0 to 1; correct: (n,) of 0 or 1. Ten bins of equal width (Guo et al. 2017,
+    arXiv 1706.04599).
+    """
+    bins = np.minimum((10 * confidence).astype(int), 9)
+    gaps = [abs(np.sum((confidence - correct)[bins == number])) for number in range(10)]
+    return float(sum(gaps) / len(correct))
+
+
+def accuracy_at(coverage: float, confidence: np.ndarray, correct: np.ndarray) -> float:
+    """The accuracy on that share of the questions whose answers have the highest confidence."""
+    most_confident = np.argsort(-confidence, kind="stable")
+    kept = most_confident[: max(1, round(coverage * len(correct)))]
+    return float(correct[kept].mean())
+
+
+# ---- The bag of words ----------------------------------------------------------------------------
+
+
+def features(text: str) -> set[str]:
+    """The features of a text: words and pairs of neighbours; if `</s>` divides it into parts, those
+    of its last part, the words there that no other part has, their number and their share."""
+    *others, last = text.lower().split("</s>")
+    words = re.findall(r"\w+", last)
+    framed = ["<", *words, ">"]
+    names = set(words)
+    names.update(f"{a} {b}" for a, b in pairwise(framed))
+    if others:
+        known = set(re.findall(r"\w+", " ".join(others)))
+        new = [word for word in words if word not in known]
+        names.update(f"new: {word}" for word in new)
+        names.add(f"new words: {len(new)}")
+        names.add(f"share of new words: {len(new) / max(len(words), 1):.1f}")
+    return names
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Rows as numbers of features, one after another in a stream."""
+
+    ids: Tensor  # (features of all rows,) int64
+    offsets: Tensor  # (rows,) int64: where the features of a row begin
+    labels: Tensor  # (rows,) int64; -1: a label that no training row has
+
+    def logits(self, weight: Tensor) -> Tensor:
+        """weight: (F, K) of F features and K labels -> (rows, K)."""
+        return F.embedding_bag(self.ids, weight, self.offsets, mode="sum")
+
+    def accuracy(self, weight: Tensor) -> float:
+        return (self.logits(weight).argmax(1) == self.labels).double().mean().item()
+
+
+def bag_of_words(
+    train: Sequence[Record],
+    validation: Sequence[Record],
+    asked: Sequence[Record],
+    labels: Sequence[str],
+) -> float:
+    """The accuracy, on the asked rows, of multinomial logistic regression on `features`.
+
+    The strength of its regularisation is the best of STRENGTHS on validation rows.
+    """
+    numbers: dict[str, int] = {}
+    for row in train:
+        for name in sorted(features(row.input)):
+            numbers.setdefault(name, len(numbers))
+    classes = {written(label): number for number, label in enumerate(labels)}
+
+    def encode(rows: Sequence[Record]) -> Bags:
+        ids: list[int] = []
+        offsets = []
+        for row in rows:
+            offsets.append(len(ids))
+            ids += [numbers[name] for name in features(row.input) if name in numbers]
+        known = [classes.get(written(row.label), -1) for row in rows]
+        return Bags(torch.tensor(ids), torch.tensor(offsets), torch.tensor(known))
+
+    bags = encode(train)
+    held_out = encode(validation)
+    fits = [fit(bags, len(numbers), len(labels), strength) for strength in STRENGTHS]
+    best = max(fits, key=held_out.accuracy)
+    return encode(asked).accuracy(best)
+
+
+def fit(bags: Bags, number_of_features: int, number_of_labels: int, strength: float) -> Tensor:
+    """The (F, K) weights that minimise mean cross-entropy + strength * sum of squared weights."""
+    weight = torch.zeros(number_of_features, number_of_labels, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(bags.logits(weight), bags.labels, ignore_index=-1)
+        loss = loss + strength * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the arguments or files are wrong."""
+    parser = cli.OneLineParser(prog="dss.stats", description="Accuracies of two simple predictors.")
+    parser.add_argument("train", help="JSONL rows with labels; a tenth is cut for validation")
+    parser.add_argument("test", help="JSONL rows with labels")
+    arguments = parser.parse_args(argv)
+    try:
+        rows = [row for row in read_jsonl(arguments.train) if row.label is not None]
+        test = [row for row in read_jsonl(arguments.test) if row.label is not None]
+        if len(rows) < 2 or not test:
+            raise ValueError("TRAIN needs two rows with a label, and TEST needs one")
+    except (OSError, ValueError) as problem:
+        return cli.fail("dss.stats", 2, problem)
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    cut = max(1, len(rows) // 10)
+    metric = choose_label_type(rows + test)
+    label, accuracy = commonest_label([row.label for row in rows[cut:]], test, metric)
+    print(f"always answering {label!r}: {accuracy:.1%}")
+    labels = closed_set([row.label for row in rows[cut:]], metric)
+    if labels:
+        print(f"bag of words: {bag_of_words(rows[cut:], rows[:cut], test, labels):.1%}")
+    else:
+        print("bag of words: none, since the labels are no closed set")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run("dss.stats", main)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.answers import same_label
+from data.answers import CHOICES, same_label
 from data.files import read_json, write_json
 from data.jsonl import Record
 from dss.config import METRICS, TrainConfig
@@ -40,6 +40,7 @@ class Student:
     )
     metric: str = "text"  # how a label counts as right: text, choice or equation
     labels: list[str] = field(default_factory=list)  # the closed set of labels, if there is one
+    answers: str = "write"  # or likeliest: of the choices that an input lists, else of `labels`
     max_input_length: int = TrainConfig.max_input_length  # tokens, prefix and </s> included
     max_target_length: int = TrainConfig.max_target_length  # tokens of a rationale
     max_new_tokens: int = TrainConfig.max_new_tokens  # tokens of a label
@@ -74,18 +75,40 @@ class Student:
         write_json(Path(directory) / ABOUT, {name: getattr(self, name) for name in KEYS})
 
     def answer(self, inputs: list[str]) -> list[str]:
-        """The label for each input, decoded greedily."""
+        """The label for each input: written greedily, or the likeliest (see `answers`)."""
         return [answer.label for answer in self.answer_with_rationale(inputs)]
 
     def answer_with_rationale(self, inputs: list[str]) -> list[Answer]:
-        """The Answer to each input, decoded greedily."""
-        if self.of_method.label_position == "last":
+        """The Answer to each input."""
+        if self.of_method.label_position == "last":  # it must write its rationale first
             return self.write_both(inputs)
+        if self.answers == "likeliest":
+            return self.choose(inputs)
         stop = None
         if self.of_method.label_position == "first":
             stop = self.tokenizer.special.get(SEPARATOR)
         written = self.write("predict", inputs, self.max_new_tokens, stop)
         return [Answer(self.tokenizer.decode(ids)) for ids in written]
+
+    def choose(self, inputs: list[str]) -> list[Answer]:
+        """The likeliest label for each input, of the choices it lists or else of the closed set.
+
+        Raises ValueError for an input that lists no choices where there is no closed set.
+        """
+        candidates = []
+        for text in inputs:
+            choices = [choice for _, choice in CHOICES.findall(text)] or self.labels
+            if not choices:
+                raise ValueError(
+                    f"no choices in the input {text[:60]!r}, and no closed set of labels"
+                )
+            candidates.append(self.told_apart(choices))
+        return [Answer(next(iter(ranked))) for ranked in self.score(inputs, candidates)]
+
+    def told_apart(self, labels: list[str]) -> list[str]:
+        """The labels, without those that are the same tokens to this student as another one."""
+        by_ids = {tuple(label_ids(self.tokenizer, x, self.method)): x for x in labels}
+        return list(by_ids.values())
 
     def explain(self, inputs: list[str]) -> list[str]:
         """The student's own rationale for each input: its second task, or the part of its output
@@ -187,7 +210,7 @@ class Student:
 
 
 LENGTHS = ("max_input_length", "max_target_length", "max_new_tokens")
-KEYS = ("method", "prefixes", "metric", "labels", *LENGTHS)
+KEYS = ("method", "prefixes", "metric", "labels", "answers", *LENGTHS)
 
 
 def read_about(path: Path) -> dict:
@@ -214,5 +237,7 @@ def is_about(about: object) -> bool:
     if not all(isinstance(text, str) for text in [*prefixes.values(), *labels]):
         return False
     if not all(type(about[name]) is int and 1 <= about[name] <= 2**20 for name in LENGTHS):
+        return False
+    if about["answers"] not in ("likeliest", "write"):
         return False
     return about["method"] in METHODS and about["metric"] in METRICS

@@ -59,7 +59,7 @@ def paper(dataset: str, size: str) -> str:
         f"{DATASETS[dataset]} --weights google/t5-v1_1-{size} --method standard single_task dss "
         "--seed 0 1 2 3 --steps 10000 --batch-size 64 --lr 5e-5 --schedule linear --warmup 0 "
         "--beta2 0.999 --weight-decay 0 --eval-every 250 --max-input-length 1024 "
-        "--max-target-length 256 --max-new-tokens 64"
+        "--max-target-length 256 --max-new-tokens 64 --answers write"
     )
 
 

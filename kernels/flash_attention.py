@@ -56,6 +56,7 @@ from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
 from .launch import (
     INTERPRETED,
+    architecture,
     check_tensors,
     launch,
     make_rows_contiguous,
@@ -252,6 +253,11 @@ class Call:
     lut: Tensor | None = None  # the bucket of each distance that `diag` holds
 
 
+# Tokens of the other side that a kernel for long sequences takes at a time: as many as fit into the
+# registers (`python -m kernels.compile`). Half as many for wide heads, for fp32 and on sm_80.
+LONG_STEPS = {attention_forward_kernel: 64, attention_dq_kernel: 32, attention_dkdv_kernel: 32}
+
+
 def launch_kernel(
     kernel: Callable,
     call: Call,
@@ -267,14 +273,27 @@ def launch_kernel(
     q, k, v, diag = tensors[:4]
     Tq, H, D = q.shape
     rows = call.query_rows
+    step = call.key_rows
     tiles = call.queries
     if of_keys:
-        rows = call.key_rows
+        rows, step = step, rows
         tiles = call.keys
-    long = call.query_rows == call.key_rows == 64
+    fp32 = q.dtype == torch.float32
+    warps = rows // 16
+    num_stages = 1
+    wide = D > 64
+    long = rows == step == 64
+    if long and not INTERPRETED:
+        step = LONG_STEPS[kernel]
+        num_stages = stages(q.device)
+        wide = wide or fp32 or architecture(q.device) == "sm_80"
+    if wide:
+        step = max(step // 2, 16)
+    if fp32:
+        warps *= 2 if D <= 64 else 4
+    size = dict(BM=step, BN=rows) if of_keys else dict(BM=rows, BN=step)
     flags |= dict(CAUSAL=call.causal, BIAS=diag is not None, DROPOUT=call.threshold > 0, LONG=long)
-    flags |= dict(D=D, BM=call.query_rows, BN=call.key_rows)
-    flags |= dict(num_warps=rows // 16, num_stages=stages(q.device) if long else 1)
+    flags |= dict(D=D, num_warps=warps, num_stages=num_stages, **size)
     strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]  # of tokens and heads
     numbers = [Tq, H, *strides, call.reach, call.threshold]
     where = [tiles, call.cu_seqlens_q, call.cu_seqlens_k, seed]

@@ -7,9 +7,7 @@ import pytest
 from running import ROOT, result
 
 METHODS = ["standard", "dss", "dss-shuffled"]
-SHORT = (
-    "--steps 1000 --eval-every 500 --lr 2e-3 --batch-size 16 --subsample 0.5".split()
-)  # a sixth of the work
+SHORT = "--steps 300 --eval-every 150 --warmup 50".split()  # less than half of the work
 
 
 def train(out, *arguments):
@@ -38,7 +36,7 @@ def test_step_by_step_beats_standard_and_other_rows_rationales_in_a_short_run(be
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4])
 def test_step_by_step_beats_standard_and_other_rows_rationales_do_not(tmp_path, seed):
     standard, dss, shuffled = accuracies(train(tmp_path, "--seed", str(seed)), tmp_path)
-    assert dss >= standard + 0.05 > shuffled
+    assert dss >= standard + 0.2 and standard + 0.05 > shuffled

@@ -114,3 +114,16 @@ def test_a_blank_text_has_a_blank_answer_and_changes_no_other(student, method):
     first, blank, spaces, last = loaded.answer(["how many?", "", " \n", "two"])
     assert (blank, spaces) == ("", "") and [first, last] == loaded.answer(["how many?", "two"])
     assert loaded.explain(["", "how many?"])[0] == ""
+
+
+def test_the_likeliest_of_the_choices_is_the_answer(student, spiece):
+    """Of those that the input lists, once each; else of the closed set."""
+    loaded = Student.load(student, answers="likeliest", labels=["left", "right"])
+    question = "Where?\n(a) one box\n(b) two pears\n(c) two pears"
+    (scores,) = loaded.score([question], [["one box", "two pears"]])
+    assert loaded.answer([question]) == [next(iter(scores))]
+    (scores,) = loaded.score(["Where?"], [["left", "right"]])
+    assert loaded.answer(["Where?"]) == [next(iter(scores))]
+    with pytest.raises(ValueError, match="no closed set"):
+        Student.load(student, answers="likeliest").answer(["Where?"])
+    assert Student.load(student, method="single_task", answers="likeliest").answer([question])

@@ -104,3 +104,22 @@ def test_an_operation_and_its_implementations_have_one_signature(name):
     assert signature == inspect.signature(getattr(REFERENCE, name))
     assert signature == inspect.signature(getattr(TRITON, name))
     assert not any(p.kind.name.startswith("VAR_") for p in signature.parameters.values())
+
+
+@needs_triton
+@pytest.mark.parametrize("name", OPERATIONS[1:])  # attention's is in test_flash_attention.py
+def test_the_gradient_of_a_gradient_is_refused(name):
+    """Autograd does not see what happens in a kernel, so it would be wrong."""
+    x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    weights = torch.ones(5, device=DEVICE)
+    arguments = dict(
+        cross_entropy=(x, labels, weights),
+        linear_cross_entropy=(x, x, labels, weights),
+        rms_norm=(x, x[0]),
+        geglu=(x, x),
+    )
+    y = getattr(TRITON, name)(*arguments[name])
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
