@@ -135,7 +135,7 @@ def duplicates(records: list[Record]) -> Iterator[str]:
     rationales = Counter(normal(r.rationale) for r in records if r.rationale is not None)
     for rationale, count in rationales.most_common(1):
         if count > max(2, rationales.total() / 10):
-            yield f"  {count:>8,}  rows have the same rationale: {rationale[:60]!r}"
+            yield f"  {count:>8,}  rationales are the same: {rationale[:60]!r}"
 
 
 def teacher_accuracy(records: list[Record]) -> Iterator[str]:
