@@ -10,22 +10,16 @@ same command continues where an earlier one ended. One thread reads, counts and 
 --concurrency threads ask.
 """
 
-import hashlib
-import json
 import os
 import queue
-import sys
 import threading
-import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from tqdm import tqdm
 
 from data import cli
 from data.asking import Asked, Asker
@@ -34,9 +28,10 @@ from data.cli import Interrupted, Stop, require
 from data.files import locked, parse_json
 from data.jsonl import Record, read_jsonl
 from data.output import Done, append, put_in_order, read_state, what_changed
-from data.prompt import Answer, load_prompt
-from data.teacher import Reply, RequestError, Teacher, one_line
-from data.thoughts import split_thoughts
+from data.prompt import Answer, Prompt, load_prompt
+from data.requests import Requests
+from data.tally import Tally, listed, print_line
+from data.teacher import RequestError, Teacher, one_line
 
 RAW = 20_000  # characters of a reply that the errors file keeps
 SETTINGS = ("model", "endpoint", "rationalize", "keep", "reasoning")  # recorded with each row
@@ -81,6 +76,7 @@ class ExtractConfig:
     patience: float = 600.0  # seconds to wait for a teacher that answers nobody
     price_in: float = 0.0  # $ per million prompt tokens
     price_out: float = 0.0  # $ per million tokens written
+    max_cost: float = 0.0  # end when this start has cost so many $; needs both prices; 0: no limit
     # batch files
     batch_requests: str = ""  # send nothing; write the requests to this file (OpenAI's batch API)
     batch_replies: tuple[str, ...] = ()  # send nothing; read the answers from these files
@@ -91,136 +87,54 @@ class ExtractConfig:
             require(getattr(self, name), name, "given", self)
         for name in ("max_tokens", "concurrency"):
             require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("limit", "max_retries", "patience", "price_in", "price_out"):
+        for name in ("limit", "max_retries", "patience", "price_in", "price_out", "max_cost"):
             require(getattr(self, name) >= 0, name, "0 or more", self)
+        priced = (self.price_in > 0 and self.price_out > 0) or not self.max_cost
+        require(priced, "max_cost", "given with --price-in and --price-out", self)
         require(self.timeout > 0, "timeout", "more than 0", self)
-        both = self.overwrite and self.retry_failed
-        require(not both, "retry_failed", "left out beside --overwrite", self)
-        both = self.batch_requests and self.batch_replies
-        require(not both, "batch_replies", "left out beside --batch-requests", self)
+        for name, other in (("retry_failed", "overwrite"), ("batch_replies", "batch_requests")):
+            both = getattr(self, name) and getattr(self, other)
+            require(not both, name, f"left out beside {cli.flag(other)}", self)
         paths = [self.input, self.prompt, self.output, self.batch_requests, *self.batch_replies]
         places = [os.path.realpath(path) for path in paths if path]
         require(len(set(places)) == len(places), "output", "another file than the others", self)
-        extra = self.extra
-        require(isinstance(extra, dict), "extra_body", "a JSON object", self)
-        for name in ("model", "messages", "prompt", "n"):
-            require(name not in extra, "extra_body", f'without "{name}"', self)
+        extra = self.parse_extra()
+        good = isinstance(extra, dict) and not extra.keys() & {"model", "messages", "prompt", "n"}
+        require(good, "extra_body", "a JSON object without model, messages, prompt and n", self)
+
+    def parse_extra(self) -> Any:
+        return parse_json(self.extra_body or "{}", "--extra-body")
 
     @property
     def errors(self) -> str:
         return f"{self.output}.errors.jsonl"
-
-    @property
-    def extra(self) -> dict[str, Any]:
-        return parse_json(self.extra_body or "{}", "--extra-body")
 
 
 def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
     """Returns the exit status. scale: of every pause, to shorten them in tests."""
     config = cli.parse(argv, ExtractConfig)
     try:
-        task = Task(config)
-        rows = read_rows(task)
+        base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
+        teacher = Teacher(base_url, config.endpoint, config.header, config.timeout)
+        if not (base_url or config.batch_requests or config.batch_replies or config.dry_run):
+            raise ValueError("give --base-url, such as http://localhost:11434/v1 for Ollama")
+        prompt = load_prompt(config.prompt)
+        params = {"temperature": config.temperature, "max_tokens": config.max_tokens}
+        settings = {name: getattr(config, name) for name in SETTINGS}
+        requests = Requests(prompt, settings, params | config.parse_extra())
+        rows = read_rows(config, prompt)
+        tally = Tally(config.price_in, config.price_out, config.max_cost)
         if config.dry_run:
-            print_estimate(task, rows)
+            tally.print_estimate(requests, rows.values())
             return 0
         with locked(config.output):
-            return extract(task, rows, scale)
+            return extract(config, teacher, requests, rows, tally, scale)
     except (OSError, ValueError) as error:
         return cli.fail("extract.py", 2, error)
 
 
-class Task:
-    """The request for each row, and how its reply is read."""
-
-    def __init__(self, config: ExtractConfig) -> None:
-        """Raises OSError, or ValueError for settings that do not fit together."""
-        self.config = config
-        self.prompt = load_prompt(config.prompt)
-        base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
-        self.teacher = Teacher(base_url, config.endpoint, config.header, config.timeout)
-        if not (base_url or config.batch_requests or config.batch_replies or config.dry_run):
-            raise ValueError("give --base-url, such as http://localhost:11434/v1 for Ollama")
-        if config.rationalize and "{hint}" not in self.prompt.question:
-            raise ValueError(f'{config.prompt}: --rationalize needs {{hint}} in "question"')
-        params = {"temperature": config.temperature, "max_tokens": config.max_tokens}
-        params["stop"] = list(self.prompt.stop) or None
-        params["stream"] = False
-        params |= config.extra
-        self.params = {name: value for name, value in params.items() if value is not None}
-        self.said: set[str] = set()  # kinds of warnings
-
-    def body(self, input: str, label: str | None) -> dict[str, Any]:
-        """The request for one input."""
-        config = self.config
-        gold = label if config.rationalize else None
-        if config.endpoint == "chat":
-            question = {"messages": self.prompt.chat(input, gold)}
-        else:
-            question = {"prompt": self.prompt.completion(input, gold)}
-        return {"model": config.model} | question | self.params
-
-    def request_sha256(self, record: Record) -> str | None:
-        """What makes two requests the same. None for a row that has a rationale, which is kept."""
-        if record.rationale is not None:
-            return None
-        names = ("endpoint", "keep", "reasoning")
-        others = {name: getattr(self.config, name) for name in names}
-        whole = self.body(record.input, record.label) | others
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-
-    def provenance(self) -> dict[str, Any]:
-        """The part of a row's `teacher` that is the same for all rows."""
-        given = {"base_url": self.teacher.url, "prompt_sha256": self.prompt.sha256}
-        for name in SETTINGS:
-            given[name] = getattr(self.config, name)
-        return given | {"params": self.params}
-
-    def read(self, record: Record, body: dict[str, Any], reply: Reply) -> Answer:
-        """The Answer in a reply. Raises RequestError for a reply without a text."""
-        if reply.model and reply.model != self.config.model:
-            self.say("model", f"asked for {self.config.model!r}, served by {reply.model!r}")
-        sent = characters(body)
-        if 0 < reply.usage["prompt"] * 8 < sent:
-            what = f"the server read {reply.usage['prompt']:,} tokens of {sent:,} characters"
-            self.say("cut", f"{what}; if it cuts prompts, give it a larger context")
-        text = self.without_echo(reply.text, body)
-        thoughts, said = split_thoughts(text, self.prompt.has_marker)
-        thoughts = "\n".join(each for each in (reply.reasoning, thoughts) if each)
-        if not said.strip() and not thoughts and not reply.cut_short:
-            raise RequestError("empty", "the reply has no text", "moment", reply.text)
-        answer = self.prompt.parse(said, record.input, reply.cut_short)
-        if answer.error == "empty" and reply.cut_short:
-            what = "all tokens went into thoughts; a larger --max-tokens may do"
-            answer = replace(answer, detail=what)
-        elif answer.error == "empty":
-            what = "the answer is in the reasoning field, where the server's parser put it"
-            answer = replace(answer, detail=what)
-        if answer.error:
-            self.say(answer.error, f"row {record.id!r}: {answer.error}: {answer.detail}")
-        elif thoughts and self.config.reasoning == "keep":
-            answer = replace(answer, rationale=f"{thoughts}\n{answer.rationale}")
-        return answer
-
-    def without_echo(self, text: str, body: dict[str, Any]) -> str:
-        """The reply without the prompt, or its question, which some servers repeat before it."""
-        whole = body.get("prompt") or body["messages"][-1]["content"]
-        for sent in (whole.strip(), whole.split("\n\n")[-1].strip()):
-            if text.lstrip().startswith(sent):
-                self.say("echo", "the server repeats what it was sent; that is taken off")
-                return text.lstrip().removeprefix(sent)
-        return text
-
-    def say(self, kind: str, warning: str) -> None:
-        """Print a warning, once for each kind."""
-        if kind not in self.said:
-            self.said.add(kind)
-            print_line(f"warning: {warning}")
-
-
-def read_rows(task: Task) -> dict[str, Record]:
+def read_rows(config: ExtractConfig, prompt: Prompt) -> dict[str, Record]:
     """{id: row} of the input. Raises ValueError for a row that cannot be asked about."""
-    config = task.config
     rows: dict[str, Record] = {}
     odd = []
     for record in read_jsonl(config.input):
@@ -230,136 +144,99 @@ def read_rows(task: Task) -> dict[str, Record]:
         if record.id in rows:
             raise ValueError(f"{where}: another row has this id; give each its own")
         if record.label is None and (config.rationalize or config.keep == "correct"):
-            raise ValueError(
-                f"{where} has no gold label, which --rationalize and --keep correct need"
-            )
+            raise ValueError(f"{where} has no gold label, which --rationalize and --keep need")
         try:
-            task.prompt.ask(record.input)
+            prompt.ask(record.input)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if record.label is not None and task.prompt.read(record.label, record.input) is None:
+        if record.label is not None and prompt.read(record.label, record.input) is None:
             odd.append(f"{record.label!r} in row {record.id!r}")
         rows[record.id] = record
     if not rows:
         raise ValueError(f"{config.input}: there are no rows in it")
     if odd:
-        kind = task.prompt.kind()
-        task.say("gold", f"{len(odd):,} gold labels are no {kind}, for example {odd[0]}")
+        what = f"gold labels are no {prompt.kind()}, for example {odd[0]}"
+        print_line(f"warning: {len(odd):,} {what}")
     return rows
 
 
-def extract(task: Task, rows: dict[str, Record], scale: float) -> int:
+def extract(
+    config: ExtractConfig,
+    teacher: Teacher,
+    requests: Requests,
+    rows: dict[str, Record],
+    tally: Tally,
+    scale: float,
+) -> int:
     """Ask, write and print. Returns the exit status."""
-    config = task.config
     if config.overwrite:
         for path in (config.output, config.errors):
             Path(path).unlink(missing_ok=True)
     state = read_state(config.output, config.errors, print_line)
-    forget_other_failures(task, rows, state)
+    forget_other_failures(config.output, requests, rows, state)
     todo = deque()
     for name, record in rows.items():
         done = state.get(name)
         if done is None or (config.retry_failed and done.kind not in (None, "incorrect")):
             todo.append(record)
-    print_header(task, len(rows), len(todo))
-    if config.batch_requests:
-        return write_batch(task, todo)
-    probe = task.prompt.exemplars[0] if task.prompt.exemplars else vars(todo[0]) if todo else {}
-    asker = Asker(
-        task.teacher,
-        task.body(probe["input"], probe["label"]) if probe else {},
-        config.max_retries,
-        config.patience,
-        task.say,
-        scale,
+    print_line(f"teacher: {teacher.place}, {config.endpoint}, {config.model}")
+    print_line(f"prompt:  {config.prompt} (sha256 {requests.prompt.sha256[:12]})")
+    before = len(rows) - len(todo)
+    print_line(
+        f"rows:    {len(rows):,} in {config.input}, {before:,} of them done or failed before"
     )
-    tally = Tally(config, state)
-    with Stop() as stop, progress_bar(len(rows), len(todo)) as bar:
-        if config.batch_replies:
-            outcomes = read_replies(task, rows, todo)
+    if config.batch_requests:
+        return write_batch(config, requests, todo)
+    examples = [*requests.prompt.exemplars, *map(vars, rows.values())]
+    probe = requests.body(examples[0]["input"], examples[0]["label"])
+    asker = Asker(teacher, probe, config.max_retries, config.patience, tally.warn, tally.pay, scale)
+    replies = read_batch(config, requests, rows) if config.batch_replies else None
+    with Stop() as stop, tally.progress_bar(len(rows), len(todo)):
+        if replies:
+            found = (answer_from_batch(replies, asker, requests, record) for record in todo)
+            outcomes = ([row] for row in found if row)
         else:
-            outcomes = ask_all(task, asker, todo, stop)
+            outcomes = ask_all(asker, requests, todo, config.concurrency, stop)
         try:
             for made in outcomes:
-                tally.write(made)
-                bar.set_postfix_str(tally.bar_text(), refresh=False)
-                bar.update(len(made))
+                write(config, state, made)
+                for row in made:
+                    tally.add(row, state[row.id].kind)
         except OSError as error:  # a full disk, for one
             asker.end(cli.one_line(error))
     if not asker.stopped.is_set():
         put_in_order(config.output, rows)
         answered = {name for name, done in state.items() if done.kind is None}
         put_in_order(config.errors, rows, leave_out=answered)
-    tally.print_summary()
+    tally.print_summary(state)
     return finish(config, rows, state, asker)
 
 
-def forget_other_failures(task: Task, rows: dict[str, Record], state: dict[str, Done]) -> None:
-    """Forget failures under other settings: they are asked again.
+def forget_other_failures(
+    output: str, requests: Requests, rows: dict[str, Record], state: dict[str, Done]
+) -> None:
+    """Forget failures under other settings, which are asked again.
 
     Raises ValueError, naming the setting, for a row that was answered under others.
     """
     for name, record in rows.items():
         done = state.get(name)
-        if done is None or done.request_sha256 == task.request_sha256(record):
+        if done is None or done.request_sha256 == requests.sha256(record):
             continue
         del state[name]
         if done.kind is None:
-            output = task.config.output
-            changed = what_changed(output, name, task.provenance(), SETTINGS)
+            changed = what_changed(output, name, requests.provenance())
             raise ValueError(f"{output} was made with {changed}; name another --output")
 
 
-def write_batch(task: Task, todo: Iterable[Record]) -> int:
-    """Write the requests into files, and say how to go on."""
-    requests = []
-    for record in todo:
-        if record.rationale is None:
-            identity = custom_id(record.id, task.request_sha256(record))
-            requests.append((identity, task.body(record.input, record.label)))
-    config = task.config
-    for path, number in write_requests(Path(config.batch_requests), requests, config.endpoint):
-        print_line(f"{path}: {number:,} requests")
-    print_line("next: the same command with --batch-replies FILE in place of --batch-requests")
-    return 0
-
-
-def read_replies(
-    task: Task, rows: dict[str, Record], todo: Iterable[Record]
+def ask_all(
+    asker: Asker, requests: Requests, todo: deque, concurrency: int, stop: Stop
 ) -> Iterator[list[Record]]:
-    """Yield the rows of batch files. Those without a reply stay to be asked.
-
-    Raises ValueError for replies to requests that these settings and rows do not make.
-    """
-    replies = Replies(task.config.batch_replies)
-    known = {custom_id(name, task.request_sha256(r)) for name, r in rows.items() if not r.rationale}
-    foreign = sorted(replies.by_id.keys() - known)
-    if foreign:
-        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
-        raise ValueError(f"{task.config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
-    for record in todo:
-        if record.rationale is not None:
-            yield [replace(record, teacher=None)]
-            continue
-        body = task.body(record.input, record.label)
-        identity = custom_id(record.id, task.request_sha256(record))
-        try:
-            reply = replies.ask(identity, body, task.teacher)
-            if reply is None:
-                continue
-            answer = task.read(record, body, reply)
-            asked = Asked(answer, reply.text, reply.model, usage=Counter(reply.usage))
-        except RequestError as error:
-            asked = Asked(Answer(error=error.kind, detail=str(error)), error.raw)
-        yield [make_row(task, record, asked)]
-
-
-def ask_all(task: Task, asker: Asker, todo: deque, stop: Stop) -> Iterator[list[Record]]:
-    """Ask in --concurrency threads. Yield the rows as they come, all that are there at a time."""
-    workers = min(task.config.concurrency, len(todo))
+    """Ask in several threads. Yield the rows as they come, all that are there at a time."""
+    workers = min(concurrency, len(todo))
     results: queue.Queue = queue.Queue(maxsize=workers)  # nobody asks further ahead than is written
     for _ in range(workers):
-        threading.Thread(target=work, args=(task, asker, todo, results), daemon=True).start()
+        threading.Thread(target=work, args=(asker, requests, todo, results), daemon=True).start()
     while workers:
         if stop.requested and not asker.stopped.is_set():
             print_line("ending: waiting for the requests in flight; Ctrl-C again ends at once")
@@ -378,17 +255,16 @@ def ask_all(task: Task, asker: Asker, todo: deque, stop: Stop) -> Iterator[list[
         yield [row for row in arrived if row]
 
 
-def work(task: Task, asker: Asker, todo: deque, results: queue.Queue) -> None:
+def work(asker: Asker, requests: Requests, todo: deque, results: queue.Queue) -> None:
     """One thread. None in the queue is its end, an exception a bug."""
     try:
         while not asker.stopped.is_set():
             record = todo.popleft()
-            if record.rationale is not None:
-                results.put(replace(record, teacher=None))
-                continue
-            body = task.body(record.input, record.label)
-            asked = asker.ask(body, partial(task.read, record, body))
-            results.put(make_row(task, record, asked))
+            asked = None
+            if record.rationale is None:
+                body = requests.body(record.input, record.label)
+                asked = asker.ask(body, partial(requests.read, record, body, asker.warn))
+            results.put(make_row(requests, record, asked, asker.teacher.url))
     except RequestError as error:
         asker.end(str(error))
     except (IndexError, Interrupted):
@@ -398,17 +274,66 @@ def work(task: Task, asker: Asker, todo: deque, results: queue.Queue) -> None:
     results.put(None)
 
 
-def make_row(task: Task, record: Record, asked: Asked) -> Record:
-    """The row with its answer or its error, and where it is from."""
+def read_batch(config: ExtractConfig, requests: Requests, rows: dict[str, Record]) -> Replies:
+    """The replies in batch files. Raises ValueError for replies to requests of others."""
+    replies = Replies(config.batch_replies)
+    known = set()
+    for name, record in rows.items():
+        if record.rationale is None:
+            known.add(custom_id(name, requests.sha256(record)))
+    foreign = sorted(replies.by_id.keys() - known)
+    if foreign:
+        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
+        raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
+    return replies
+
+
+def answer_from_batch(
+    replies: Replies, asker: Asker, requests: Requests, record: Record
+) -> Record | None:
+    """The row with the answer in a batch file; None if there is no reply yet."""
+    if record.rationale is not None:
+        return make_row(requests, record, None, "")
+    body = requests.body(record.input, record.label)
+    try:
+        reply = replies.ask(custom_id(record.id, requests.sha256(record)), body, asker.teacher)
+        if reply is None:
+            return None
+        asker.pay(reply.usage)
+        answer = requests.read(record, body, asker.warn, reply)
+        asked = Asked(answer, reply.text, reply.model, usage=Counter(reply.usage))
+    except RequestError as error:
+        asked = Asked(Answer(error=error.kind, detail=str(error)), error.raw)
+    return make_row(requests, record, asked, "")
+
+
+def write_batch(config: ExtractConfig, requests: Requests, todo: deque) -> int:
+    """Write the requests into files, and say how to go on."""
+    made = []
+    for record in todo:
+        if record.rationale is None:
+            identity = custom_id(record.id, requests.sha256(record))
+            made.append((identity, requests.body(record.input, record.label)))
+    for path, number in write_requests(Path(config.batch_requests), made, config.endpoint):
+        print_line(f"{path}: {number:,} requests")
+    print_line("next: the same command with --batch-replies FILE in place of --batch-requests")
+    return 0
+
+
+def make_row(requests: Requests, record: Record, asked: Asked | None, url: str) -> Record:
+    """The row with its answer or its error, and where it is from. A row not asked about is kept."""
+    if asked is None:
+        return replace(record, teacher=None)
     answer = asked.answer
     correct = None
     if not answer.error and record.label is not None:
-        correct = task.prompt.same(answer.label, record.label, record.input)
-        if task.config.keep == "correct" and not correct:
+        correct = requests.prompt.same(answer.label, record.label, record.input)
+        if requests.settings["keep"] == "correct" and not correct:
             what = f"--keep correct: the label {answer.label!r} is not the gold one"
-            answer = replace(answer, error="incorrect", detail=what)
-    teacher = task.provenance() | {
-        "request_sha256": task.request_sha256(record),
+            answer = Answer(error="incorrect", detail=what)
+    teacher = requests.provenance() | {
+        "base_url": url,
+        "request_sha256": requests.sha256(record),
         "model_served": asked.model or None,
         "usage": {name: asked.usage[name] for name in ("prompt", "completion", "cached")},
         "attempts": asked.attempts,
@@ -417,73 +342,28 @@ def make_row(task: Task, record: Record, asked: Asked) -> Record:
     }
     other = record.other | {"correct": correct}
     other.pop("error", None)
-    rationale = answer.rationale
-    label = answer.label
     if answer.error:
         raw = asked.raw[:RAW]
         other["error"] = {"kind": answer.error, "message": answer.detail, "raw": raw}
-        rationale = None
-        label = None
-    return replace(record, rationale=rationale, teacher_label=label, teacher=teacher, other=other)
+        answer = Answer()
+    return replace(
+        record,
+        rationale=answer.rationale,
+        teacher_label=answer.label,
+        teacher=teacher,
+        other=other,
+    )
 
 
-class Tally:
-    """Writes rows, and counts what came of this start."""
-
-    def __init__(self, config: ExtractConfig, state: dict[str, Done]) -> None:
-        self.config = config
-        self.state = state
-        self.start = time.monotonic()
-        self.kinds: Counter = Counter()  # of errors; None: answered
-        self.spent: Counter = Counter()  # tokens
-        self.retries = 0
-        self.rationales: Counter = Counter()  # their hashes
-
-    def write(self, rows: list[Record]) -> None:
-        good = []
-        failed = []
-        for row in rows:
-            kind = row.other.get("error", {}).get("kind")
-            (failed if kind else good).append(row.to_json())
-            self.state[row.id] = Done(kind, row.other.get("correct"))
-            if row.teacher is None:
-                continue  # kept as it came
-            self.kinds[kind] += 1
-            self.spent.update(row.teacher["usage"])
-            self.retries += row.teacher["attempts"] - 1
-            if kind is None:
-                self.rationales[hash(row.rationale)] += 1
-        append(self.config.output, good)
-        append(self.config.errors, failed)
-
-    def bar_text(self) -> str:
-        good = self.kinds[None]
-        counts = f"{good:,} ok, {self.kinds.total() - good:,} left out, {self.retries:,} retries"
-        return counts + dollars(self.config, self.spent)
-
-    def print_summary(self) -> None:
-        asked = self.kinds.total()
-        if not asked:
-            return
-        minutes, seconds = divmod(round(time.monotonic() - self.start), 60)
-        good = self.kinds.pop(None, 0)
-        left_out = f"{asked - good:,} left out"
-        if asked > good:
-            left_out += f" ({listed(self.kinds)})"
-        counts = f"{good:,} ok, {left_out}; {self.retries:,} retries"
-        print_line(f"asked {asked:,} rows in {minutes}m{seconds:02}s: {counts}")
-        judged = [done.correct for done in self.state.values() if done.kind is None]
-        judged = [correct for correct in judged if correct is not None]
-        if judged:
-            right = f"{sum(judged):,} of {len(judged):,} answered rows with a gold label"
-            print_line(f"teacher right on {right} ({sum(judged) / len(judged):.1%})")
-        tokens = f"{self.spent['prompt']:,} in ({self.spent['cached']:,} cached)"
-        tokens = f"tokens: {tokens}, {self.spent['completion']:,} out"
-        print_line(tokens + dollars(self.config, self.spent))
-        alike = max(self.rationales.values(), default=0)
-        if alike > 2 and alike > good / 2:
-            what = "rows have the same rationale, word for word"
-            print_line(f"warning: {alike:,} of {good:,} {what}")
+def write(config: ExtractConfig, state: dict[str, Done], rows: list[Record]) -> None:
+    """Append rows to the output or the errors file, and to the state."""
+    lines: dict[str, list[str]] = {config.output: [], config.errors: []}
+    for row in rows:
+        kind = row.other.get("error", {}).get("kind")
+        lines[config.errors if kind else config.output].append(row.to_json())
+        state[row.id] = Done(kind, row.other.get("correct"))
+    for path, texts in lines.items():
+        append(path, texts)
 
 
 def finish(
@@ -498,6 +378,8 @@ def finish(
         again = "; --retry-failed asks again" if failed else ""
         print_line(f"{config.errors}: {listed(kinds)}{again}")
     goes_on = "what was finished is kept, the same command goes on"
+    if failed:
+        goes_on += "; with --retry-failed it asks the failed rows, too"
     if asker.problem:
         return cli.fail("extract.py", 3, f"aborted: {one_line(asker.problem)} ({goes_on})")
     if asker.stopped.is_set():
@@ -509,61 +391,6 @@ def finish(
     errors = f" {config.errors}  # whose rows train the label task" if kinds.total() else ""
     print_line(f"next: python train.py --data {config.output}{errors}")
     return 1 if failed or missing else 0
-
-
-def print_line(line: str) -> None:
-    """A line on stderr, above a progress bar, without control characters of a server."""
-    tqdm.write("".join(c if c.isprintable() else " " for c in line), file=sys.stderr)
-
-
-def progress_bar(total: int, to_ask: int) -> tqdm:
-    layout = "{n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
-    interval = 0.5 if sys.stderr.isatty() else 30  # seconds; in a log file a line is a line
-    shown = {"bar_format": layout, "mininterval": interval, "disable": not to_ask}
-    return tqdm(total=total, initial=total - to_ask, **shown)
-
-
-def characters(body: dict[str, Any]) -> int:
-    texts = [message["content"] for message in body.get("messages", [])]
-    return len(body.get("prompt", "")) + sum(len(text) for text in texts)
-
-
-def dollars(config: ExtractConfig, tokens: dict[str, int]) -> str:
-    """`; $1.23`, or nothing where no prices are given."""
-    if not (config.price_in or config.price_out):
-        return ""
-    cost = tokens["prompt"] * config.price_in + tokens["completion"] * config.price_out
-    return f"; ${cost / 1e6:,.2f}"
-
-
-def listed(kinds: Counter) -> str:
-    """`truncated 5, unparsed 2`"""
-    return ", ".join(f"{kind} {count:,}" for kind, count in sorted(kinds.items()) if count)
-
-
-def print_header(task: Task, rows: int, to_ask: int) -> None:
-    config = task.config
-    teacher = f"{task.teacher.place}, {config.endpoint}, {config.model}"
-    print_line(f"teacher: {', '.join(config.batch_replies) or teacher}")
-    prompt = f"{config.prompt} (sha256 {task.prompt.sha256[:12]})"
-    print_line(f"prompt:  {prompt}, {len(task.prompt.exemplars)} exemplars")
-    before = f", {rows - to_ask:,} of them done or failed before" if rows > to_ask else ""
-    print_line(f"rows:    {rows:,} in {config.input}{before}")
-
-
-def print_estimate(task: Task, rows: dict[str, Record]) -> None:
-    """Print the first request and what asking may cost, on stdout."""
-    asked = [row for row in rows.values() if row.rationale is None]
-    bodies = [task.body(row.input, row.label) for row in asked]
-    if bodies:
-        print(json.dumps(bodies[0], indent=2, ensure_ascii=False))
-    replies = [len(task.prompt.reply(exemplar)) for exemplar in task.prompt.exemplars]
-    length = sum(replies) / len(replies) if replies else 3 * task.config.max_tokens
-    sent = sum(characters(body) for body in bodies) // 3
-    written = round(len(bodies) * length / 3)
-    cost = dollars(task.config, {"prompt": sent, "completion": written})
-    print(f"requests: {len(bodies):,}; tokens, at 3 characters each: about {sent:,} in", end="")
-    print(f", {written:,} out if answers are as long as the exemplars'{cost}")
 
 
 if __name__ == "__main__":

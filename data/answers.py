@@ -20,6 +20,7 @@ SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
 HALF_WIDTH = {
     code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)
 }  # "：" -> ":", as CJK models write it
+INVISIBLE = dict.fromkeys([0x61C, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF], " ")
 SEPARATORS = (
     r"(?<=[^\W_])[\s_-]+(?=[^\W_])"  # between the words of a class: refund_request, Refund Request
 )
@@ -101,7 +102,7 @@ def marker_pattern(marker: str) -> str:
     (`**Answer**:`).
     """
     words = unicodedata.normalize("NFKC", marker).split()
-    return r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words).replace(":", "[*_]*:")
+    return r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words).replace(":", r"[*_]*\s?:")
 
 
 def preference(found: str, patterns: list[str]) -> int:
@@ -174,7 +175,7 @@ def class_answer(text: str, labels: Iterable[str]) -> str | None:
     any_label = "|".join(patterns)
     word = r"\b(?:or|and|also|maybe|perhaps|possibly)\b"
     joined = rf"\W*(?:[/,;&|+]|{word})(?:\W|{word})*"
-    match = re.match(rf"\s*({any_label})(?!\w)(?!{joined}({any_label})(?!\w))", text, flags)
+    match = re.match(rf"[\W_]*?({any_label})(?!\w)(?!{joined}({any_label})(?!\w))", text, flags)
     if not match:
         return None
     for label, pattern in zip(labels, patterns):
@@ -189,10 +190,8 @@ def class_key(label: str) -> str:
 
 
 def written(text: str) -> str:
-    """A text as a T5 tokenizer can write it: NFKC, no invisible characters, single spaces."""
-    text = unicodedata.normalize("NFKC", text)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    return " ".join(text.split())
+    """A text as a T5 tokenizer can write it: NFKC, single spaces, for invisible ones as well."""
+    return " ".join(unicodedata.normalize("NFKC", text).translate(INVISIBLE).split())
 
 
 def pick(answer: str, choices: list[tuple[str, str]]) -> str | None:
@@ -236,6 +235,7 @@ def read_label(
     if label_type == "class":
         return class_answer(unicodedata.normalize("NFKC", line), labels)
     if label_type == "equation":
+        line = re.sub(r"\\(times|cdot)", "*", line.replace("\\div", "/"))
         line = line.translate(HALF_WIDTH).translate(SIGNS)
         line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line)  # 1,000 is a thousand
         plain = line.split("=")[0].strip()

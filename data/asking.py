@@ -44,17 +44,20 @@ class Asker:
         probe: dict,
         max_retries: int,
         patience: float,
-        say: Callable[[str, str], None],
+        warn: Callable[[str, str], None],
+        pay: Callable[[dict[str, int]], str],
         scale: float = 1.0,
     ) -> None:
-        """probe: a request that the teacher can answer. say(kind, warning) prints. scale: of all
+        """probe: a request that the teacher can answer. warn(kind, message) prints.
+        pay(tokens) counts them, and gives the reason if no more may be spent. scale: of all
         pauses.
         """
         self.teacher = teacher
         self.probe = probe
         self.max_retries = max_retries
         self.patience = patience
-        self.say = say
+        self.warn = warn
+        self.pay = pay
         self.scale = scale
         self.stopped = threading.Event()
         self.problem = ""  # why the run ends
@@ -69,26 +72,27 @@ class Asker:
         Raises Interrupted if the run ends meanwhile, RequestError if it ends by this request.
         """
         attempts = 0
-        refusals = 0
+        waits = 0
         usage: Counter = Counter()
         while True:
             self.wait()
             sent = time.monotonic()
             try:
-                reply = self.teacher.ask(body)
+                reply = self.send(body)
                 usage.update(reply.usage)
                 answer = read(reply)
             except RequestError as error:
-                if error.then == "pace":
-                    refusals += 1
-                else:
-                    attempts += 1
-                if self.fails(error, sent, attempts):
+                verdict = self.judge(error, sent, attempts + 1)
+                if verdict == "fails":
                     answer = Answer(error=error.kind, detail=str(error))
-                    return Asked(answer, error.raw, attempts=attempts, usage=usage)
+                    return Asked(answer, error.raw, attempts=attempts + 1, usage=usage)
+                if verdict == "counts":
+                    attempts += 1
+                else:
+                    waits += 1
                 if error.wait:
                     self.opens = max(self.opens, time.monotonic() + error.wait * self.scale)
-                pause = min(LONGEST_PAUSE, 0.25 * 2 ** (attempts + refusals))
+                pause = min(LONGEST_PAUSE, 0.25 * 2 ** min(attempts + waits, 7))
                 self.sleep(pause * random.uniform(0.75, 1))
             else:
                 self.hear()
@@ -96,32 +100,38 @@ class Asker:
                 raw = reply.text or reply.reasoning
                 return Asked(answer, raw, reply.model, attempts + 1, seconds, usage)
 
-    def fails(self, error: RequestError, sent: float, attempts: int) -> bool:
-        """Whether the row fails by an error; if not, it is asked again. Raises the error if the
-        run ends.
+    def judge(self, error: RequestError, sent: float, attempts: int) -> str:
+        """What an error means for the row: it "fails", or is asked again; the attempt "counts" or
+        not.
+
+        sent: when the request went out. attempts: with this one. Raises the error if it ends the
+        run.
         """
         if error.then == "run":
             raise error
-        self.say(error.kind, str(error))
+        self.warn(error.kind, str(error))
         if error.then == "row":
-            return True
+            return "fails"
         if error.wait and error.wait > self.patience:
-            raise error.ending_run(f"it asks for a pause of {error.wait:.0f} s (--patience)")
-        outlasted = error.then == "moment" and attempts > self.max_retries
+            raise ends(error, f"it asks for a pause of {error.wait:.0f} s (--patience)")
         silent = time.monotonic() - self.heard > self.patience * self.scale
-        if error.then != "unclear" and not outlasted and not silent:
-            return False
-        if outlasted and not self.answered and error.kind in ("disconnect", "bad_reply", "empty"):
+        again = "counts" if error.then == "moment" else "is no attempt"
+        last = error.then == "moment" and attempts >= self.max_retries
+        if error.then != "unclear" and not last and not silent:
+            return again
+        if last and not self.answered and error.kind in ("disconnect", "bad_reply", "empty"):
             raise error  # the wrong place, most likely
         others = self.others_are_answered(sent)
+        if others and (error.then == "unclear" or (last and attempts > self.max_retries)):
+            return "fails"
         if others:
-            return error.then == "unclear" or outlasted
+            return again
         if error.then == "unclear" and others is False:
             raise error
         if silent:
-            raise error.ending_run(f"nobody was answered for {self.patience:g} s (--patience)")
-        self.say("silence", f"the teacher answers nobody; waiting for it (--patience): {error}")
-        return False
+            raise ends(error, f"nobody was answered for {self.patience:g} s (--patience)")
+        self.warn("silence", f"the teacher answers nobody; waiting for it (--patience): {error}")
+        return "is no attempt"
 
     def others_are_answered(self, since: float) -> bool | None:
         """Whether the teacher answers other requests now; None if that cannot be told."""
@@ -130,13 +140,20 @@ class Asker:
             if self.heard > since:
                 return True
             try:
-                self.teacher.ask(self.probe)
+                self.send(self.probe)
             except RequestError as error:
                 if error.then in ("moment", "pace"):
                     return None
                 return error.then == "row"
             self.hear()
             return True
+
+    def send(self, body: dict) -> Reply:
+        reply = self.teacher.ask(body)
+        problem = self.pay(reply.usage)
+        if problem:
+            self.end(problem)
+        return reply
 
     def hear(self) -> None:
         self.heard = time.monotonic()
@@ -159,3 +176,7 @@ class Asker:
         """Let no further request go out."""
         self.problem = self.problem or problem
         self.stopped.set()
+
+
+def ends(error: RequestError, why: str) -> RequestError:
+    return RequestError(error.kind, f"{error}; {why}", "run")

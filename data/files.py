@@ -128,13 +128,3 @@ def reason(problem: BaseException) -> str:
         return cause.strerror
     lines = str(problem).splitlines()
     return lines[0] if lines else type(problem).__name__
-
-
-def digest(
-    path: str | os.PathLike, size: int = 1 << 62, kind: str = "sha256", start: bytes = b""
-) -> bytes:
-    """Only for dss/hub.py and dss/run/state.py, until those are gone."""
-    import hashlib
-
-    with open_regular(path) as file:
-        return hashlib.new(kind, start + file.read()[:size]).digest()

@@ -1,7 +1,7 @@
 """Import the paper's released datasets:  python -m data.official DATASETS_DIR --out DIR
 
-DATASETS_DIR holds NAME/NAME_SPLIT.json, JSON lines, and NAME/llm/SPLIT_CoT_K.json for
-K = 0, 1, ...: PaLM 540B's raw outputs for those rows, as lists that continue one another. It may hold
+DATASETS_DIR holds NAME/NAME_SPLIT.json, JSON lines, and NAME/llm/SPLIT_CoT_K.json for K = 0, 1,
+...: PaLM 540B's raw outputs for those rows, as lists that continue one another. It may hold
 gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split becomes NAME_SPLIT.jsonl, and
 NAME_SPLIT_gpt-neox.jsonl beside it.
 

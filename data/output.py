@@ -116,18 +116,15 @@ def put_in_order(path: str, order: Iterable[str], leave_out: Collection[str] = (
             file.writelines(after)
 
 
-def what_changed(path: str, name: str, now: dict[str, Any], settings: Iterable[str]) -> str:
+def what_changed(path: str, name: str, now: dict[str, Any]) -> str:
     """Which settings differ between this run's `teacher` and the one of a row in the file."""
     for _, row, _ in read_rows(path):
         if row["id"] == name:
             before = row["teacher"] or {"params": {}}
+    old = before | before["params"]
+    new = now | now["params"]
     changed = []
-    for key in ("prompt_sha256", *settings):
-        if before.get(key) != now[key]:
-            changed.append(f"{key} {before.get(key, 'unset')}, not {now[key]}")
-    old = before["params"]
-    new = now["params"]
-    for key in old | new:
-        if old.get(key) != new.get(key):
+    for key in new | before["params"]:
+        if key != "params" and old.get(key) != new.get(key):
             changed.append(f"{key} {old.get(key, 'unset')}, not {new.get(key, 'unset')}")
     return "; ".join(changed) or f"another input in row {name!r}"

@@ -3,12 +3,13 @@ data/README.md says how to write one."""
 
 import dataclasses
 import hashlib
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from data.answers import CHOICES, marker_pattern, pick, read_answer, read_label, same_label
+from data.answers import CHOICES, Reading, marker_pattern, pick, read_answer, read_label, same_label
 from data.files import open_regular, parse_json
 from data.thoughts import markup_at_start
 
@@ -40,12 +41,12 @@ class Answer:
 class Prompt:
     exemplars: list  # [{"input", "rationale", "label"}]
     question: str  # template:  "Q: {input}{hint}\nA:"
-    answer: str  # template:  " {rationale} So the answer is {label}."
-    answer_marker: list[str]  # between rationale and label, the best first; or a single text
-    label_type: (
-        str  # "choice" (one of the lines "(a) park" of the input), "class", "equation", "text"
-    )
+    label_type: str  # "choice" (of the lines "(a) park" of an input), "class", "equation", "text"
+    answer: str = ""  # template:  " {rationale} So the answer is {label}."
+    answer_marker: list[str] = ()  # before the label, the best first; or a single text
     labels: list[str] = ()  # of "class"
+    schema: bool = False  # answers are JSON, {"rationale": ..., "label": ...}, and no `answer`
+    rationale_first: bool = True  # else the label comes first
     stop: list[str] = ()  # what begins an invented next question; sent as `stop`, and cut off here
     instruction: str = ""  # said before the first exemplar
     hint: str = ""  # template, put for {hint} under --rationalize:  "\n(The answer is {label}.)"
@@ -103,6 +104,9 @@ class Prompt:
 
     def reply(self, exemplar: dict[str, str]) -> str:
         label = self.show(exemplar["label"], exemplar["input"])
+        if self.schema:
+            said = {"rationale": exemplar["rationale"], "label": label}
+            return json.dumps({name: said[name] for name in self.order()}, ensure_ascii=False)
         return fill(self.answer, rationale=exemplar["rationale"], label=label)
 
     def show(self, label: str, input: str) -> str:
@@ -115,33 +119,82 @@ class Prompt:
                     return f"({letter}) {text}"
         return label
 
+    def order(self) -> tuple[str, str]:
+        return ("rationale", "label") if self.rationale_first else ("label", "rationale")
+
+    def response_format(self) -> dict[str, Any]:
+        """The parameter that asks a server for answers under the schema, in this order."""
+        label = {"type": "string"}
+        if self.labels:
+            label["enum"] = list(self.labels)
+        kinds = {"rationale": {"type": "string"}, "label": label}
+        schema = {
+            "type": "object",
+            "properties": {name: kinds[name] for name in self.order()},
+            "required": list(self.order()),
+            "additionalProperties": False,
+        }
+        named = {"name": "answer", "strict": True, "schema": schema}
+        return {"type": "json_schema", "json_schema": named}
+
     def parse(self, text: str, input: str, cut_short: bool = False) -> Answer:
         """Read a teacher's text. cut_short: it ended at the token limit, so its end may be torn."""
         if not text.strip():
             return Answer(error="empty", detail="the reply has no text")
-        ends = [*self.stop, *ENDS]
-        same = partial(self.same, input=input)
-        found = read_answer(text, ends, self.answer_marker, partial(self.read, input=input), same)
-        if cut_short and not any(end in text for end in ends) and not ended(found.rest):
+        if self.schema:
+            found = self.read_json(text, input)
+            whole = found.rest is not None
+            marker = '{"rationale": ..., "label": ...}'
+        else:
+            found = self.read_text(text, input)
+            whole = ended(found.rest) or any(end in text for end in (*self.stop, *ENDS))
+            marker = self.answer_marker[0]
+        if cut_short and not whole:
             what = "the reply ended at the token limit, before a whole answer"
             return Answer(error="truncated", detail=f"{what}; a larger --max-tokens may do")
-        marker = repr(self.answer_marker[0])
         if found.rest is None:
-            return Answer(error="unparsed", detail=f"the reply does not say {marker}")
+            return Answer(error="unparsed", detail=f"the reply does not say {marker!r}")
         if found.label is None:
             what = f"no {self.kind()} in {found.rest.strip()[:80]!r}"
             if found.ambiguous:
                 what = "the reply has two different answers"
             return Answer(found.rationale, error="label_invalid", detail=what)
-        if found.rationale is None:
-            return Answer(
-                label=found.label, error="unparsed", detail=f"no rationale before {marker}"
-            )
+        if not found.rationale:
+            what = f"the reply has a label and no rationale ({marker!r})"
+            return Answer(label=found.label, error="unparsed", detail=what)
         tag = markup_at_start(found.rationale)
         if tag:
             what = f"unknown markup at the beginning of the rationale: {tag}"
             return Answer(found.rationale, found.label, error="unparsed", detail=what)
         return Answer(found.rationale, found.label)
+
+    def read_text(self, text: str, input: str) -> Reading:
+        """Find a rationale and a label by the marker."""
+        read = partial(self.read, input=input)
+        same = partial(self.same, input=input)
+        found = read_answer(text, [*self.stop, *ENDS], self.answer_marker, read, same)
+        if not self.rationale_first and found.rest:
+            found = replace(found, rationale=self.after_label(found.rest).strip())
+        return found
+
+    def read_json(self, text: str, input: str) -> Reading:
+        """Find them in a JSON object, perhaps in a fence of Markdown."""
+        found = re.search(r"\{.*\}", text, re.DOTALL)
+        try:
+            said = parse_json(found[0] if found else text, "the reply")
+            rationale = said["rationale"].strip()
+            label = said["label"]
+            label = str(label) if type(label) is int else label.strip()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return Reading()
+        return Reading(rationale, self.read(label, input), label)
+
+    def after_label(self, rest: str) -> str:
+        """What follows the label where it comes first; `answer` says what stands between them."""
+        between = self.answer.partition("{label}")[2].partition("{rationale}")[0]
+        separators = "|".join(re.escape(text) for text in (between, "\n") if text)
+        found = re.search(separators, rest.lstrip())
+        return rest.lstrip()[found.end() :] if found else ""
 
     def kind(self) -> str:
         """What a label is, for messages."""
@@ -151,11 +204,15 @@ class Prompt:
 
     def has_marker(self, text: str) -> bool:
         """Whether a text seems to hold an answer."""
+        if self.schema:
+            return "{" in text
         pattern = "|".join(marker_pattern(marker) for marker in self.answer_marker)
         return bool(re.search(pattern, text, re.IGNORECASE))
 
     def read(self, text: str, input: str) -> str | None:
         """The label in the text after a marker."""
+        if not self.rationale_first and not self.schema:
+            text = text.removesuffix(self.after_label(text))
         return read_label(text, self.label_type, self.labels, input)
 
     def same(self, a: str, b: str, input: str) -> bool:
@@ -186,31 +243,32 @@ def load_prompt(path: str) -> Prompt:
             raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
         if isinstance(values.get("answer_marker"), str):
             values["answer_marker"] = [values["answer_marker"]]
-        fields = {field.name: field for field in dataclasses.fields(Prompt)}
-        del fields["sha256"]
-        for name in sorted(values.keys() - fields.keys()):
-            known = ", ".join(sorted(fields))
-            raise ValueError(f'unknown key "{name}"; a prompt file has {known}')
-        for name, field in fields.items():
-            if name not in values and field.default is dataclasses.MISSING:
-                raise ValueError(f'"{name}" is missing')
-            if name in values:
-                check_type(name, values[name], field.type)
+        check_values(values)
         prompt = Prompt(**values, sha256=hashlib.sha256(content).hexdigest())
-        check_prompt(prompt)
+        check_templates(prompt)
+        for number, exemplar in enumerate(prompt.exemplars, 1):
+            problem = problem_of(prompt, exemplar)
+            if problem:
+                raise ValueError(f"exemplar {number}: {problem}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return prompt
 
 
-def check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError unless the value of a key has its type."""
-    if kind is str and not isinstance(value, str):
-        raise ValueError(f'"{name}" must be a text, got {value!r}')
-    if kind == list[str] and not are_texts(value):
-        raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
-    if kind is list and not isinstance(value, list):
-        raise ValueError(f'"{name}" must be a list, got {value!r}')
+def check_values(values: dict[str, Any]) -> None:
+    """Raise ValueError unless the keys are those of a prompt file and each value has its type."""
+    fields = {field.name: field for field in dataclasses.fields(Prompt)}
+    del fields["sha256"]
+    for name in sorted(values.keys() - fields.keys()):
+        raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(fields))}')
+    for name, field in fields.items():
+        value = values.get(name, field.default)
+        if value is dataclasses.MISSING:
+            raise ValueError(f'"{name}" is missing')
+        if name in values and field.type == list[str] and not are_texts(value):
+            raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
+        if field.type in (str, list, bool) and not isinstance(value, field.type):
+            raise ValueError(f'"{name}" must be a {field.type.__name__}, got {value!r}')
 
 
 def are_texts(values: Any) -> bool:
@@ -219,47 +277,51 @@ def are_texts(values: Any) -> bool:
     return all(isinstance(text, str) and text.strip() for text in values)
 
 
-def check_prompt(prompt: Prompt) -> None:
-    """Raise ValueError unless templates have their places and every exemplar reads back as itself.
-
-    So a marker that does not fit is found before anything is paid for.
+def check_templates(prompt: Prompt) -> None:
+    """Raise ValueError unless the keys fit together and each template has its places and no
+    others.
     """
     if prompt.label_type not in LABEL_TYPES:
         known = ", ".join(LABEL_TYPES)
         raise ValueError(f'"label_type" must be one of {known}, got {prompt.label_type!r}')
-    if not prompt.answer_marker:
-        raise ValueError('"answer_marker" must be a list of texts that are not blank, got []')
+    for name in ("answer", "answer_marker"):
+        if not prompt.schema and not getattr(prompt, name):
+            raise ValueError(f'"{name}" is missing')
     if (prompt.label_type == "class") != bool(prompt.labels):
         raise ValueError('"labels" goes with label_type "class", which needs it')
     if len(prompt.stop) > 4:
         raise ValueError(f'"stop" may have 4 texts, as servers allow; it has {len(prompt.stop)}')
     parts = set(prompt.input_parts) or {"input"}
-    check_places("question", prompt.question, parts, {"input", "hint"})
-    check_places("answer", prompt.answer, {"rationale", "label"}, set())
-    check_places("hint", prompt.hint, set(), {"label"})
-    for number, exemplar in enumerate(prompt.exemplars, 1):
-        try:
-            check_exemplar(prompt, exemplar)
-        except ValueError as error:
-            raise ValueError(f"exemplar {number}: {error}") from None
+    for name, needed, allowed in (
+        ("question", parts, {"input", "hint"}),
+        ("answer", set() if prompt.schema else {"rationale", "label"}, {"rationale", "label"}),
+        ("hint", set(), {"label"}),
+    ):
+        found = set(PLACE.findall(getattr(prompt, name)))
+        for place in sorted(found - needed - allowed):
+            raise ValueError(f'{{{place}}} means nothing in "{name}"')
+        for place in sorted(needed - found):
+            raise ValueError(f'{{{place}}} is missing from "{name}"')
 
 
-def check_places(name: str, template: str, needed: set[str], allowed: set[str]) -> None:
-    found = set(PLACE.findall(template))
-    for place in sorted(found - needed - allowed):
-        raise ValueError(f'{{{place}}} means nothing in "{name}"')
-    for place in sorted(needed - found):
-        raise ValueError(f'{{{place}}} is missing from "{name}"')
-
-
-def check_exemplar(prompt: Prompt, exemplar: Any) -> None:
-    wanted = {"input", "rationale", "label"}
-    if not isinstance(exemplar, dict) or exemplar.keys() != wanted:
-        raise ValueError("it must have input, rationale and label")
+def problem_of(prompt: Prompt, exemplar: Any) -> str:
+    """Why an exemplar is refused, or "". It must read back as itself: so a marker that does not
+    fit is found.
+    """
+    if not isinstance(exemplar, dict) or exemplar.keys() != {"input", "rationale", "label"}:
+        return "it must have input, rationale and label"
     if not are_texts(list(exemplar.values())):
-        raise ValueError("input, rationale and label must be texts that are not blank")
-    prompt.ask(exemplar["input"])
+        return "input, rationale and label must be texts that are not blank"
+    try:
+        prompt.ask(exemplar["input"])
+    except ValueError as error:
+        return str(error)
     read = prompt.parse(prompt.reply(exemplar), exemplar["input"])
-    if (read.rationale, read.label) != (exemplar["rationale"], exemplar["label"]):
-        seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"
-        raise ValueError(f"its answer does not read back as itself ({seen})")
+    if (read.rationale, read.label) == (exemplar["rationale"], exemplar["label"]):
+        return ""
+    if prompt.answer.lstrip().startswith('{"'):
+        return 'answers in JSON are for "schema": true'
+    if prompt.rationale_first and prompt.answer.find("{label}") < prompt.answer.find("{rationale}"):
+        return 'the label comes first in "answer"; say so with "rationale_first": false'
+    seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"
+    return f"its answer does not read back as itself ({seen})"

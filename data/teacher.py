@@ -6,7 +6,6 @@ server says.
 """
 
 import email.utils
-import gzip
 import json
 import os
 import re
@@ -21,6 +20,11 @@ from http.client import HTTPException, IncompleteRead
 from typing import Any
 from urllib.parse import urlsplit
 
+USAGE = {
+    "prompt": "usage.prompt_tokens",
+    "completion": "usage.completion_tokens",
+    "cached": "usage.prompt_tokens_details.cached_tokens",
+}
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 KEY = "is the key right? It is read from $OPENAI_API_KEY, or given with --header"
 HINTS = {
@@ -32,16 +36,23 @@ HINTS = {
 }
 WRONG_KEY = r"api[ _-]?key|unauthori[sz]ed|authenticat|credential"
 UNSUPPORTED = (
-    r"unsupported|not support|deprecated|unrecogni[sz]ed|unknown|unexpected|not permitted"
+    r"not support|unsupported|deprecated|unrecogni[sz]ed|unknown|unexpected|not permitted"
     r"|not allowed|extra inputs|forbidden|invalid"
 )
-WRONG_URL = r"endpoint|route|not found"  # in the error of a reply with status 200
-ROW_ERRORS = {  # in the code or the message of a status 4xx
-    "context_exceeded": r"context.{0,20}(length|size|window)|maximum.{0,20}context|too many tokens"
-    r"|too long|too large|longer than",
-    "content_filter": r"content_filter|content_policy|content management policy|safety|moderation",
+MEANT = {  # the status that an error with status 200 means by its words, if it has no number
+    429: r"rate.?limit|too many requests",
+    402: r"insufficient|credit|balance",
+    401: WRONG_KEY,
+    404: r"endpoint|route|not.?found",
 }
-RENAMED = {"max_tokens": "max_completion_tokens"}
+TOO_LONG = (
+    r"context.{0,20}(length|size|window)|maximum.{0,20}context|too many tokens|too long|longer than"
+)
+FILTERED = r"filter|safety|moderation|content_policy|content management policy"
+HELD_BACK = r"filter|block|policy|safety|recitation|prohibit|sensitive|spii|refus"  # finish reasons
+FAILED = r"error|abort|cancel|fail|insufficient|overload|timeout"  # finish reasons
+CUT = r"length|limit|incomplete|max_?(output_)?tokens"  # finish reasons
+USUAL = rf"stop|eos|end|complete|null|none|.*({CUT})"  # finish reasons
 
 
 class RequestError(Exception):
@@ -65,9 +76,6 @@ class RequestError(Exception):
         self.then = then
         self.raw = raw
         self.wait = wait
-
-    def ending_run(self, why: str) -> "RequestError":
-        return RequestError(self.kind, f"{self}; {why}", "run")
 
 
 @dataclass(frozen=True)
@@ -95,40 +103,40 @@ class Teacher:
         """The arguments are those of the command line. Raises ValueError, which quotes no
         secret.
         """
-        self.endpoint = endpoint
         self.timeout = timeout
         parts = read_url(base_url)
         self.url = parts._replace(query="").geturl()
         self.target = parts._replace(path=parts.path + PATHS[endpoint]).geturl()
-        self.secrets = []
-        self.headers = {
-            "Content-Type": "application/json",
-            "Accept": "application/json",
-            "User-Agent": "dss-extract",
-        }
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if key:
-            self.add_header("Authorization", f"Bearer {key}", [key])
+        self.headers = {"Content-Type": "application/json", "User-Agent": "dss-extract"}
+        self.secrets: list[str] = []
+        if os.environ.get("OPENAI_API_KEY", "").strip():
+            headers = ["Authorization: Bearer $OPENAI_API_KEY", *headers]
         for header in headers:
-            self.add_header(*read_header(header))
-        self.proxy = find_proxy(parts.scheme, parts.netloc)
-        proxies = {parts.scheme: self.proxy} if self.proxy else {}
+            self.add_header(header)
+        proxy = find_proxy(parts.scheme, parts.netloc)
         self.opener = urllib.request.build_opener(
             NoRedirect,
-            urllib.request.ProxyHandler(proxies),
+            urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {}),
             urllib.request.HTTPSHandler(context=ssl.create_default_context()),
         )
         self.place = self.url
-        if self.proxy:
-            host = self.proxy.rpartition("@")[2].rpartition("/")[2]
-            self.place = f"{self.url} through the proxy {host}"
+        self.question = "is the teacher running there?"
+        if proxy:
+            self.place += f" through the proxy {proxy.rpartition('/')[2].rpartition('@')[2]}"
+            self.question = "is the proxy right?"
 
-    def add_header(self, name: str, value: str, secrets: Iterable[str]) -> None:
-        if not value.isascii() or not value.isprintable() or any(" " in each for each in secrets):
-            raise ValueError(f"the value of the header {name} has a character that cannot be sent")
-        self.headers[name.title()] = value
-        # Stand-ins for a key, such as EMPTY or ollama, are words that texts may have.
-        self.secrets += [secret for secret in secrets if len(secret) >= 12]
+    def add_header(self, header: str) -> None:
+        """Add `NAME: VALUE`, where $VARIABLE in the value is the environment's, and a secret."""
+        name, _, text = header.partition(":")
+        value = os.path.expandvars(text.strip()).strip()
+        if not value or not re.fullmatch(r"[\w-]+", name.strip()):
+            raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
+        if "$" in value or not value.isascii() or not value.isprintable():
+            what = "names a variable that is not set, or has a character that cannot be sent"
+            raise ValueError(f"--header {name}: its value {what}")
+        self.headers[name.strip().title()] = value
+        if "$" in text:  # short words, such as the stand-ins EMPTY or ollama, may be in texts
+            self.secrets += [word for word in value.split() if len(word) >= 12]
 
     def hide(self, text: str) -> str:
         for secret in self.secrets:
@@ -148,29 +156,30 @@ class Teacher:
             with response:
                 raw = read_whole(response, until)
             return self.read(response.status, response.headers, raw, body)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, zlib.error) as error:
             problem = getattr(error, "reason", error)  # URLError has the system's error inside
         raise self.connection_error(problem)
 
     def connection_error(self, problem: object) -> RequestError:
         if isinstance(problem, TimeoutError):
             what = f"no whole reply within {self.timeout:g} s (--timeout)"
-            return RequestError("timeout", f"{self.place}: {what}", "moment")
+            return self.error("timeout", what, "moment")
         if isinstance(problem, ssl.SSLCertVerificationError):
             what = f"untrusted certificate ({problem.verify_message})"
-            what = f"{self.place}: {what}; SSL_CERT_FILE can name a file with those to trust"
-            return RequestError("certificate", what, "run")
+            what += "; SSL_CERT_FILE can name a file with those to trust"
+            return self.error("certificate", what, "run")
         if "Tunnel connection failed: 407" in str(problem):
-            return RequestError("http_407", f"407 from {self.place}: {HINTS[407]}", "run")
+            return self.error("http_407", HINTS[407], "run")
         what = str(problem) or type(problem).__name__
-        if isinstance(problem, IncompleteRead):
-            what = "the reply was cut off"
-        question = "is the proxy right?" if self.proxy else "is the teacher running there?"
-        return RequestError("disconnect", f"{self.place}: {what}; {question}", "moment")
+        return self.error("disconnect", f"{what}; {self.question}", "moment")
+
+    def error(self, kind: str, what: str, then: str, raw: str = "") -> RequestError:
+        return RequestError(kind, f"{self.place}: {what}", then, raw)
 
     def read(self, status: int, headers: Mapping[str, str], raw: bytes, body: dict) -> Reply:
-        """The reply in a response. Raises RequestError. body: the request, whose parameters may be
-        refused.
+        """The reply in a response. Raises RequestError.
+
+        body: the request, whose parameters may be refused.
         """
         text = self.hide(decode(raw, headers))
         try:
@@ -178,113 +187,102 @@ class Teacher:
         except (ValueError, RecursionError):
             content = None
         if not 200 <= status < 300:
-            raise self.status_error(status, headers, text, content, body)
-        if not isinstance(content, dict) or not content.get("choices"):
-            raise self.no_choices(headers, text, content, body)
+            raise self.refusal(status, headers, text, error_in(content, text), body)
         try:
             choice = content["choices"][0]
-            message = choice if self.endpoint == "completions" else choice["message"]
-            said, thoughts = read_content(message.get("text" if message is choice else "content"))
-            field = message.get("reasoning_content") or message.get("reasoning") or ""
+            message = choice.get("message") or choice.get("delta") or choice
+            said, thoughts = read_content(message.get("content", message.get("text")))
+            field = message.get("reasoning_content") or message.get("reasoning")
         except (LookupError, TypeError, AttributeError):
-            raise self.bad_reply("has no message", text) from None
-        finish = check_finish(choice, message, said or thoughts or field, text)
+            raise self.no_reply(headers, text, content, body) from None
+        reasoning = whole_characters(field) or thoughts
+        finish = one_line(choice.get("finish_reason") or "stop").lower()
+        if message.get("refusal") and not said:
+            finish = "refusal"
+        self.check_finish(finish, choice.get("error"), said or reasoning, text)
         return Reply(
             text=whole_characters(said),
-            reasoning=whole_characters(field or thoughts).strip(),
-            cut_short=bool(re.search(r"length|max_?(output_)?tokens", finish)),
+            reasoning=reasoning.strip(),
+            cut_short=bool(re.search(CUT, finish)),
             model=whole_characters(content.get("model")),
-            usage=read_usage(content.get("usage")),
+            usage=read_usage(content),
         )
 
-    def bad_reply(self, what: str, text: str, then: str = "moment") -> RequestError:
-        shown = one_line(text)[:100]
-        return RequestError("bad_reply", f"{self.place}: a reply {what}: {shown!r}", then, text)
+    def check_finish(self, finish: str, error: object, said: str, text: str) -> None:
+        """Raise RequestError for a finish reason that leaves no answer."""
+        if error or re.search(FAILED, finish):
+            what = f"the reply ended in an error: {one_line(error or finish)[:200]}"
+            raise self.error("bad_reply", what, "moment", text)
+        if re.search(HELD_BACK, finish) or not (said or re.match(USUAL, finish)):
+            what = f"the teacher held the reply back (finish_reason {finish})"
+            raise self.error("content_filter", what, "row", text)
 
-    def no_choices(
+    def no_reply(
         self, headers: Mapping[str, str], text: str, content: Any, body: dict
     ) -> RequestError:
-        """The error that a reply of status 200 without an answer means."""
+        """What a response of status 200 without an answer means."""
+        shown = repr(one_line(text)[:100])
         if re.match(r"(event: \w+\s+)?data: ", text) or "data: [DONE]" in text:
-            return self.bad_reply('is a stream, though "stream": false was asked for', text, "run")
-        if content is None:
-            return self.bad_reply("is not JSON", text)
-        error = error_fields(content)
-        if "error" not in (content if isinstance(content, dict) else {}):
-            return self.bad_reply("has no choices", text)
-        code = str(error.get("code") or error.get("status") or "")
-        if re.fullmatch(r"[45]\d\d", code):
-            return self.status_error(int(code), headers, text, content, body)
-        if re.search(WRONG_URL, error["message"], re.IGNORECASE):
-            return self.status_error(404, headers, text, content, body)
-        return self.bad_reply("is an error", text)
+            what = f'the reply is a stream, though "stream": false was asked for: {shown}'
+            return self.error("bad_reply", what, "run", text)
+        error = error_in(content, text)
+        if isinstance(content, dict) and content.keys() & {"error", "message", "detail", "code"}:
+            for code in (str(error.get("code")), str(error.get("status"))):
+                if re.fullmatch(r"[45]\d\d", code):
+                    return self.refusal(int(code), headers, text, error, body)
+            for status, words in MEANT.items():
+                if re.search(words, f"{error.get('code')} {error['message']}", re.IGNORECASE):
+                    return self.refusal(status, headers, text, error, body)
+        return self.error("bad_reply", f"the reply is no completion: {shown}", "moment", text)
 
-    def status_error(
-        self, status: int, headers: Mapping[str, str], text: str, content: Any, body: dict
+    def refusal(
+        self, status: int, headers: Mapping[str, str], text: str, error: dict, body: dict
     ) -> RequestError:
-        """The error that a response with another status than 2xx means."""
-        error = error_fields(content if content is not None else text)
-        message = error["message"]
-        said = f"{status} from {self.place}: {message}"
-        code = one_line(
-            f"{error.get('code', '')} {error.get('type', '')} {error.get('status', '')}"
-        )
+        """What a response with another status than 2xx means."""
+        kind = f"http_{status}"
+        said = f"{status} from {self.place}: {error['message']}"
+        code = f"{error.get('code')} {error.get('type')} {error.get('status')}"
         if 300 <= status < 400:
-            place = self.hide(one_line(headers.get("Location") or "nowhere").split("?")[0])
-            said = f"{status}: {self.place} redirects to {place}; use that as --base-url"
-            return RequestError(f"http_{status}", said, "run")
-        if status == 402 or (status == 429 and re.search("insufficient_quota|billing", code)):
-            return RequestError("insufficient_quota", f"{said}; {HINTS[402]}", "run")
-        if status in (401, 404, 407):
-            return RequestError(f"http_{status}", f"{said}; {HINTS[status]}", "run", text)
-        if status in (408, 409, 429) or status < 200 or status >= 500:
+            place = self.hide(one_line(headers.get("Location") or "nowhere")).split("?")[0]
+            said = f"{said}; it redirects to {place}: use that as --base-url"
+            return RequestError(kind, said, "run", text)
+        if status == 429 and re.search("insufficient_quota|billing", code):
+            status = 402
+        if status in (401, 402, 404, 407):
+            return RequestError(kind, f"{said}; {HINTS[status]}", "run", text)
+        if status in (408, 409, 429) or not 400 <= status < 500:
             then = "pace" if status == 429 else "moment"
-            return RequestError(f"http_{status}", said, then, text, retry_after(headers))
-        for kind, pattern in ROW_ERRORS.items():
-            if status == 413 or re.search(pattern, f"{code} {message}", re.IGNORECASE):
-                return RequestError(kind, said, "row", text)
+            return RequestError(kind, said, then, text, retry_after(headers))
+        reason = f"{code} {error['message']}"
+        if status == 413 or re.search(TOO_LONG, reason, re.IGNORECASE):
+            return RequestError("context_exceeded", said, "row", text)
+        if re.search(FILTERED, reason, re.IGNORECASE):
+            return RequestError("content_filter", said, "row", text)
         refused = refused_parameter(error, body)
         if refused:
             return RequestError("refused_parameter", f"{said}; {advice(refused)}", "run", text)
-        if re.search(WRONG_KEY, f"{code} {message}", re.IGNORECASE):
-            return RequestError(f"http_{status}", f"{said}; {KEY}", "run", text)
-        hint = f"; {HINTS[403]}" if status == 403 else ""
-        return RequestError(f"http_{status}", said + hint, "unclear", text)
+        if re.search(WRONG_KEY, reason, re.IGNORECASE):
+            return RequestError(kind, f"{said}; {KEY}", "run", text)
+        if status == 403:
+            said += f"; {KEY}"
+        return RequestError(kind, said, "unclear", text)
 
 
 def read_url(base_url: str) -> Any:
     """A base URL in its parts. Raises ValueError."""
-    base_url = base_url.strip()
+    form = "http(s)://HOST[:PORT][/PATH][?QUERY], such as http://localhost:11434/v1"
+    problem = ValueError(f"--base-url must be {form}; a key goes into --header 'NAME: $VARIABLE'")
     try:
-        parts = urlsplit(base_url)
-        good = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
-        if good:
+        parts = urlsplit(base_url.strip())
+        if parts.hostname:
             parts.hostname.encode("idna")  # raises as the connection would later
-            good = parts.port != 0
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        good = False
-    if base_url and not good:
-        form = "http(s)://HOST[:PORT][/PATH][?QUERY], such as http://localhost:11434/v1"
-        raise ValueError(f"--base-url must be {form}; a key goes into --header 'NAME: $VARIABLE'")
+        raise problem from None
+    if base_url and (not good or "@" in parts.netloc):
+        raise problem
     path = re.sub("/+$|/(chat/)?completions/*$", "", parts.path)
     return parts._replace(path=path, fragment="")
-
-
-def read_header(header: str) -> tuple[str, str, list[str]]:
-    """`api-key: $AZURE_KEY` -> (name, value, [the secrets in it])."""
-    name, _, value = header.partition(":")
-    name = name.strip()
-    value = value.strip()
-    if not value or not re.fullmatch(r"[\w-]+", name):
-        raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
-    secrets = []
-    for variable in re.findall(r"\$\{?(\w+)\}?", value):
-        secret = os.environ.get(variable, "").strip()
-        if not secret:
-            raise ValueError(f"--header {name}: the environment variable {variable} is not set")
-        value = re.sub(rf"\$\{{?{variable}\b\}}?", lambda _, secret=secret: secret, value)
-        secrets.append(secret)
-    return name, value, secrets
 
 
 def find_proxy(scheme: str, place: str) -> str:
@@ -295,13 +293,11 @@ def find_proxy(scheme: str, place: str) -> str:
     proxy = proxies.get(scheme) or proxies.get("all") or ""
     if not proxy or urllib.request.proxy_bypass(place):
         return ""
-    kind, separator, _ = proxy.rpartition("://")
+    kind = proxy.rpartition("://")[0]
     if kind not in ("", "http", "https"):
         what = f"{kind} proxies are not supported, only http://[USER:PASSWORD@]HOST:PORT"
-        raise ValueError(
-            f"the environment names a proxy for {scheme}: {what}; NO_PROXY excepts hosts"
-        )
-    return proxy if separator else f"http://{proxy}"
+        raise ValueError(f"the environment names a proxy: {what}; NO_PROXY excepts hosts")
+    return proxy if kind else f"http://{proxy}"
 
 
 def read_whole(response: Any, until: float) -> bytes:
@@ -309,95 +305,66 @@ def read_whole(response: Any, until: float) -> bytes:
     breaks off.
     """
     parts = []
-    while True:
-        part = response.read1(1 << 16)
-        if not part:
-            break
-        parts.append(part)
+    while not parts or parts[-1]:
+        parts.append(response.read1(1 << 16))
         if time.monotonic() > until:
             raise TimeoutError
     if response.length:  # read1() does not notice by itself
-        raise IncompleteRead(b"")
+        raise IncompleteRead(b"".join(parts), response.length)
     return b"".join(parts)
 
 
 def decode(raw: bytes, headers: Mapping[str, str]) -> str:
-    """The text of a body, which some servers compress unasked."""
-    coding = (headers.get("Content-Encoding") or "").lower()
-    try:
-        if coding in ("gzip", "x-gzip"):
-            raw = gzip.decompress(raw)
-        elif coding == "deflate":
-            raw = zlib.decompress(raw, zlib.MAX_WBITS if raw[:1] == b"x" else -zlib.MAX_WBITS)
-    except (OSError, EOFError, zlib.error):
-        raise HTTPException(f"the reply is not the {coding} that it says it is") from None
+    """The text of a body, which some servers compress unasked (gzip, deflate with or without a
+    header).
+    """
+    coding = headers.get("Content-Encoding", "").lower()
+    if coding in ("gzip", "x-gzip", "deflate"):
+        try:
+            raw = zlib.decompress(raw, wbits=47)
+        except zlib.error:
+            raw = zlib.decompress(raw, wbits=-15)
+    elif coding not in ("", "identity"):
+        raise HTTPException(f"the reply is compressed ({coding}) though that was not asked for")
     return raw.decode("utf-8-sig", "replace")
 
 
 def read_content(content: Any) -> tuple[str, str]:
     """(text, thoughts) of a message's content, which is a text, null, or a list of parts."""
     if not isinstance(content, list):
-        return (content if isinstance(content, str) else ""), ""
-    texts = []
-    thoughts = []
+        return whole_characters(content), ""
+    text = ""
+    thoughts = ""
     for part in content:
-        kind = str(part.get("type"))
         said = part.get("text") or part.get("thinking") or part.get("reasoning")
-        text = read_content(said)[0]
-        if re.search("think|reason", kind):
-            thoughts.append(text)
+        if re.search("think|reason", str(part.get("type"))):
+            thoughts += read_content(said)[0]
         else:
-            texts.append(text)
-    return "".join(texts), "".join(thoughts)
+            text += read_content(said)[0]
+    return text, thoughts
 
 
-def check_finish(choice: dict, message: dict, said: str, raw: str) -> str:
-    """The finish reason in small letters. Raises RequestError for one that leaves no answer."""
-    finish = one_line(choice.get("finish_reason") or "stop").lower()
-    error = choice.get("error")
-    if error or re.search(r"error|abort|cancel|fail|insufficient|overload", finish):
-        why = one_line(error or f"finish_reason {finish}")[:200]
-        raise RequestError("bad_reply", f"the reply ended in an error: {why}", "moment", raw)
-    filtered = re.search(
-        r"filter|safety|recitation|prohibit|sensitive|blocklist|spii|refus", finish
-    )
-    refusal = message.get("refusal")
-    usual = re.match(r"stop|eos|end|complete|null|none|length|.*max", finish)
-    if filtered or (not said and (refusal or not usual)):
-        why = one_line(refusal or f"finish_reason {finish}")[:200]
-        raise RequestError("content_filter", f"the teacher held the reply back: {why}", "row", raw)
-    return finish
-
-
-def read_usage(usage: Any) -> dict[str, int]:
+def read_usage(content: dict) -> dict[str, int]:
     """{prompt, completion, cached}: the tokens that a server counted, 0 where it says nothing
     sensible.
     """
-    usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details")
-    details = details if isinstance(details, dict) else {}
-    counts = {
-        "prompt": usage.get("prompt_tokens"),
-        "completion": usage.get("completion_tokens"),
-        "cached": details.get("cached_tokens"),
-    }
-    for name, count in counts.items():
-        if type(count) is not int or not 0 <= count < 1e9:
-            counts[name] = 0
+    counts = {}
+    for name, key in USAGE.items():
+        value = content
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        counts[name] = value if type(value) is int and 0 <= value < 1e9 else 0
     return counts
 
 
-def error_fields(content: Any) -> dict[str, Any]:
+def error_in(content: Any, text: str) -> dict[str, Any]:
     """The fields of an error in whatever form it came, "message" among them."""
     if isinstance(content, list) and content:
         content = content[0]  # as Gemini sends it
-    error = content
-    if isinstance(content, dict) and content.get("error"):
-        error = content["error"]
-    fields = dict(error) if isinstance(error, dict) else {}
-    message = fields.get("message") or fields.get("detail") or error or "no message"
-    fields["message"] = one_line(message)[:300]
-    return fields
+    error = content.get("error") or content if isinstance(content, dict) else content
+    fields = error if isinstance(error, dict) else {}
+    message = fields.get("message") or fields.get("detail") or error or text or "no message"
+    return fields | {"message": one_line(message)[:300]}
 
 
 def refused_parameter(error: dict[str, Any], body: dict) -> str:
@@ -405,9 +372,7 @@ def refused_parameter(error: dict[str, Any], body: dict) -> str:
     message = error["message"]
     if not re.search(UNSUPPORTED, f"{message} {error.get('code')}", re.IGNORECASE):
         return ""
-    words = re.findall(r"\w+", message.split(". ")[0])
-    named = [one_line(error.get("param") or ""), *words]
-    for name in named:
+    for name in [str(error.get("param")), *re.findall(r"\w+", message.split(". ")[0])]:
         if name in body and name not in ("model", "messages", "prompt"):
             return name
     return ""
@@ -415,11 +380,11 @@ def refused_parameter(error: dict[str, Any], body: dict) -> str:
 
 def advice(parameter: str) -> str:
     """How to leave a refused parameter out."""
-    value = {parameter: None}
-    if parameter in RENAMED:
-        text = json.dumps(value)[:-1] + f', "{RENAMED[parameter]}": 1000}}'
-        return f"the server refuses {parameter}: --extra-body '{text}' renames it"
-    return f"the server refuses {parameter}: --extra-body '{json.dumps(value)}' leaves it out"
+    if parameter == "max_tokens":
+        extra = '{"max_tokens": null, "max_completion_tokens": 1000}'
+        return f"the server refuses max_tokens: --extra-body '{extra}' renames it"
+    extra = json.dumps({parameter: None})
+    return f"the server refuses {parameter}: --extra-body '{extra}' leaves it out"
 
 
 def one_line(value: Any) -> str:
@@ -430,20 +395,19 @@ def one_line(value: Any) -> str:
 
 def whole_characters(text: Any) -> str:
     """A text without lone surrogates, which UTF-8 cannot hold. "" for what is no text."""
-    if not isinstance(text, str):
-        return ""
-    return text.encode("utf-8", "replace").decode()
+    return text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """The seconds that a response asks to wait, by retry-after-ms or Retry-After (seconds or a
     date).
     """
-    for name, scale in (("retry-after-ms", 1000), ("Retry-After", 1)):
-        value = (headers.get(name) or "").strip()
-        if re.fullmatch(r"\d+(\.\d+)?", value):
-            return float(value) / scale
     try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+        if headers.get("retry-after-ms"):
+            return float(headers["retry-after-ms"]) / 1000
+        value = headers.get("Retry-After", "")
+        if value.replace(".", "").isdigit():
+            return float(value)
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None

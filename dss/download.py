@@ -22,7 +22,6 @@ from tokenizer import T5Tokenizer
 TOKENIZER = ("tokenizer_config.json", "added_tokens.json", "spiece.model", "tokenizer.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that exists is used
 SHARD = r"[\w.-]+\.(safetensors|bin)"
-TIMEOUT = 60  # seconds without an answer
 
 Fetch = Callable[[str, str, str], Path | None]  # (hub id, file name, revision) -> local path
 
@@ -39,7 +38,7 @@ def download(hub_id: str, weights: bool = True) -> Path:
         fetch = fetch_with_huggingface_hub
     config = fetch(hub_id, "config.json", "main")
     if config is None:
-        raise FileNotFoundError(f"{hub_id}: no such directory, and no such T5 at {endpoint()}")
+        raise FileNotFoundError(f"{hub_id}: no such directory here, and no such T5 on the hub")
     directory = config.parent
     revision = directory.name  # the other files are of the same commit
     for name in TOKENIZER:
@@ -62,9 +61,9 @@ def fetch_weights(fetch: Fetch, hub_id: str, revision: str) -> None:
         if index:
             for shard in shard_names(index):
                 if not fetch(hub_id, shard, revision):
-                    raise FileNotFoundError(f"{hub_id}: {shard} is not at {endpoint()}")
+                    raise FileNotFoundError(f"{hub_id}: {shard} is not on the hub")
             return
-    raise FileNotFoundError(f"{hub_id}: neither {' nor '.join(WEIGHTS)} is at {endpoint()}")
+    raise FileNotFoundError(f"{hub_id}: neither {' nor '.join(WEIGHTS)} is on the hub")
 
 
 def shard_names(index: Path) -> list[str]:
@@ -80,66 +79,55 @@ def shard_names(index: Path) -> list[str]:
     return names
 
 
-def endpoint() -> str:
-    """The address of the hub."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: $HF_HUB_CACHE, $HF_HOME/hub or ~/.cache/huggingface/hub."""
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
-
-
 def fetch_with_huggingface_hub(hub_id: str, name: str, revision: str) -> Path | None:
     """The local path of a file, downloaded unless it is in the cache; None if the hub has none."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    place = dict(cache_dir=cache_directory(), revision=revision)
+    place = dict(cache_dir=os.environ.get("HF_HUB_CACHE"), revision=revision)
     cached = try_to_load_from_cache(hub_id, name, **place)
     if cached is not None and not isinstance(cached, str):
         return None  # the hub has said before that it has no such file
     try:
-        return Path(hf_hub_download(hub_id, name, endpoint=endpoint(), **place))
+        return Path(hf_hub_download(hub_id, name, endpoint=os.environ.get("HF_ENDPOINT"), **place))
     except Exception as problem:
         unknown = isinstance(problem, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
         if isinstance(problem, EntryNotFoundError) and not unknown:
             return None
         answer = " ".join(str(problem.__cause__ or problem).split())
-        raise ConnectionError(f"{hub_id}: no such directory, and the hub: {answer}") from None
+        raise ConnectionError(f"{hub_id}: no such directory here, and the hub: {answer}") from None
 
 
 def fetch_with_torch(hub_id: str, name: str, revision: str) -> Path | None:
     """The same without huggingface_hub."""
-    path = cache_directory() / f"models--{hub_id.replace('/', '--')}/snapshots/{revision}/{name}"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or "~/.cache/huggingface/hub").expanduser()
+    path = cache / f"models--{hub_id.replace('/', '--')}" / "snapshots" / revision / name
     if path.exists():
         return path
-    url = f"{endpoint()}/{hub_id}/resolve/{revision}/{name}"
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{endpoint.rstrip('/')}/{hub_id}/resolve/{revision}/{name}"
     try:
-        reply = build_opener(StopAtDigest).open(Request(url, method="HEAD"), timeout=TIMEOUT)
+        reply = build_opener(StopAtDigest).open(Request(url, method="HEAD"), timeout=60)
     except HTTPError as error:  # one of these is the redirection at which StopAtDigest stops
         reply = error
     except (OSError, HTTPException) as problem:
-        raise ConnectionError(f"{hub_id}: no such directory, and {url}: {problem}") from None
+        raise ConnectionError(f"{hub_id}: no such directory here, and {url}: {problem}") from None
     if reply.status == 404:
         return None
     if reply.status in (401, 403):
-        raise PermissionError(
-            f"{url}: HTTP {reply.status}, not public; install huggingface_hub, which sends HF_TOKEN"
-        )
+        hint = "not public; install huggingface_hub, which sends HF_TOKEN"
+        raise PermissionError(f"{url}: HTTP {reply.status}, {hint}")
     if reply.status >= 400:
         raise ConnectionError(f"{url}: HTTP {reply.status}; try again later")
     digest = reply.headers.get("X-Linked-Etag", "").strip('"')
     if len(digest) != 64:
         digest = None  # not a sha256
-    size = reply.headers.get("Content-Length")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        progress = name.endswith((".safetensors", ".bin"))
-        torch.hub.download_url_to_file(url, str(path), digest, progress=progress)
+        torch.hub.download_url_to_file(url, str(path), digest)
     except (OSError, HTTPException, RuntimeError) as problem:  # RuntimeError: another digest
         raise ConnectionError(f"{url}: {problem}; try again") from None
+    size = reply.headers.get("Content-Length")
     if not digest and size and path.stat().st_size != int(size):
         path.unlink()
         raise ConnectionError(f"{url}: the download broke off; try again")

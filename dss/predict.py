@@ -6,18 +6,20 @@
 
 A label is written greedily, or chosen where the student was tested so (train.py --answers). With
 --labels it is the likeliest of a closed set instead, and --scores gives the probability of each
-label of the set; they add up to 1.
-Rows of JSONL keep their keys and gain "prediction", "scores" and "explanation". If rows have a
-label, the accuracy goes to standard error.
+label of the set; they add up to 1. Rows of JSONL keep their keys and gain "prediction", "scores"
+and "explanation". Standard error says how many inputs were cut, how many answers are no label and,
+of rows with a label, how many are right.
 """
 
 import argparse
+import codecs
 import contextlib
+import io
 import json
 import os
 import sys
 from dataclasses import dataclass
-from typing import BinaryIO
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from data import cli
 from data.answers import same_label
 from data.files import replacing
-from data.jsonl import Record, parse_record, read_lines, to_line
+from data.jsonl import START, Record, other_format, parse_record, read_lines, to_line
 from dss.distributed import choose_device
 from dss.stats import COVERAGES, accuracy_at, calibration_error, macro_f1
 from dss.student import Student
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
                     answers.append(answer)
                 sink.flush()
                 bar.update(len(part))
-        print_accuracy(student, rows, answers)
+        report(student, rows, answers, chosen=bool(labels))
     except (OSError, ValueError) as problem:
         return cli.fail("dss.predict", 2, problem)
     return 0
@@ -76,9 +78,18 @@ def load_student(args: argparse.Namespace) -> Student:
 
 
 def choose_labels(args: argparse.Namespace, student: Student) -> list[str]:
-    """The closed set to choose from; empty if labels are decoded freely."""
-    if args.labels != []:
-        return args.labels or []
+    """The closed set to choose from; empty if labels are decoded freely.
+
+    Raises ValueError for a label that the student was not trained on, if its labels are known.
+    """
+    if args.labels is None and not args.scores:
+        return []
+    if args.labels:
+        for label in args.labels:
+            if student.labels and label not in student.labels:
+                known = ", ".join(student.labels)
+                raise ValueError(f"--labels: {label!r} is not a label of this student: {known}")
+        return args.labels
     if not student.labels:
         raise ValueError(
             f"{args.student}: no closed set of labels is stored with it; name them after --labels"
@@ -89,21 +100,22 @@ def choose_labels(args: argparse.Namespace, student: Student) -> list[str]:
 def read_rows(file: str) -> list[Row]:
     """The rows of a file, "-" for standard input. It is JSONL if its first row begins with {.
 
-    Raises OSError or, for an invalid record, ValueError.
+    Blank lines between rows of JSON are passed over. Raises OSError, or ValueError for another
+    format or an invalid record.
     """
     if file == "-":
-        return parse_rows(sys.stdin.buffer, "standard input")
-    with open(file, "rb") as source:
-        return parse_rows(source, file)
-
-
-def parse_rows(source: BinaryIO, name: str) -> list[Row]:
-    """The rows of a binary file. Blank lines between rows of JSON are passed over."""
-    lines = [(where, text) for where, _, text in read_lines(source, name)]
-    first = next((text for _, text in lines if text.strip()), "")
+        name = "standard input"
+        content = sys.stdin.buffer.read()
+    else:
+        name = file
+        content = Path(file).read_bytes()
+    what = other_format(content[:START])
+    if what:
+        raise ValueError(f"{name}: {what}")
+    is_jsonl = content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
     rows = []
-    for where, text in lines:
-        if not first.lstrip().startswith("{"):
+    for where, _, text in read_lines(io.BytesIO(content), name):
+        if not is_jsonl:
             rows.append(Row(Record(where, text), None))
         elif text.strip():
             rows.append(Row(parse_record(text, where, where), text))
@@ -141,29 +153,57 @@ def output_line(row: Row, answer: dict) -> str:
     return " ".join(answer["prediction"].split())
 
 
-def print_accuracy(student: Student, rows: list[Row], answers: list[dict]) -> None:
-    """How good the answers are to rows that have a label. With a closed set: macro-F1, too; with
-    --scores: the expected calibration error and the accuracies at three coverages."""
-    asked = [(row.record, a) for row, a in zip(rows, answers) if row.record.label is not None]
-    if not asked:
-        return
+def report(student: Student, rows: list[Row], answers: list[dict], chosen: bool) -> None:
+    """Print to stderr what a reader of the answers should know: how many inputs were cut, how many
+    answers are not labels (unless they were `chosen` from a set), and how many are right."""
+    cut = 0
+    outside = 0
     right = []
-    for record, answer in asked:
-        label = answer["prediction"]
-        right.append(same_label(label, record.label, student.metric, record.input))
-    share = sum(right) / len(right)
-    text = f"right on {sum(right):,} of {len(right):,} rows with a label ({share:.1%})"
+    asked = []
+    for row, given in zip(rows, answers):
+        answer = given["prediction"]
+        record = row.record
+        ids = student.tokenizer.encode(student.prefixes["predict"] + record.input)
+        cut += len(ids) > student.max_input_length
+        same = [same_label(answer, label, student.metric, record.input) for label in student.labels]
+        outside += record.input.strip() != "" and not any(same)
+        if record.label is not None:
+            right.append(same_label(answer, record.label, student.metric, record.input))
+            asked.append((record.label, given))
+    lines = []
+    if cut:
+        length = f"{student.max_input_length:,} tokens (--max-input-length)"
+        lines.append(f"{cut:,} of {len(rows):,} inputs cut at {length}")
+    if outside and student.labels and not chosen:
+        lines.append(
+            f"{outside:,} of {len(rows):,} answers are not among the student's labels; "
+            "--labels chooses among these"
+        )
+    if right:
+        share = sum(right) / len(right)
+        lines.append(f"right on {sum(right):,} of {len(right):,} rows with a label ({share:.1%})")
+        lines += reliability(student, asked, right)
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def reliability(student: Student, asked: list[tuple[str, dict]], right: list[bool]) -> list[str]:
+    """Lines with macro-F1, where labels are a closed set, and, with --scores, the expected
+    calibration error and the accuracies at three coverages. asked: (gold label, answer) pairs."""
+    lines = []
     if student.labels:
-        gold = [record.label for record, _ in asked]
-        text += f"; macro-F1 {macro_f1([a['prediction'] for _, a in asked], gold):.1%}"
-    if "scores" in asked[0][1]:
-        confidence = np.array([max(answer.get("scores", {"": 0.0}).values()) for _, answer in asked])
+        gold = [label for label, _ in asked]
+        score = macro_f1([answer["prediction"] for _, answer in asked], gold)
+        lines.append(f"macro-F1 {score:.1%}")
+    if all("scores" in answer for _, answer in asked):
+        confidence = np.array([max(answer["scores"].values()) for _, answer in asked])
         correct = np.array(right, dtype=float)
-        text += f"; expected calibration error {calibration_error(confidence, correct):.1%}"
+        text = f"expected calibration error {calibration_error(confidence, correct):.1%}"
         for coverage in COVERAGES:
             accuracy = accuracy_at(coverage, confidence, correct)
-            text += f"; {accuracy:.1%} at {coverage:.0%} coverage"
-    print(text, file=sys.stderr)
+            text += f", right on {accuracy:.1%} at {coverage:.0%} coverage"
+        lines.append(text)
+    return lines
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -186,7 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="LABEL",
         help="answer with the likeliest of these; none named: of those the student was trained on",
     )
-    add("--scores", action="store_true", help="add the probability of each label of the set")
+    add("--scores", action="store_true", help="--labels, with the probability of each")
     add("--explain", action="store_true", help='add the student\'s own rationale, "explanation"')
     add("--batch-size", type=int, default=64, metavar="N", help="inputs at a time [64]")
     add(
@@ -210,8 +250,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{cli.flag(name)} must be from {least} to {2**20}, got {value}")
     if args.file.endswith((".csv", ".tsv")):
         parser.error(f"{args.file}: a table; give JSONL or a file with one input a line")
-    if args.scores and args.labels is None:
-        parser.error("--scores needs a closed set: --labels, or --labels A B C")
     if args.labels:
         check_labels(parser, args)
     return args
@@ -221,6 +259,8 @@ def check_labels(parser: cli.OneLineParser, args: argparse.Namespace) -> None:
     """Exit with status 2 unless these can be a set of labels."""
     if args.file == "-" and os.path.exists(args.labels[-1]):
         parser.error(f"{args.labels[-1]} would be a label; the file stands before --labels")
+    if len(args.labels) < 2:
+        parser.error(f"--labels needs at least two, with spaces between; got {args.labels[0]!r}")
     blank = [label for label in args.labels if not label.strip()]
     if blank or len(set(args.labels)) < len(args.labels):
         parser.error("--labels must be different and not blank")

@@ -35,6 +35,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 SHARED = "shared.weight"
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # old files repeat it
 HEAD = "lm_head.weight"
+POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of a large file
 # T5 1.0 has this table, nothing reads it
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -78,7 +79,7 @@ def merge_shared(tensors: dict[str, torch.Tensor], directory: Path) -> bool:
             raise ValueError(f"{directory}: {name} is not {SHARED}; one embedding is supported")
     if SHARED not in tensors:
         wrapped = [name.removesuffix(SHARED) for name in tensors if name.endswith("." + SHARED)]
-        hint = f"; its name begins with {wrapped[0]!r}: save the model in it" if wrapped else ""
+        hint = f"; its name begins with {wrapped[0]!r}: save the model alone" if wrapped else ""
         raise ValueError(f"{directory}: the weights lack {SHARED}{hint}")
     tied = HEAD not in tensors or torch.equal(tensors[HEAD], tensors[SHARED])
     if tied:
@@ -251,8 +252,9 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         if isinstance(problem, OSError) and problem.filename:
             raise
         lines = str(problem).splitlines() or [type(problem).__name__]
-        if Path(path).read_bytes().startswith(b"version https://git-lfs"):
-            lines = ["it is a git-lfs pointer, not the file itself; `git lfs pull` fetches it"]
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                lines = ["it is a git-lfs pointer, not the file itself; `git lfs pull` fetches it"]
         raise ValueError(f"{path}: cannot be read: {lines[0]}") from None
 
 
@@ -297,8 +299,10 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             dtype = DTYPES.get(entry["dtype"], entry["dtype"])
             require_float(name, dtype)
             count = math.prod(entry["shape"])
-            offset = begin + entry["data_offsets"][0]
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=offset)
+            start, end = entry["data_offsets"]
+            if end - start != count * dtype.itemsize:
+                raise ValueError(f"the bytes of {name} are more or fewer than its shape needs")
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start)
             tensors[name] = flat.reshape(entry["shape"])
     return tensors
 

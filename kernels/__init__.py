@@ -16,7 +16,7 @@ from torch import Tensor
 from . import launch
 from .activations import geglu_reference, geglu_triton
 from .dropout import seeds_drawn_together  # noqa: F401, for the model
-from .flash_attention import attention_reference, attention_triton
+from .flash_attention import Tiles, attention_reference, attention_triton
 from .losses import (
     cross_entropy_reference,
     cross_entropy_triton,
@@ -74,8 +74,14 @@ def attention(
     max_distance: int = 128,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    tiles_q: Tiles | None = None,
+    tiles_k: Tiles | None = None,
+    diag: Tensor | None = None,
 ) -> Tensor:
     """Attention within packed sequences, with T5's position bias: see `attention_reference`."""
+    sequences = (cu_seqlens_q, cu_seqlens_k, causal)
+    dropout = (dropout_p, seed)
+    prepared = (max_distance, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k, diag)
     function = attention_reference
     if choice(q.device) == "triton":
         if q.shape[-1] in HEAD_WIDTHS:
@@ -83,20 +89,7 @@ def attention(
         else:
             text = f"attention: no Triton kernel for heads of width {q.shape[-1]}"
             warnings.warn(f"{text}; the reference computes instead", stacklevel=2)
-    return function(
-        q,
-        k,
-        v,
-        table,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        causal=causal,
-        dropout_p=dropout_p,
-        seed=seed,
-        max_distance=max_distance,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-    )
+    return function(q, k, v, table, *sequences, *dropout, *prepared)
 
 
 def cross_entropy(

@@ -60,47 +60,15 @@ def check_arguments(gate: Tensor, up: Tensor) -> None:
 
 
 # ruff: disable[ANN001, ANN201]
-@triton.jit
-def sigmoid_2u(x):
-    return 1 / (1 + tl.exp(-(x + x * x * x * CUBIC) * TWO_ROOT_2_BY_PI))
-
-
 @triton.jit(do_not_specialize=["T", "threshold"])  # these change often: compile once for all
-def geglu_forward_kernel(
+def geglu_kernel(
     gate_ptr,
     up_ptr,
-    y_ptr,  # (T, F), contiguous
-    seed_ptr,  # None without dropout
-    T,
-    F,
-    gate_stride,
-    up_stride,
-    threshold,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    row = rows[:, None].to(tl.int64)
-    inside = (row < T) & (columns < F)
-    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    y = gate * sigmoid_2u(gate) * up
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        keep = dropout_mask(seed, rows, 0, tl.program_id(1) * BLOCK, threshold, BLOCK)
-        y = tl.where(keep, y * (256.0 / (256 - threshold)), 0.0)
-    tl.store(y_ptr + row * F + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T", "threshold"])
-def geglu_backward_kernel(
-    gate_ptr,
-    up_ptr,
-    dy_ptr,  # dy and the gradients: (T, F), contiguous
+    y_ptr,  # forward's result, or None in backward; this and the others (T, F), contiguous
+    dy_ptr,  # backward's input and results, or None in forward
     d_gate_ptr,
     d_up_ptr,
-    seed_ptr,
+    seed_ptr,  # None without dropout
     T,
     F,
     gate_stride,
@@ -116,18 +84,22 @@ def geglu_backward_kernel(
     here = row * F + columns
     gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.full([ROWS, BLOCK], 1.0, tl.float32)  # the dropout mask
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         keep = dropout_mask(seed, rows, 0, tl.program_id(1) * BLOCK, threshold, BLOCK)
-        dy = tl.where(keep, dy * (256.0 / (256 - threshold)), 0.0)
-    t = sigmoid_2u(gate)
-    inner = (1 + gate * gate * (3 * CUBIC)) * TWO_ROOT_2_BY_PI  # 2 u'
-    slope = t + gate * t * (1 - t) * inner
-    d_up = dy * gate * t
-    d_gate = dy * up * slope
-    tl.store(d_up_ptr + here, d_up.to(d_up_ptr.dtype.element_ty), mask=inside)
-    tl.store(d_gate_ptr + here, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
+        factor = tl.where(keep, 256.0 / (256 - threshold), 0.0)
+    t = 1 / (1 + tl.exp(-(gate + gate * gate * gate * CUBIC) * TWO_ROOT_2_BY_PI))
+    if dy_ptr is None:
+        y = factor * gate * t * up
+        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=inside)
+    else:
+        dy = factor * tl.load(dy_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        slope = t + gate * t * (1 - t) * (1 + gate * gate * (3 * CUBIC)) * TWO_ROOT_2_BY_PI
+        d_gate = dy * up * slope
+        d_up = dy * gate * t
+        tl.store(d_gate_ptr + here, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_up_ptr + here, d_up.to(d_up_ptr.dtype.element_ty), mask=inside)
 
 
 # ruff: enable[ANN001, ANN201]
@@ -139,7 +111,7 @@ class GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
         y = up.new_empty(up.shape)
-        launch_tiles(geglu_forward_kernel, gate, up, [y], seed, threshold)
+        launch_tiles([gate, up, y, None, None, None, seed], threshold)
         ctx.save_for_backward(gate, up, seed)
         ctx.threshold = threshold
         return y
@@ -150,19 +122,17 @@ class GEGLU(torch.autograd.Function):
         gate, up, seed = ctx.saved_tensors
         d_gate = gate.new_empty(gate.shape)
         d_up = up.new_empty(up.shape)
-        tensors = [dy.contiguous(), d_gate, d_up]
-        launch_tiles(geglu_backward_kernel, gate, up, tensors, seed, ctx.threshold)
+        launch_tiles([gate, up, None, dy.contiguous(), d_gate, d_up, seed], ctx.threshold)
         return d_gate, d_up, None, None
 
 
-def launch_tiles(
-    kernel: Any, gate: Tensor, up: Tensor, others: list[Tensor], seed: Tensor | None, threshold: int
-) -> None:
-    T, width = up.shape
+def launch_tiles(tensors: list[Tensor | None], threshold: int) -> None:
+    """tensors: the kernel's, in order."""
+    gate, up = tensors[:2]
+    T, width = gate.shape
     grid = (triton.cdiv(T, ROWS), triton.cdiv(width, BLOCK))
     sizes = (T, width, gate.stride(0), up.stride(0), threshold)
-    tile = dict(ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS)
-    launch(kernel, grid, gate, up, *others, seed, *sizes, **tile)
+    launch(geglu_kernel, grid, *tensors, *sizes, ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
 def geglu_triton(

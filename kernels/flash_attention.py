@@ -56,6 +56,7 @@ from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
 from .launch import (
     INTERPRETED,
+    architecture,
     check_tensors,
     launch,
     make_rows_contiguous,
@@ -243,13 +244,16 @@ class Call:
     threshold: int  # of dropout, in 1/256
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
-    query_rows: int
-    queries: Tensor  # tiles
-    key_rows: int
-    keys: Tensor
+    tiles_q: Tiles
+    tiles_k: Tiles
     num_buckets: int = 0  # 0: no bias
     reach: int = 0
     lut: Tensor | None = None  # the bucket of each distance that `diag` holds
+
+
+# Tokens of the other side that a kernel for long sequences takes at a time: as many as fit into the
+# registers (`python -m kernels.compile`). Half as many for wide heads, for fp32 and on sm_80.
+LONG_STEPS = {attention_forward_kernel: 64, attention_dq_kernel: 32, attention_dkdv_kernel: 32}
 
 
 def launch_kernel(
@@ -266,15 +270,28 @@ def launch_kernel(
     """
     q, k, v, diag = tensors[:4]
     Tq, H, D = q.shape
-    rows = call.query_rows
-    tiles = call.queries
+    rows = call.tiles_q.query_rows
+    step = call.tiles_k.key_rows
+    tiles = call.tiles_q.queries
     if of_keys:
-        rows = call.key_rows
-        tiles = call.keys
-    long = call.query_rows == call.key_rows == 64
+        rows, step = step, rows
+        tiles = call.tiles_k.keys
+    fp32 = q.dtype == torch.float32
+    warps = rows // 16
+    num_stages = 1
+    wide = D > 64
+    long = rows == step == 64
+    if long and not INTERPRETED:
+        step = LONG_STEPS[kernel]
+        num_stages = stages(q.device)
+        wide = wide or fp32 or architecture(q.device) == "sm_80"
+    if wide:
+        step = max(step // 2, 16)
+    if fp32:
+        warps *= 2 if D <= 64 else 4
+    size = dict(BM=step, BN=rows) if of_keys else dict(BM=rows, BN=step)
     flags |= dict(CAUSAL=call.causal, BIAS=diag is not None, DROPOUT=call.threshold > 0, LONG=long)
-    flags |= dict(D=D, BM=call.query_rows, BN=call.key_rows)
-    flags |= dict(num_warps=rows // 16, num_stages=stages(q.device) if long else 1)
+    flags |= dict(D=D, num_warps=warps, num_stages=num_stages, **size)
     strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]  # of tokens and heads
     numbers = [Tq, H, *strides, call.reach, call.threshold]
     where = [tiles, call.cu_seqlens_q, call.cu_seqlens_k, seed]
@@ -313,7 +330,7 @@ class Attention(torch.autograd.Function):
         partial = None
         if ctx.needs_input_grad[3]:
             buckets = max(triton.next_power_of_2(call.num_buckets), 16)  # a product needs 16
-            partial = torch.empty(len(call.queries), q.shape[1], buckets, device=q.device)
+            partial = torch.empty(len(call.tiles_q.queries), q.shape[1], buckets, device=q.device)
         tensors = [q, k, v, diag, call.lut, o, do, dq, lse, stats, partial]
         launch_kernel(attention_dq_kernel, call, False, tensors, seed, BUCKETS=buckets)
         d_table = None
@@ -359,20 +376,13 @@ def attention_triton(
     q, k, v = make_rows_contiguous(q, k, v)
     if tiles_q is None:
         tiles_q = make_tiles(cu_seqlens_q, len(q))
+    if tiles_k is None and cu_seqlens_k is cu_seqlens_q:
+        tiles_k = tiles_q
     if tiles_k is None:
         tiles_k = make_tiles(cu_seqlens_k, len(k))
     threshold = threshold_of(dropout_p)
     seed = seed_on(q.device, seed) if threshold > 0 else None
-    call = Call(
-        causal=causal,
-        threshold=threshold,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        query_rows=tiles_q.query_rows,
-        queries=tiles_q.queries,
-        key_rows=tiles_k.key_rows,
-        keys=tiles_k.keys,
-    )
+    call = Call(causal, threshold, cu_seqlens_q, cu_seqlens_k, tiles_q, tiles_k)
     if table is not None:
         call.num_buckets = len(table)
         call.reach, call.lut = near_buckets(

@@ -26,7 +26,6 @@ Labels outside [0, V) other than -100 are refused. On a GPU reading them would m
 so there they give a loss of NaN.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,27 +81,30 @@ def check_arguments(shape: torch.Size, dtype: torch.dtype, labels: Tensor, weigh
     """Raise ValueError, naming the argument, unless logits of this shape and dtype fit the rest."""
     if len(shape) != 2 or labels.shape != shape[:1] or weights.shape != labels.shape:
         got = f"{list(shape)}, {list(labels.shape)}, {list(weights.shape)}"
-        text = f"logits, labels and weights must be (T, V), (T,) and (T,), got {got}"
-        raise ValueError(f"cross_entropy: {text}")
+        raise ValueError(
+            f"cross_entropy: logits, labels and weights must be (T, V), (T,) and (T,), got {got}"
+        )
     if not dtype.is_floating_point or labels.dtype != torch.int64:
-        text = f"logits must be float and labels int64, got {dtype}, {labels.dtype}"
-        raise ValueError(f"cross_entropy: {text}")
+        raise ValueError(
+            f"cross_entropy: logits must be float and labels int64, got {dtype}, {labels.dtype}"
+        )
     if weights.requires_grad:
         raise ValueError("cross_entropy: weights get no gradient and must not require one")
     if labels.device.type == "cpu":  # reading values from a GPU would make the host wait
         wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= shape[1]))]
         if len(wrong):
-            text = f"labels must be in [0, {shape[1]}) or {IGNORE}, got {int(wrong[0])}"
-            raise ValueError(f"cross_entropy: {text}")
+            raise ValueError(
+                f"cross_entropy: labels must be in [0, {shape[1]}) or {IGNORE}, got {wrong[0]}"
+            )
 
 
 def check_linear_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         got = f"{list(hidden.shape)}, {list(weight.shape)}"
-        text = f"hidden and weight must be (T, C) and (V, C), got {got}"
-        raise ValueError(f"linear_cross_entropy: {text}")
-    shape = torch.Size([len(hidden), len(weight)])
-    check_arguments(shape, hidden.dtype, labels, weights)
+        raise ValueError(
+            f"linear_cross_entropy: hidden and weight must be (T, C) and (V, C), got {got}"
+        )
+    check_arguments(torch.Size([len(hidden), len(weight)]), hidden.dtype, labels, weights)
 
 
 # ---- Triton -------------------------------------------------------------------------------------
@@ -124,8 +126,7 @@ def cross_entropy_row_kernel(
     gradient_ptr,  # None, or logits_ptr itself: a thread writes what it has read
     labels_ptr,
     weights_ptr,
-    losses_ptr,  # weighted
-    nll_ptr,  # unweighted
+    nll_ptr,  # -log softmax(z)[label]
     V,
     logits_stride,
     gradient_stride,
@@ -160,9 +161,7 @@ def cross_entropy_row_kernel(
     lse = top + tl.log(total)
 
     # 2. The loss; NaN for a label that is no column.
-    nll = tl.where(ignored, 0.0, lse - z_label)
-    tl.store(nll_ptr + row, nll)
-    tl.store(losses_ptr + row, weight * nll)
+    tl.store(nll_ptr + row, tl.where(ignored, 0.0, lse - z_label))
 
     # 3. The gradient.
     if gradient_ptr is not None:
@@ -190,14 +189,9 @@ def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
 
 
 def launch_rows(
-    logits: Tensor,
-    gradient: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    losses: Tensor,
-    nll: Tensor,
+    logits: Tensor, gradient: Tensor | None, labels: Tensor, weights: Tensor, nll: Tensor
 ) -> None:
-    """Fill losses and nll, (T,) fp32, and gradient, (T, V), which may be `logits` itself."""
+    """Fill nll, (T,) fp32, and gradient, (T, V), which may be `logits` itself."""
     T, V = logits.shape
     block = min(max(triton.next_power_of_2(V), 16), MAX_BLOCK)
     # The longest row takes 64 fp32 values a thread. With 32 warps it would take 32, but a thread
@@ -206,7 +200,7 @@ def launch_rows(
     if block > 1024:
         num_warps = 8 if block <= 8192 else 16
     gradient_stride = 0 if gradient is None else gradient.stride(0)
-    tensors = (logits, gradient, labels, weights, losses, nll)
+    tensors = (logits, gradient, labels.contiguous(), weights.contiguous(), nll)
     sizes = (V, logits.stride(0), gradient_stride)
     constants = dict(ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
     launch(cross_entropy_row_kernel, (T,), *tensors, *sizes, **constants, num_warps=num_warps)
@@ -231,16 +225,15 @@ class PrecomputedGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            text = "the gradient is scaled in place; a second backward needs a new forward"
-            raise RuntimeError(f"cross_entropy: {text}")
-        results = []
+            raise RuntimeError("cross_entropy: a second backward pass needs a new forward pass")
+        results = [None, None]
         for gradient, dtype in zip(ctx.gradients, ctx.dtypes):
             if gradient is not None:
                 scale_(gradient, upstream)
                 gradient = gradient.to(dtype)
             results.append(gradient)
         ctx.gradients = None
-        return None, None, *results
+        return tuple(results)
 
 
 def cross_entropy_triton(
@@ -250,15 +243,15 @@ def cross_entropy_triton(
     check_arguments(logits.shape, logits.dtype, labels, weights)
     check_tensors("cross_entropy", logits=logits, labels=labels, weights=weights)
     (z,) = make_rows_contiguous(logits.detach())
-    losses = torch.empty(len(labels), device=logits.device)
-    nll = torch.empty_like(losses)
+    weights = weights.float()
+    nll = torch.empty_like(weights)
     gradient = None
     if logits.requires_grad and torch.is_grad_enabled():
         # In fp16 small entries would be lost before a loss scaler's factor reaches them.
         dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    launch_rows(z, gradient, labels.contiguous(), weights.float().contiguous(), losses, nll)
-    loss = PrecomputedGradient.apply(losses.sum(), [gradient], logits)
+    launch_rows(z, gradient, labels, weights, nll)
+    loss = PrecomputedGradient.apply((nll * weights).sum(), [gradient], logits)
     return (loss, nll) if return_token_losses else loss
 
 
@@ -278,58 +271,41 @@ def linear_cross_entropy_triton(
     check_linear_arguments(hidden, weight, labels, weights)
     tensors = dict(hidden=hidden, weight=weight, labels=labels, weights=weights)
     check_tensors("linear_cross_entropy", **tensors)
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
     dtype = autocast_dtype(hidden.device) or hidden.dtype
-    want_hidden = torch.is_grad_enabled() and hidden.requires_grad
-    want_weight = torch.is_grad_enabled() and weight.requires_grad
-    if dtype == torch.float16 and (want_hidden or want_weight):
-        text = "the gradient loses its small entries in float16; train in bfloat16"
-        raise ValueError(f"linear_cross_entropy: {text}")
     with torch.autocast(hidden.device.type, enabled=False):
-        hidden = (hidden * scale).to(dtype)
-        found = loss_in_chunks(hidden, weight, labels, weights.float(), want_hidden, want_weight)
-        gradients = [found.d_hidden, found.d_weight]
-        loss = PrecomputedGradient.apply(found.losses.sum(), gradients, hidden, weight)
-    return (loss, found.nll) if return_token_losses else loss
-
-
-@dataclass
-class ChunkedLoss:
-    losses: Tensor  # (T,), weighted
-    nll: Tensor  # (T,), unweighted
-    d_hidden: Tensor | None  # (T, C)
-    d_weight: Tensor | None  # (V, C) fp32
+        states = (hidden * scale).to(dtype)
+        if dtype == torch.float16 and (states.requires_grad or weight.requires_grad):
+            raise ValueError("linear_cross_entropy: float16 loses small gradients; use bfloat16")
+        weights = weights.float()
+        nll = torch.empty_like(weights)
+        gradients = fill_chunks(states, weight, labels, weights, nll)
+        loss = PrecomputedGradient.apply((nll * weights).sum(), gradients, states, weight)
+    return (loss, nll) if return_token_losses else loss
 
 
 @torch.no_grad()
-def loss_in_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    want_hidden: bool,
-    want_weight: bool,
-) -> ChunkedLoss:
-    """The losses, and for an upstream gradient of 1 the gradients that are wanted."""
+def fill_chunks(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, nll: Tensor
+) -> list[Tensor | None]:
+    """Fill nll; the gradients of hidden and of weight (fp32), None where not required."""
     T = len(hidden)
-    losses = torch.empty(T, device=hidden.device)
-    found = ChunkedLoss(losses, torch.empty_like(losses), None, None)
-    if want_hidden:
-        found.d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     matrix = weight.to(hidden.dtype)
+    d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    d_weight = None
     chunks = max(triton.cdiv(T * len(weight) * hidden.element_size(), LOGITS_BYTES), 1)
-    rows = triton.cdiv(T, chunks * 16) * 16  # a multiple of 16: one compilation serves all
-    for start in range(0, max(T, 1), max(rows, 1)):
+    rows = max(triton.cdiv(T, chunks * 16), 1) * 16  # one compilation serves all multiples of 16
+    for start in range(0, max(T, 1), rows):
         chunk = slice(start, start + rows)
-        h = hidden[chunk]
-        logits = h @ matrix.T  # (rows, V)
-        gradient = logits if want_hidden or want_weight else None  # in place
-        of_rows = (labels[chunk].contiguous(), weights[chunk].contiguous())
-        launch_rows(logits, gradient, *of_rows, losses[chunk], found.nll[chunk])
-        if want_hidden:
-            torch.mm(gradient, matrix, out=found.d_hidden[chunk])
-        if want_weight:
-            found.d_weight = add_product(found.d_weight, gradient.T, h)
-    return found
+        logits = hidden[chunk] @ matrix.T  # (rows, V)
+        gradient = logits if hidden.requires_grad or weight.requires_grad else None  # in place
+        launch_rows(logits, gradient, labels[chunk], weights[chunk], nll[chunk])
+        if hidden.requires_grad:
+            torch.mm(gradient, matrix, out=d_hidden[chunk])
+        if weight.requires_grad:
+            d_weight = add_product(d_weight, gradient.T, hidden[chunk])
+    return [d_hidden if hidden.requires_grad else None, d_weight]
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

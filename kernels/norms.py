@@ -15,7 +15,6 @@ again. The gradient of the weight is a sum over all tokens: each program adds up
 fp32, and PyTorch adds up the programs.
 """
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -171,26 +170,13 @@ def rms_norm_backward_kernel(
 # ruff: enable[ANN001, ANN201]
 
 
-@dataclass(frozen=True)
-class Tile:
+def tile_for(columns: int) -> dict[str, int]:
     """ROWS rows at a time: 16 to 32 fp32 values a thread, which backward needs three times."""
-
-    ROWS: int
-    BLOCK: int  # a row; a power of two
-    num_warps: int
-
-
-def tile_for(columns: int) -> Tile:
     block = max(triton.next_power_of_2(columns), 16)
     if INTERPRETED:
-        return Tile(32, block, 1)
-    if block <= 512:
-        return Tile(4, block, 4)
-    if block <= 1024:
-        return Tile(2, block, 4)
-    if block <= 2048:
-        return Tile(1, block, 4)
-    return Tile(1, block, 8 if block <= 4096 else 16)
+        return dict(ROWS=32, BLOCK=block, num_warps=1)
+    num_warps = min(max(block // 512, 4), 16)
+    return dict(ROWS=max(2048 // max(block, 512), 1), BLOCK=block, num_warps=num_warps)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -217,10 +203,10 @@ class RMSNorm(torch.autograd.Function):
             s = x.new_empty(T, C, dtype=sum_dtype)
         y = x.new_empty(T, C, dtype=dtype or sum_dtype)
         tile = tile_for(C)
-        grid = (triton.cdiv(T, tile.ROWS),)
+        grid = (triton.cdiv(T, tile["ROWS"]),)
         tensors = (x, residual, weight, s, y, seed)
         numbers = (T, C, x.stride(0), residual_stride, eps, threshold)
-        launch(rms_norm_forward_kernel, grid, *tensors, *numbers, **asdict(tile))
+        launch(rms_norm_forward_kernel, grid, *tensors, *numbers, **tile)
         ctx.save_for_backward(x if s is None else s, weight, seed)
         ctx.eps = eps
         ctx.threshold = threshold
@@ -241,12 +227,12 @@ class RMSNorm(torch.autograd.Function):
             ds = upstream[0].contiguous()
             d_residual = s.new_empty(T, C, dtype=ctx.residual_dtype)
         tile = tile_for(C)
-        rows_each = triton.cdiv(max(T, 1), PROGRAMS * tile.ROWS) * tile.ROWS
+        rows_each = triton.cdiv(max(T, 1), PROGRAMS * tile["ROWS"]) * tile["ROWS"]
         programs = triton.cdiv(T, rows_each)
         partial = s.new_empty(programs, C, dtype=torch.float32)
         tensors = (dy, ds, s, weight, dx, d_residual, partial, seed)
         numbers = (T, C, s.stride(0), rows_each, ctx.eps, ctx.threshold)
-        launch(rms_norm_backward_kernel, (programs,), *tensors, *numbers, **asdict(tile))
+        launch(rms_norm_backward_kernel, (programs,), *tensors, *numbers, **tile)
         return dx, partial.sum(0).to(weight.dtype), d_residual, None, None, None, None
 
 

@@ -1,5 +1,6 @@
-"""Fixtures that several files share. One thread: on a busy machine threads that wait for one another cost far more."""
+"""Fixtures that several files share."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before any kernel is defined: Triton's interpreter runs them in NumPy
+if not torch.cuda.is_available():  # before any kernel is defined: NumPy runs them
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from extracting import make_files
@@ -15,16 +16,17 @@ from hypothesis import settings
 
 import tokenizer
 
-torch.set_num_threads(1)
-settings.register_profile("dss", deadline=None, max_examples=25, derandomize=True)  # the same examples on every run
-settings.register_profile("search", deadline=None, max_examples=100)  # --hypothesis-profile=search: new ones
+torch.set_num_threads(1)  # on a busy machine threads wait for one another
+# The same examples on every run; new ones with --hypothesis-profile=search.
+settings.register_profile("dss", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=100)
 settings.load_profile("dss")
 
 FIGURES = pytest.StashKey()
 
 
 def round_to_nearest():
-    """Make Triton's interpreter round fp32 to bf16 as a GPU does; by itself (triton 3.9) it truncates."""
+    """Make Triton's interpreter round fp32 to bf16, as a GPU does. Triton 3.9's truncates."""
     try:
         import triton.language as tl
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -54,7 +56,7 @@ def figures(request):
 
 @pytest.fixture
 def measured(figures):
-    """A function (what, figure, bound): notes the figure, a relative error, and fails if figure > bound."""
+    """A function (what, figure, bound): notes a relative error, and fails if it is larger."""
 
     def check(what, figure, bound):
         figures.append(f"{what}: {figure:.1e} (bound {bound:.0e})")
@@ -71,8 +73,8 @@ def pytest_collection_modifyitems(items):
 def beside(request, tmp_path_factory):
     """{name of a test: the process that it waits for, and that process's directory}.
 
-    `@pytest.mark.beside(start)`, where start(directory) gives a Popen: long work of one core that begins with the first
-    test, beside all others. The tests that wait for it come last.
+    `@pytest.mark.beside(start)`, where start(directory) gives a Popen: long work of one core that
+    begins with the first test. The tests that wait for it come last.
     """
     marks = {item.name: item.get_closest_marker("beside") for item in request.session.items}
     places = {name: tmp_path_factory.mktemp("beside") for name, mark in marks.items() if mark}
@@ -92,20 +94,20 @@ def pytest_terminal_summary(terminalreporter, config):
 def official():
     """The folder of the paper's released datasets, where there is one."""
     if not OFFICIAL.is_dir():
-        pytest.skip(f"the paper's released datasets are not at {OFFICIAL}; DSS_OFFICIAL names another place")
+        pytest.skip(f"the released datasets are not at {OFFICIAL}; DSS_OFFICIAL names a place")
     return OFFICIAL
 
 
 @pytest.fixture(scope="session")
 def transformers():
     """The peer that model and tokenizer are compared with."""
-    return pytest.importorskip("transformers", reason="transformers, the peer compared with, is not installed")
+    return pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture(scope="session")
 def auto_tokenizer(transformers):
     """transformers' AutoTokenizer; it needs protobuf to read a spiece.model."""
-    pytest.importorskip("google.protobuf", reason="transformers reads a spiece.model only with protobuf installed")
+    pytest.importorskip("google.protobuf", reason="transformers needs protobuf here")
     return transformers.AutoTokenizer
 
 
@@ -113,8 +115,11 @@ def auto_tokenizer(transformers):
 def spiece(tmp_path_factory):
     """A directory with a small tokenizer: spiece.model and tokenizer_config.json."""
     directory = tmp_path_factory.mktemp("spiece")
-    words = "one two three four plus minus times apples pears boxes left how many are there Tom gave Mia".split()
-    texts = [f"{a} {b} {c}, {a}? ( 84.0 / 2.0 ) {b}. café naïve" for a in words for b in words[:6] for c in words[:3]]
+    words = "one two three four plus minus times apples pears boxes left how many are there".split()
+    words += ["Tom", "gave", "Mia"]
+    texts = []
+    for a, b, c in itertools.product(words, words[:6], words[:3]):
+        texts.append(f"{a} {b} {c}, {a}? ( 84.0 / 2.0 ) {b}. café naïve")
     tokenizer.train(texts, directory / "spiece.model", vocab_size=300).save(directory)
     return directory
 
@@ -129,7 +134,8 @@ def no_key_of_the_user(monkeypatch):
 
 @pytest.fixture
 def refused(capsys):
-    """A function (main, *arguments): the one line with which a program ends with status 2, all that it prints."""
+    """A function (main, *arguments): the one line, all that it prints, of a program that ends with
+    status 2."""
 
     def what(main, *arguments):
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Philox4x32-7 in NumPy, written from the paper, and the masks that the Triton kernels draw with it.
+"""Philox4x32-7 in NumPy, after the paper, and the masks that the Triton kernels draw with it.
 
 Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """

@@ -28,7 +28,6 @@ from extracting import (
 from teacher_stub import Stub, answer, completed, error
 
 import extract
-from data.files import locked
 
 NAMES = [f"r{i}" for i in range(6)]
 
@@ -104,12 +103,6 @@ def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files):
         ("r3", "incorrect"),
     ]
     assert run(files, stub.url, "--keep correct --retry-failed") == 0, "though the teacher is gone"
-
-
-def test_rationalize_shows_the_gold_label(files):
-    stub = ask(files, line="--rationalize --limit 1")
-    asked = [m["content"] for m in stub.requests[0][1]["messages"] if m["role"] == "user"]
-    assert asked == ["Q: What is 1 + 1? ((1 + 1))\nA:", "Q: What is 0 + 2? ((0 + 3))\nA:"]
 
 
 def test_a_rationale_that_a_row_has_is_kept(files):
@@ -277,23 +270,14 @@ class Mock:
     poll = staticmethod(lambda: None)
 
 
-ENDS = {
+ENDS = {  # the forms of refusals are in data/test_teacher.py
     "key": ((401, error("bad key"), {}), "$OPENAI_API_KEY"),
-    "no key": ((400, [error("API key not valid")], {}), "$OPENAI_API_KEY"),
-    "money": ((429, error("no", code="insufficient_quota"), {}), "nothing left to spend"),
-    "model": ((404, error("no such model"), {}), "--model right?"),
     "long": ((429, error("later"), {"Retry-After": "3600"}), "a pause of 3600 s"),
-    "parameter": (
-        (400, error("'temperature' is deprecated"), {}),
-        """'{"temperature": null}' leaves it out""",
-    ),
-    "renamed": ((400, error("max_tokens is not supported"), {}), '"max_completion_tokens": 1000}'),
     "moved": (
-        (308, "", {"Location": "https://elsewhere.example/v1?key=1"}),
-        "redirects to https://elsewhere",
+        (308, "", {"Location": "https://else.example/v1?key=1"}),
+        "redirects to https://else",
     ),
     "other": ((418, error("I am a teapot"), {}), "I am a teapot"),
-    "stream": ((200, 'data: {"choices": []}\n\n', {}), "is a stream"),
 }
 
 
@@ -323,9 +307,32 @@ def test_an_unknown_4xx_is_the_rows_if_others_are_answered(files):
     assert [e["error"]["kind"] for e in errors(files)] == ["http_418"] and len(rows(files)) == 5
 
 
-def test_no_teacher_at_all(files, capsys):
-    assert run(files, NOWHERE, "--max-retries 2") == 3 and not errors(files)
-    assert "is the teacher running there?" in capsys.readouterr().err
+def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys, refused):
+    make_files(tmp_path, 50)
+    line = "--price-in 1000 --price-out 5000 --concurrency 4"  # $0.30 a request
+    with Stub(latency=0.02) as stub:
+        assert run(tmp_path, stub.url, f"{line} --max-cost 3") == 3
+        assert 10 <= len(stub.requests) == len(rows(tmp_path)) <= 13 and not errors(tmp_path)
+        assert "has reached --max-cost" in capsys.readouterr().err
+        assert run(tmp_path, stub.url, line) == 0 and len(stub.requests) == 50
+    again = arguments(tmp_path, NOWHERE, "--price-in 1 --max-cost 3")
+    assert "--max-cost must be given with --price-in and --price-out" in refused(
+        extract.main, *again
+    )
+
+
+def test_answers_under_a_schema_are_asked_for_and_read(files, capsys, refused):
+    task = {key: PROMPT[key] for key in ("exemplars", "question", "label_type")}
+    (files / "p.json").write_text(json.dumps(task | {"schema": True, "question": "Q: {input}\nA:"}))
+    reply = completed('{"rationale": "So.", "label": "(4 + 2)"}')
+    stub = ask(files, always(reply))
+    assert all(b["response_format"]["type"] == "json_schema" for _, b, _, _ in stub.requests)
+    assert {(r["rationale"], r["teacher_label"]) for r in rows(files)} == {("So.", "(4 + 2)")}
+    refusing = (400, error("'response_format' is not supported"), {})
+    ask(files, always(refusing), "--overwrite", 3)
+    assert "the server refuses response_format" in capsys.readouterr().err
+    again = arguments(files, NOWHERE, "--endpoint completions")
+    assert "needs --endpoint chat" in refused(extract.main, *again)
 
 
 # Continuing.
@@ -392,16 +399,6 @@ def test_wherever_a_crash_cuts_the_output_the_next_start_completes_it(files, sha
     assert [lasting(row) for row in before] == [lasting(row) for row in rows(files)]
 
 
-def test_a_second_process_is_refused(files, capsys):
-    with locked(files / "out.jsonl"):
-        assert run(files, NOWHERE) == 2
-    assert "another process is writing it" in capsys.readouterr().err
-    ask(files)
-    assert sorted(p.name for p in files.iterdir()) == ["in.jsonl", "out.jsonl", "p.json"], (
-        "no lock is left"
-    )
-
-
 def test_the_first_ctrl_c_keeps_everything_that_is_in_flight(tmp_path):
     with Stub(latency=0.1) as stub:
         process = start(make_files(tmp_path, 100), stub.url)
@@ -436,12 +433,6 @@ def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(tmp_path):
         assert process.returncode == 3 and "extract.py: aborted: [Errno 27]" in said, said
         assert run(tmp_path, stub.url) == 0
     assert ids(rows(tmp_path)) == [f"r{i}" for i in range(60)]
-
-
-def test_a_bug_in_a_thread_is_raised_and_does_not_hang(files, monkeypatch):
-    monkeypatch.setattr(extract, "make_row", lambda *_: 1 / 0)
-    with Stub() as stub, pytest.raises(ZeroDivisionError):
-        run(files, stub.url)
 
 
 BAD = [429, 500, 503, "disconnect", "cut off", "stall", completed(" "), completed(None)]

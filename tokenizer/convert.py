@@ -13,7 +13,6 @@ NORMAL = 1  # types of pieces
 UNKNOWN = 2
 CONTROL = 3
 SPECIAL = (CONTROL, CONTROL, UNKNOWN)  # pad, </s>, unknown
-UNIGRAM = 1  # a type of model
 NORMALIZERS = {"Precompiled", "Strip", "Replace"}  # the last two only remove white space
 
 
@@ -35,8 +34,7 @@ def to_spiece(content: dict[str, Any]) -> tuple[bytes, int]:
         kind = SPECIAL[i] if i < len(SPECIAL) else NORMAL
         piece = bytes_field(1, text.encode()) + float_field(2, score) + int_field(3, kind)
         message += bytes_field(1, piece)
-    ids = int_field(40, 2) + int_field(42, 1) + int_field(43, 0)  # of unknown, </s>, pad
-    message += bytes_field(2, int_field(3, UNIGRAM) + int_field(4, len(vocabulary)) + ids)
+    message += bytes_field(2, int_field(40, SPECIAL.index(UNKNOWN)))
     message += bytes_field(3, bytes_field(2, normalization(content)))
     return message, extra_ids
 

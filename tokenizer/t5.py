@@ -13,7 +13,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
@@ -40,42 +39,48 @@ class T5Tokenizer:
         self.model = files.model  # the content of spiece.model
         self.pieces = load_pieces(files)
         self.extra_ids = files.extra_ids
-        self.vocab_size = self.pieces.vocab_size() + files.extra_ids
-        self.special = {}  # {text: id} of tokens that are found in a text as it is written
-        for k in range(files.extra_ids):
-            self.special[f"<extra_id_{k}>"] = self.vocab_size - 1 - k
-        for i in TOKENS.values():
-            self.special[self.pieces.id_to_piece(i)] = i
+        texts = self.pieces.id_to_piece(list(range(self.pieces.vocab_size())))
+        first_sentinel = len(texts)
+        for k in reversed(range(files.extra_ids)):
+            texts.append(f"<extra_id_{k}>")
+        self.texts = dict(enumerate(texts))  # {id: text} of all tokens
+        self.hidden = {
+            PAD,
+            EOS,
+            UNK,
+            *range(first_sentinel, len(texts)),
+        }  # left out of decoded text
+        self.special = {texts[i]: i for i in self.hidden}  # tokens found in a text as it is written
+        self.normalized = {}  # {text: id} of tokens that are found in the normalized text
         self.normalizer = sentencepiece.SentencePieceNormalizer(
             model_proto=files.model,  # of which the rules for characters are taken alone
             add_dummy_prefix=False,
             escape_whitespaces=False,
             remove_extra_whitespaces=False,
         )
-        self.normalized = {}  # {text: id} of tokens that are found in the normalized text
-        self.added = {}  # {id: AddedToken}
+        self.added = [token for token in files.added if token.text not in self.special]
         for token in files.added:
             self.add(token, files.path)
+        self.vocab_size = max(self.texts) + 1
         self.special_pattern = any_of(self.special)
         self.normalized_pattern = any_of(self.normalized)
 
     def add(self, token: AddedToken, path: Path) -> None:
         """Add a token, unless it is one of T5's. Raises ValueError if its id is another token's."""
-        usual = self.special.get(token.text)
-        if usual is None and token.id < self.pieces.vocab_size():
-            usual = self.pieces.piece_to_id(token.text)
-        taken = token.id in self.special.values() or token.id in self.added
-        if token.id != usual and (usual is not None or taken):
+        usual_id = self.special.get(token.text, token.id)
+        if token.id != usual_id or self.texts.get(token.id, token.text) != token.text:
             raise ValueError(f"{path}: the added token {token.text!r} has the id of another token")
         if token.text in self.special:
             return
+        text = token.text
         if token.normalized:
-            token = replace(token, text=self.normalizer.normalize(token.text))
-            self.normalized[token.text] = token.id
+            text = self.normalizer.normalize(text)
+            self.normalized[text] = token.id
         else:
-            self.special[token.text] = token.id
-        self.added[token.id] = token
-        self.vocab_size = max(self.vocab_size, token.id + 1)
+            self.special[text] = token.id
+        self.texts[token.id] = text
+        if token.special:
+            self.hidden.add(token.id)
 
     def encode(self, text: str) -> list[int]:
         """text -> ids, ending in </s>."""
@@ -102,14 +107,8 @@ class T5Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """ids -> text, without special tokens."""
-        pieces = []
-        for i in ids:
-            if i in self.added:
-                if not self.added[i].special:
-                    pieces.append(self.added[i].text)
-            elif UNK < i < self.pieces.vocab_size():
-                pieces.append(self.pieces.id_to_piece(i))
-        return self.pieces.decode(pieces)
+        kept = [self.texts[i] for i in ids if i in self.texts and i not in self.hidden]
+        return self.pieces.decode(kept)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write spiece.model and tokenizer_config.json, by which transformers loads it, to an
@@ -117,15 +116,12 @@ class T5Tokenizer:
         config = {"tokenizer_class": "T5Tokenizer", "extra_ids": self.extra_ids}
         for name, i in TOKENS.items():
             config[name] = self.pieces.id_to_piece(i)
-        if self.added:
-            config["added_tokens_decoder"] = {}
-        for i, token in sorted(self.added.items()):
-            entry = {
-                "content": token.text,
-                "normalized": token.normalized,
-                "special": token.special,
-            }
-            config["added_tokens_decoder"][str(i)] = entry
+        added = {}
+        for token in self.added:
+            flags = {"normalized": token.normalized, "special": token.special}
+            added[str(token.id)] = {"content": token.text} | flags
+        if added:
+            config["added_tokens_decoder"] = added
         write(Path(directory) / SPIECE, self.model)
         write(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.answers import choose_label_type, same_label, value
+from data.answers import (
+    choose_label_type,
+    class_answer,
+    closed_set,
+    is_free_text,
+    same_label,
+    token_f1,
+    value,
+)
 from data.jsonl import Record
 
 numbers = st.integers(0, 999).map(str) | st.floats(0, 999, allow_nan=False).map(
@@ -82,7 +90,59 @@ def rows(*pairs):
 def test_the_metric_fits_the_rows():
     assert choose_label_type(rows((QUESTION, "park"))) == "choice"
     assert choose_label_type(rows(("How many?", "( 84.0 / 2.0 )"), ("?", "12"))) == "equation"
+    assert choose_label_type(rows(("How many?", "2 + 3"), ("?", "(2 * 3)"))) == "equation"
     assert choose_label_type(rows(("How many?", "2"), ("?", "12"))) == "text", (
         "counts, not equations"
     )
     assert choose_label_type(rows(("p</s>h", "neutral"))) == choose_label_type([]) == "text"
+
+
+@pytest.mark.parametrize(
+    "labels", ["35-44 45-54 55-64", "2-1 0-0 1-3", "1/2 3/4 2/4", "2024-05-01 2023-04-02"]
+)
+def test_labels_that_look_like_sums_are_texts(labels):
+    a, b, *_ = labels = labels.split()
+    kind = choose_label_type(rows(*(("?", label) for label in labels)))
+    assert kind == "text" and not same_label(a, b, kind)
+
+
+def test_a_closed_set_of_sums_is_a_set_of_classes():
+    labels = ["35 - 44", "45 - 54", "(55 - 64)"] * 5
+    assert choose_label_type(rows(*(("?", label) for label in labels))) == "text"
+    assert closed_set(labels, "text") == sorted(set(labels))
+
+
+WRITTEN = {"cafe\u0301": "café", "m²": "m2", "Ａ１": "A1", "a\u200bb  c ": "a b c"}
+WRITTEN["\u0958"] = "\u0915\u093c"  # a letter of Hindi that NFKC takes apart
+
+
+@pytest.mark.parametrize("a, b", WRITTEN.items())
+def test_a_label_is_right_if_it_is_what_the_tokenizer_can_write(a, b):
+    assert same_label(a, b, "text") and same_label(a, b, "class")
+    assert closed_set([a, b, b, "other"] * 5, "text") == sorted([b, "other"]), "one class"
+    assert not same_label("é", "e", "text") and not same_label("A", "a", "text")
+
+
+CLASSES = ["refund_request", "bug", "very-late", "-1"]
+SAID = {"Refund Request": "refund_request", "refund-request.": "refund_request"}
+SAID |= {"VERY_LATE": "very-late", "-1": "-1", "1": None, "refund": None, "refundrequest": None}
+SAID |= {"bug / -1": None, "bugs": None}
+
+
+@pytest.mark.parametrize("text", SAID)
+def test_classes_are_compared_without_case_and_separators(text):
+    assert class_answer(text, CLASSES) == SAID[text]
+
+
+def test_classes_that_would_become_one_are_compared_strictly():
+    assert (
+        class_answer("a b", ["a_b", "a b"]) == "a b" and class_answer("A-B", ["a_b", "a b"]) is None
+    )
+    assert class_answer("US", ["us", "US"]) == "US" and class_answer("Us", ["us", "US"]) is None
+
+
+def test_free_text_is_told_from_classes_and_measured_by_its_words():
+    commits = [f"fix case {i}" for i in range(30)]
+    assert is_free_text(commits, "text") and not is_free_text(["a", "b"] * 20, "text")
+    assert not is_free_text(commits, "choice") and not is_free_text(commits[:5], "text")
+    assert token_f1("Fix the case", "fix case 1") == pytest.approx(2 / 3) and token_f1("", "a") == 0

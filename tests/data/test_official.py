@@ -71,7 +71,8 @@ RELEASED = {  # (row, its input, an output, its label)
               "Two boxes of 42?", "Because. The answer is (42 * 1).", "(42 * 1)"),
     "anli1": ({"premise": "p", "hypothesis": "h", "label": 2, "uid": "u", "reason": ""},
               "p</s>h", "Because. So the answer is contradiction.", "contradiction"),
-    "esnli": ({"premise": "p", "hypothesis": "h", "label": 0}, "p</s>h", "Because.\nAnswer: entailment", "entailment"),
+    "esnli": ({"premise": "p", "hypothesis": "h", "label": 0},
+              "p</s>h", "Because.\nAnswer: entailment", "entailment"),
 }  # fmt: skip
 CQA = RELEASED["cqa"][0]
 

@@ -4,14 +4,12 @@ refused in one line.
 
 import json
 import re
-from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from running import ROOT
 
-from data import toy
 from data.prompt import load_prompt
 
 FOLDER = ROOT / "data" / "prompts"
@@ -38,14 +36,6 @@ def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_in
             assert (read.rationale, read.label, read.error) == (e["rationale"], e["label"], None)
 
 
-def test_toy_exemplars_are_right_and_of_the_embedded_task():
-    kind_of = {word: kind for kind, words in toy.WORDS.items() for word in words}
-    for e in prompt("toy").exemplars:
-        items = e["input"].split(" ", 2)[2].removesuffix(". Mostly what?").split(", ")
-        assert e["rationale"] == " ".join(kind_of[item] for item in items)
-        assert e["label"] == Counter(e["rationale"].split()).most_common(1)[0][0]
-
-
 def test_the_prompt_file_in_the_readme_works(tmp_path):
     text = (FOLDER.parent / "README.md").read_text("utf-8")
     (tmp_path / "p.json").write_text(
@@ -68,14 +58,9 @@ def test_a_question_is_put_as_chat_and_as_completion():
     )
     assert chat[0]["content"].startswith(p.instruction + "\n\nPremise: ")
     assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
-    assert chat[1]["content"].endswith("\nAnswer: entailment") and text.endswith(
-        "\n\n" + chat[-1]["content"]
-    )
-    assert (
-        text.startswith(p.instruction + "\n\nPremise: ")
-        and text.count("Answer: ") == 9
-        and "known" not in text
-    )
+    assert chat[1]["content"].endswith("\nAnswer: entailment")
+    assert text.endswith("\n\n" + chat[-1]["content"]) and "known" not in text
+    assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9
 
 
 def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_braces_stay():
@@ -94,120 +79,64 @@ def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_br
 Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) U.S."
 
 
-@pytest.mark.parametrize(
-    "name, text, short, rationale, label, problem",
-    [
-        ("svamp", "Two. The answer is (1 + 1).", False, "Two.", "(1 + 1)", None),
-        ("svamp", "Two. The answer is 4 ÷ 2 = 2.", False, "Two.", "4 / 2", None),
-        ("svamp", "Two. The answer is (9**9**9).", False, "Two.", None, "label_invalid"),
-        ("svamp", "The answer is (1 + 1).", False, None, "(1 + 1)", "unparsed"),
-        ("svamp", "Two.\n\n**The answer is:** $\\boxed{3 + 4}$.", False, "Two.", "3 + 4", None),
-        ("svamp", "Two.\n\n### The answer is 1,000 + 5", False, "Two.", "1000 + 5", None),
-        (
-            "svamp",
-            "First the answer is (3 + 5).\nWait. The answer is (3 + 4).",
-            False,
-            "First",
-            None,
-            "label_invalid",
-        ),
-        (
-            "svamp",
-            "First the answer is (3 + 4). I mean: the answer is 7.",
-            False,
-            "First",
-            "(3 + 4)",
-            None,
-        ),
-        ("svamp", " \n", False, None, None, "empty"),
-        ("svamp", "\nQ: What? A: Two. The answer is (2).", False, None, None, "unparsed"),
-        ("svamp", "Two and", True, None, None, "truncated"),
-        (
-            "svamp",
-            "Two. The answer is 84 / 2",
-            True,
-            None,
-            None,
-            "truncated",
-        ),  # it may have been going to be 84 / 24
-        ("svamp", "Two. The answer is (1 + 1).\n\nQ: And", True, "Two.", "(1 + 1)", None),
-        (
-            "svamp",
-            "So far: the answer is (3 + 5).\nBut wait, that is",
-            True,
-            None,
-            None,
-            "truncated",
-        ),
-        ("cqa", "Trees. So the answer is (c) wooded area.", False, "Trees.", "wooded area", None),
-        (
-            "cqa",
-            "Trees. So the answer is (c) wooded area.<|im_end|>\nHi",
-            True,
-            "Trees.",
-            "wooded area",
-            None,
-        ),
-        ("cqa", "Trees. The answer is (b) garden center", False, "Trees.", "Garden Center", None),
-        ("cqa", "Trees. So the answer is c. wooded area", False, "Trees.", "wooded area", None),
-        ("cqa", "Land. So the answer is D.", False, "Land.", "U.S.", None),
-        ("svamp", "Two. The answer is \\(\\boxed{\\text{3 + 4}}\\).", False, "Two.", "3 + 4", None),
-        ("esnli", "Same.\nAnswer：neutral", False, "Same.", "neutral", None),
-        ("esnli", "Same.\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", False, "Same.", "neutral", None),
-        ("esnli", "<plan> Same.\nAnswer: neutral", False, "<plan> Same.", "neutral", "unparsed"),
-        ("esnli", "<b>Same</b>.\nAnswer: neutral", False, "<b>Same</b>.", "neutral", None),
-        (
-            "esnli",
-            "Same.\nAnswer: neutral (maybe entailment)",
-            False,
-            "Same.",
-            None,
-            "label_invalid",
-        ),
-        (
-            "cqa",
-            "Both. So the answer is either (a) park or (c) wooded area.",
-            False,
-            "Both.",
-            None,
-            "label_invalid",
-        ),
-        ("cqa", "Sea. So the answer is (e) sea.", False, "Sea.", None, "label_invalid"),
-        ("esnli", "Same.\n\n**Answer**: **Neutral**", False, "Same.", "neutral", None),
-        ("esnli", "Is it *so*?\n## Answer:\nneutral", False, "Is it *so*?", "neutral", None),
-        ("esnli", "Same.\nAnswer: neutral or contradiction", False, "Same.", None, "label_invalid"),
-        ("esnli", "Same.\nAnswer: neutral, not contradiction", False, "Same.", "neutral", None),
-        ("esnli", "Same.\nANSWER: neutrality", False, "Same.", None, "label_invalid"),
-        (
-            "anli",
-            "The answer is 71. So the answer is neutral.",
-            False,
-            "The answer is 71.",
-            "neutral",
-            None,
-        ),
-        (
-            "anli",
-            "So the answer is plain. The answer is neutral.",
-            False,
-            "So the answer is plain.",
-            "neutral",
-            None,
-        ),
-        (
-            "esnli",
-            "It is.\nAnswer: neutral\nAnswer: entailment",
-            False,
-            "It is.",
-            None,
-            "label_invalid",
-        ),
-    ],
-)
-def test_an_answer_is_read_or_its_problem_named(name, text, short, rationale, label, problem):
-    read = prompt(name).parse(text, Q, short)
-    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
-    assert bool(read.detail) == bool(problem)
+ANSWERED = [  # (prompt file, rationale, the text after it, label)
+    ("svamp", "Two.", " The answer is 4 ÷ 2 = 2.", "4 / 2"),
+    ("svamp", "Two.", "\n\n**The answer is:** $\\boxed{3 + 4}$.", "3 + 4"),
+    ("svamp", "Two.", " The answer is \\(\\boxed{\\text{1,000 + 4}}\\).", "1000 + 4"),
+    ("svamp", "First", " the answer is (3 + 4). I mean: the answer is 7.", "(3 + 4)"),
+    ("cqa", "Trees.", " So the answer is (c) wooded area.<|im_end|>\nHi", "wooded area"),
+    ("cqa", "Trees.", " So the answer is c. wooded area", "wooded area"),
+    ("cqa", "Land.", " So the answer is D.", "U.S."),
+    ("esnli", "Same.", "\nAnswer：neutral", "neutral"),
+    ("esnli", "Same.", "\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", "neutral"),
+    ("esnli", "<b>Same</b>.", "\nAnswer: neutral", "neutral"),
+    ("esnli", "Same.", "\n\n**Answer**: **Neutral**", "neutral"),
+    ("esnli", "Same.", "\nAnswer: neutral, not contradiction", "neutral"),
+    ("anli", "The answer is 71.", " So the answer is neutral.", "neutral"),
+    ("anli", "So the answer is plain.", " The answer is neutral.", "neutral"),
+]
+
+
+@pytest.mark.parametrize("name, rationale, rest, label", ANSWERED)
+def test_an_answer_is_read(name, rationale, rest, label):
+    read = prompt(name).parse(rationale + rest, Q)
+    assert (read.rationale, read.label, read.error) == (rationale, label, None)
+
+
+PROBLEMS = {
+    "The answer is (1 + 1).": "unparsed",  # no rationale
+    "\nQ: What? A: Two. The answer is (2).": "unparsed",
+    "<plan> Two. The answer is (2).": "unparsed",
+    "Two. The answer is (9**9**9).": "label_invalid",
+    "First the answer is (3 + 5).\nWait. The answer is (3 + 4).": "label_invalid",
+}
+CUT_SHORT = {
+    "Two and": "truncated",
+    "Two. The answer is 84 / 2": "truncated",  # it may have been going to be 84 / 24
+    "So far: the answer is (3 + 5).\nBut wait, that is": "truncated",
+    "Two. The answer is (1 + 1).\n\nQ: And": None,
+    "Two. The answer is (1 + 1).\n": None,
+}
+
+
+@pytest.mark.parametrize("text", [*PROBLEMS, *CUT_SHORT])
+def test_a_problem_is_named(text):
+    read = prompt("svamp").parse(text, Q, text in CUT_SHORT)
+    assert read.error == (PROBLEMS | CUT_SHORT)[text] and bool(read.detail) == bool(read.error)
+
+
+CLASS = [
+    "Answer: neutral or contradiction",
+    "Answer: neutral (maybe entailment)",
+    "Answer: neutrality",
+]
+
+
+@pytest.mark.parametrize("text", [*CLASS, "Answer: neutral\nAnswer: entailment"])
+def test_an_answer_that_names_two_classes_or_none_is_rejected(text):
+    read = prompt("esnli").parse(f"Same.\n{text}", "")
+    assert read.error == "label_invalid"
+    assert "entailment, neutral, contradiction" in read.detail or "two different" in read.detail
 
 
 @given(st.sampled_from(NAMES), st.text(), st.booleans())
@@ -243,7 +172,10 @@ def test_the_smallest_file(tmp_path):
         ("{", "not JSON"),
         ("[]", "one JSON object, this is list"),
         ({"sha256": ""}, 'unknown key "sha256"'),
-        ({"answer_marker": []}, '"answer_marker" must be a list of texts that are not blank'),
+        ({"answer_marker": []}, '"answer_marker" is missing'),
+        ({"answer_marker": [" "]}, '"answer_marker" must be a list of texts that are not blank'),
+        ({"answer": "It is {label}. {rationale}"}, '"rationale_first": false'),
+        ({"answer": '{"why": "{rationale}", "It is": "{label}"}'}, '"schema": true'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),
         ({"stop": ["a", "b", "c", "d", "e"]}, "4 texts"),
@@ -276,3 +208,64 @@ def test_a_missing_key_is_named(tmp_path):
     for name in FINE:
         with pytest.raises(ValueError, match=f'"{name}" is missing'):
             load_prompt(write(tmp_path, {key: value for key, value in FINE.items() if key != name}))
+
+
+LABEL_FIRST = FINE | {
+    "answer": " It is {label}. {rationale}",
+    "rationale_first": False,
+    "label_type": "class",
+    "labels": ["late", "very_late"],
+    "exemplars": [{"input": "1 and 1?", "rationale": "One more. It waits.", "label": "very_late"}],
+}
+
+
+@pytest.mark.parametrize(
+    "text, rationale, label, problem",
+    [
+        ("It is late. It came after two.", "It came after two.", "late", None),
+        ("So: it is **Very Late**.\nIt waits. Long.", "It waits. Long.", "very_late", None),
+        ("It is late.", None, "late", "unparsed"),
+        ("It is odd. It waits.", "It waits.", None, "label_invalid"),
+    ],
+)
+def test_a_label_may_come_first(tmp_path, text, rationale, label, problem):
+    read = load_prompt(write(tmp_path, LABEL_FIRST)).parse(text, "")
+    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
+
+
+SCHEMA = {
+    key: LABEL_FIRST[key] for key in LABEL_FIRST if not key.startswith(("answer", "rationale"))
+}
+SCHEMA["schema"] = True
+
+
+def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json(tmp_path):
+    p = load_prompt(write(tmp_path, SCHEMA))
+    schema = p.response_format()["json_schema"]["schema"]
+    assert list(schema["properties"]) == schema["required"] == ["rationale", "label"]
+    assert schema["properties"]["label"]["enum"] == ["late", "very_late"]
+    reply = p.chat("2?")[1]["content"]
+    assert reply == '{"rationale": "One more. It waits.", "label": "very_late"}'
+    turned = load_prompt(write(tmp_path, LABEL_FIRST | {"schema": True}))
+    assert turned.response_format()["json_schema"]["schema"]["required"] == ["label", "rationale"]
+
+
+@pytest.mark.parametrize(
+    "text, short, problem",
+    [
+        ('{"rationale": "So.", "label": "Very-late"}', False, None),
+        ('```json\n{"label": "very_late", "rationale": " So."}\n```', False, None),
+        ('{"rationale": "So.", "label": "very_late"}', True, None),
+        ('{"rationale": "So.", "label": "ve', True, "truncated"),
+        ('{"rationale": "So."}', False, "unparsed"),
+        ("So. It is very_late.", False, "unparsed"),
+        ('{"rationale": "", "label": "late"}', False, "unparsed"),
+        ('{"rationale": "So.", "label": "odd"}', False, "label_invalid"),
+        ('{"rationale": "So.", "label": 1}', False, "label_invalid"),
+        ('{"rationale": "So.", "label": null}', False, "unparsed"),
+    ],
+)
+def test_an_answer_under_a_schema_is_read_or_its_problem_named(tmp_path, text, short, problem):
+    read = load_prompt(write(tmp_path, SCHEMA)).parse(text, "", short)
+    assert read.error == problem
+    assert problem or (read.rationale, read.label) == ("So.", "very_late")

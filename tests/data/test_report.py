@@ -43,6 +43,25 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
         assert line in shown, line
 
 
+def test_what_misleads_is_counted(tmp_path, capsys, spiece):
+    """Spellings of one class, one rationale for all, characters that the tokenizer lacks."""
+    rows = [
+        Record(str(n), f"one {n}", label, "Yes.")
+        for n, label in enumerate(["a ☃", "a  ☃", "a ☂", "b"] * 5)
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "no row has a teacher label",
+        "20 rationales are the same: 'yes.'",
+        "a ☃ 10 50.0%",
+        "15 75.0% have unknown characters (<unk>) in their label",
+        "cannot tell these labels apart: ['a ☂', 'a ☃']",
+    ):
+        assert line in shown, (line, shown)
+
+
 def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
     rows = [
         Record(str(n), "one " * n, "two") for n in (*range(1, 101), 1020)

@@ -18,7 +18,7 @@ BODY = {"model": "m", "messages": [], "temperature": 0.0, "max_tokens": 9, "stop
 
 def read(content, status=200, headers={}, endpoint="chat"):  # noqa: B006
     if not isinstance(content, bytes):
-        content = json.dumps(content).encode()
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
     return Teacher("http://x/v1", endpoint, [], 1).read(status, headers, content, BODY)
 
 
@@ -132,6 +132,9 @@ REFUSALS = [  # (status, content, then, words)
     (413, "too large", "row", "413"),
     (400, error("Blocked", code="content_policy_violation"), "row", "Blocked"),
     (403, error("no"), "unclear", "is the key right?"),
+    (429, error("no", code="insufficient_quota"), "run", "nothing left to spend"),
+    (400, error("max_tokens is not supported"), "run", '"max_completion_tokens": 1000}'),
+    (200, 'data: {"choices": []}\n\n', "run", "is a stream"),
     (422, {"detail": "odd"}, "unclear", "odd"),
     (429, [error("You exceeded your quota, check your billing")], "pace", "quota"),
 ]

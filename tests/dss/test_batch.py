@@ -5,8 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dss.batch import LABEL, RATIONALE, Sequence, ahead, count_targets, count_tokens, make_step
-from dss.batch import pack, share_tokens
+from dss.batch import (
+    LABEL,
+    RATIONALE,
+    Sequence,
+    ahead,
+    count_targets,
+    count_tokens,
+    make_step,
+    pack,
+    share_tokens,
+)
 
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=12)
 a_sequence = st.builds(Sequence, ids, ids, st.sampled_from([LABEL, RATIONALE]))

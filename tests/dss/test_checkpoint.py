@@ -1,7 +1,6 @@
 """A run that ends early keeps what it has, and goes on as if it had not been interrupted."""
 
-import json
-import os
+import io
 import shutil
 import signal
 import subprocess
@@ -10,15 +9,25 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from running import QUICK, ROOT, SIX, at_step, counting, json_lines, prepare, result, run
-from running import same, stop_at, wait_until, weights, write_rows
+from running import (
+    QUICK,
+    ROOT,
+    SIX,
+    at_step,
+    counting,
+    json_lines,
+    result,
+    run,
+    same,
+    stop_at,
+    wait_until,
+    weights,
+    write_rows,
+)
 
 import train
 from data.cli import Interrupted, Stop
-from data.files import locked
 from data.jsonl import Record, write_jsonl
-from dss.checkpoint import Checkpoint
-from dss.log import Progress
 from dss.weights import load_t5
 
 
@@ -172,7 +181,7 @@ def test_a_killed_run_resumes_from_its_state_without_torn_log_lines(
 
 
 def test_a_damaged_state_or_one_of_another_version_is_one_line(
-    files, tmp_path, monkeypatch, refused
+    files, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
     arguments = [*files, *SIX, "--out", out, "--resume"]
@@ -186,12 +195,12 @@ def test_a_damaged_state_or_one_of_another_version_is_one_line(
     for damaged in (b"", sound[:-1], flipped):
         state.write_bytes(damaged)
         assert run(*arguments) == 2
-    ready = prepare(*files, *SIX, "--out", tmp_path / "new")
-    optimizer = train.make_optimizer(ready.student.model, ready.config)
-    older = vars(Progress()) | {"patience": 3}
-    ready.placement.save_state(state, ready.student.model, optimizer, older)
-    with pytest.raises(ValueError, match=r"state.pt: the state of a run by another version"):
-        Checkpoint(out / "dss", ready.student, optimizer, ready.placement, ready.config)
+        assert "state.pt: not the state of this run" in last_line(capsys)
+    older = torch.load(io.BytesIO(sound))
+    older["progress"]["patience"] = 3
+    torch.save(older, state)
+    assert run(*arguments) == 2
+    assert "state.pt: the state of a run by another version" in last_line(capsys)
 
 
 # ---- The output directory ------------------------------------------------------------------------
@@ -237,31 +246,16 @@ def test_overwrite_does_not_delete_what_the_run_reads(files, tmp_path, refused):
         assert student.exists()
 
 
-def test_two_runs_do_not_write_into_one_directory(files, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    with locked(out / "run"):
-        assert run(*files, *SIX, "--out", out, "--resume") == 2
-    assert not (out / "dss").exists()
-
-
 def test_resume_compares_with_every_method_in_the_directory(files, tmp_path, capsys):
     """Also with those that are not asked for: all are compared in one table."""
     arguments = [*files, *QUICK, "--steps", 2, "--out", tmp_path / "out"]
     assert run(*arguments, "--method", "standard", "--resume") == 0
     assert f"nothing to resume in {tmp_path / 'out'}; starting" in capsys.readouterr().err
-    changes = [
-        ("--lr 0.5", "--lr 0.001"),
-        ("--dropout 0.5", "no --dropout"),
-        ("--seed 1", "--seed 0"),
-        ("--subsample 0.5", "--subsample 1.0"),
-    ]
-    for now, before in changes:
+    for now, before in (("--lr 0.5", "--lr 0.02"), ("--dropout 0.5", "no --dropout")):
         for method in ("standard", "dss"):
             assert run(*arguments, "--method", method, *now.split(), "--resume") == 2
             assert f"standard was started with {before}, not {now};" in last_line(capsys)
-    assert run(*arguments, "--method", "standard", "--lr", 0.001, "--resume") == 0
-    assert "nothing to resume" not in capsys.readouterr().err
+    assert run(*arguments, "--method", "standard", "--lr", 0.02, "--resume") == 0
     rows = [Record("new", f"How many are {i}?", f"{i} + 1") for i in range(16)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert run(*arguments, "--method", "standard", "--resume") == 2

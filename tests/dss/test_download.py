@@ -134,7 +134,7 @@ def test_a_model_without_a_tokenizer_is_refused_before_its_weights(hub, either, 
 
 def test_a_model_that_the_hub_does_not_have(hub, either):
     with pytest.raises(
-        FileNotFoundError, match="google/nothing: no such directory, and no such T5"
+        FileNotFoundError, match="google/nothing: no such directory here, and no such T5"
     ):
         load_t5("google/nothing")
     (hub.directory / "model.safetensors").unlink()
@@ -154,7 +154,9 @@ def test_an_index_that_is_none_is_refused(hub, either, shard):
 def test_a_shard_that_is_missing_is_named(hub, either):
     relayout(hub.directory, "model.safetensors in shards")
     (hub.directory / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors is not at http"):
+    with pytest.raises(
+        FileNotFoundError, match="model-00002-of-00002.safetensors is not on the hub"
+    ):
         load_t5(T5)
 
 
@@ -201,7 +203,7 @@ def test_a_refusal_to_huggingface_hub_is_one_line(hub):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     hub.status["config.json"] = 403
     with pytest.raises(
-        ConnectionError, match=f"{T5}: no such directory, and the hub: 403"
+        ConnectionError, match=f"{T5}: no such directory here, and the hub: 403"
     ) as error:
         load_t5(T5)
     assert "\n" not in str(error.value)
@@ -209,7 +211,9 @@ def test_a_refusal_to_huggingface_hub_is_one_line(hub):
 
 def test_a_hub_out_of_reach(hub, without, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=f"{T5}: no such directory, and http://127.0.0.1:9"):
+    with pytest.raises(
+        ConnectionError, match=f"{T5}: no such directory here, and http://127.0.0.1:9"
+    ):
         load_t5(T5)
 
 

@@ -39,9 +39,10 @@ def worst_difference(a, b):
     return max(relative_error(a[name], b[name]) for name in b)
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.3, 4.0])
+@pytest.mark.parametrize("lam", [1.0, 0.3, 0.0])
 def test_one_packed_pass_is_transformers_two_padded_passes(transformers, measured, tmp_path, lam):
-    """The released code pads each task's batch, makes two forward passes and adds two means."""
+    """The released code pads each task's batch, makes two forward passes and adds two means. With
+    lambda = 0 that is standard finetuning."""
     ours = student().eval()
     save_t5(ours, tmp_path)
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -81,22 +82,3 @@ def test_the_gradient_does_not_depend_on_micro_batches(size):
     losses, got = gradients(model, parts, 0.7, counts)
     torch.testing.assert_close(losses, whole_losses)
     assert worst_difference(got, whole) < 1e-5
-
-
-def test_lambda_0_is_standard_finetuning():
-    """With rationales in the batch, loss and gradient are those of the labels alone."""
-    model = student().eval()
-    labels = [s for s in SEQUENCES if s.task == LABEL]
-    want_losses, want = gradients(model, [labels], 1.0, count_targets(labels))
-    losses, got = gradients(model, [SEQUENCES], 0.0, count_targets(SEQUENCES))
-    torch.testing.assert_close(losses[:2], want_losses[:2])
-    assert worst_difference(got, want) < 1e-5
-
-
-def test_each_mean_is_over_its_own_tokens():
-    """Twice the same rationales leave L as it is; a sum over tokens would double their term."""
-    model = student().eval()
-    doubled = SEQUENCES + [s for s in SEQUENCES if s.task == RATIONALE]
-    once, _ = gradients(model, [SEQUENCES], 1.0, count_targets(SEQUENCES))
-    twice, _ = gradients(model, [doubled], 1.0, count_targets(doubled))
-    torch.testing.assert_close(once, twice)

@@ -4,14 +4,12 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from running import SIX, counting, json_lines, result, run, write_rows
 
 import train
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
-from dss.methods import METHODS, SEPARATOR, Method, Target, label_ids, sequences, shorten
+from dss.methods import METHODS, SEPARATOR, Method, Target, label_ids, sequences
 from tokenizer import T5Tokenizer
 
 ROW = Record("1", "how many apples left", "three", "Tom gave one")
@@ -66,24 +64,6 @@ def test_long_texts_are_cut_but_keep_their_end_and_single_task_its_label(tok):
         assert (found[0].target_ids[-len(end) :] == end) == (method == "single_task")
 
 
-@given(st.lists(st.integers(2, 99), min_size=1), st.integers(1, 20), st.integers(1, 5))
-def test_shortening_keeps_the_beginning_and_the_last_ids(ids, longest, keep_last):
-    short = shorten(ids, longest, keep_last)
-    assert len(short) == min(len(ids), longest) and short[-1] == ids[-1]
-    if keep_last <= longest < len(ids):
-        assert short == ids[: longest - keep_last] + ids[-keep_last:]
-
-
-def test_what_is_cut_is_counted(tok):
-    for method, inputs, targets in (("standard", 1, 1), ("dss", 2, 2), ("single_task", 1, 1)):
-        cut = Counter()
-        sequences(replace(ROW, label="one two"), method, tok, 5, 2, cut)
-        assert cut == {"inputs": inputs, "targets": targets}
-        cut.clear()
-        sequences(ROW, method, tok, 99, 99, cut)
-        assert not +cut
-
-
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "single_task"])
 def test_the_ids_of_a_label_are_how_its_target_begins(tok, method):
     ids = label_ids(tok, "three", method)
@@ -132,7 +112,7 @@ def test_a_new_entry_is_a_method_that_trains_tests_and_reports(tmp_path, monkeyp
             Target("ask: ", tokenizer.encode(row.input), RATIONALE),
         ]
 
-    asking = Method("the question itself", "#000000", "*", label_and_question)
+    asking = Method(label_and_question)
     monkeypatch.setitem(METHODS, "asking", asking)
     files = write_rows(tmp_path, counting(20), 16)
     assert run(*files, *SIX, "standard", "asking", "--out", tmp_path / "out") == 0

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
 from dss.config import SIZES, parse_args
 from dss.distributed import Replicas
-from dss.generate import generate
 from dss.loss import distillation_loss
 from dss.model import T5
 from dss.weights import checkpoint_name, load_t5, save_t5
@@ -60,9 +59,7 @@ def pair(request, transformers, tmp_path):
 def their_logits(theirs):
     logits = []
     for ids, started in zip(INPUTS, STARTED):
-        output = theirs(
-            input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([started])
-        )
+        output = theirs(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([started]))
         logits.append(output.logits[0])
     return torch.cat(logits)
 
@@ -80,16 +77,6 @@ def test_logits_and_every_gradient_are_those_of_transformers(pair, measured):
     for parameter_name, p in ours.named_parameters():
         errors.append(relative_error(p.grad, gradients[checkpoint_name(parameter_name, ours)]))
     measured(f"{name}: worst of {len(errors)} gradients against transformers", max(errors), 1e-4)
-
-
-def test_greedy_tokens_are_transformers_tokens(pair):
-    _, theirs, ours = pair
-    theirs.eval()
-    # transformers 5.23 fails to make a cache for a decoder deeper than its encoder
-    settings = dict(max_new_tokens=12, do_sample=False, use_cache=False)
-    for ids, got in zip(INPUTS, generate(ours, INPUTS, max_new_tokens=12)):
-        want = theirs.generate(torch.tensor([ids]), **settings)[0].tolist()[1:]
-        assert got == want[: want.index(1) if 1 in want else None]
 
 
 def test_the_saved_student_gives_transformers_the_same_logits(
@@ -127,15 +114,10 @@ def test_public_sizes_have_the_published_parameter_counts():
         assert model.num_parameters() == pytest.approx(number * 1e6, rel=1e-3), size
 
 
-def test_dropout_follows_torch_s_seed_and_acts_behind_the_final_norm():
+def test_dropout_acts_behind_the_final_norm():
     model = student(**V1_1, dropout_rate=0.5).train()
-    batch = pack([Sequence(INPUTS[0], TARGETS[1], LABEL)])
-    torch.manual_seed(1)
-    first = model(batch)
-    torch.manual_seed(1)
-    assert torch.equal(first, model(batch))
-    assert not torch.equal(first, model(batch))
-    assert (first == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    hidden = model(pack([Sequence(INPUTS[0], TARGETS[1], LABEL)]))
+    assert (hidden == 0).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 PLACES = ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"]
@@ -154,23 +136,6 @@ def test_each_dropout_acts_in_training_alone(place, shape):
         model.train(training)
         one, two = (model.logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
         assert torch.equal(one, two) != training
-
-
-def test_bfloat16_autocast_stays_near_fp32():
-    model = student(**V1_1).eval()
-    batch = pack([Sequence(i, t, LABEL) for i, t in zip(INPUTS, TARGETS)])
-    full = model(batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = model(batch)
-    assert half.dtype == torch.bfloat16 and relative_error(half.float(), full) < 3e-2
-
-
-def test_logits_refuses_lists_that_do_not_match():
-    model = student(**V1_1)
-    assert model.logits([], []) == []
-    for inputs, decoder_inputs in (([[1]], []), ([[]], [[0]]), ([[1]], [[]])):
-        with pytest.raises(ValueError, match="logits"):
-            model.logits(inputs, decoder_inputs)
 
 
 # ---- On the Triton kernels -----------------------------------------------------------------------
@@ -204,9 +169,7 @@ def train_step(model, monkeypatch, kernels, bf16=False, sequences=SEQUENCES):
 
 @needs_triton
 @pytest.mark.parametrize("shape", [RELU, V1_1], ids=["T5 1.0", "T5 1.1"])
-def test_every_gradient_of_a_step_on_triton_is_that_of_the_references(
-    shape, monkeypatch, measured
-):
+def test_every_gradient_of_a_step_on_triton_is_that_of_the_references(shape, monkeypatch, measured):
     model = wide_student(**shape)
     losses, gradients = train_step(model, monkeypatch, "triton")
     want_losses, want = train_step(model, monkeypatch, "reference")
@@ -214,22 +177,6 @@ def test_every_gradient_of_a_step_on_triton_is_that_of_the_references(
     assert all((g != 0).any() for g in want.values()), "a parameter that plays no part"
     worst = max(relative_error(gradients[name], want[name]) for name in want)
     measured(f"Triton: worst of {len(want)} gradients against the references", worst, 2e-5)
-
-
-@needs_triton
-def test_every_gradient_on_triton_under_bfloat16_autocast(monkeypatch, measured):
-    """fp32 weights, products in bf16: Triton is at most twice as far from fp32 as the
-    references."""
-    model = wide_student(**V1_1)
-    _, exact = train_step(model, monkeypatch, "reference")
-    _, ours = train_step(model, monkeypatch, "triton", bf16=True)
-    _, theirs = train_step(model, monkeypatch, "reference", bf16=True)
-    ratios = []
-    for name, gradient in exact.items():
-        assert ours[name].dtype == torch.float32
-        allowed = max(relative_error(theirs[name], gradient), 5e-3)
-        ratios.append(relative_error(ours[name], gradient) / allowed)
-    measured("Triton in bf16: worst ratio of the gradients' errors", max(ratios), 2.0)
 
 
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("triton", marks=needs_triton)])
@@ -252,16 +199,6 @@ def test_dropout_follows_torch_s_seed_also_where_layers_are_computed_again(kerne
     assert torch.equal(losses, same_losses) and not torch.equal(losses, other_losses)
     for name, gradient in gradients.items():
         assert torch.equal(gradient, same_gradients[name]) and gradient.isfinite().all(), name
-
-
-@needs_triton
-def test_generation_on_triton_is_that_of_the_references(monkeypatch):
-    model = wide_student(**RELU).eval()
-    written = []
-    for kernels in ("triton", "reference"):
-        monkeypatch.setenv("DSS_KERNELS", kernels)
-        written.append(generate(model, INPUTS, max_new_tokens=5))
-    assert written[0] == written[1] and any(written[0])
 
 
 class Watch(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """dss.predict: labels as the student gives them, in the order and form of the input."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ from running import ROOT
 from data.jsonl import Record, write_jsonl
 from dss import predict
 from dss.generate import generate
+from dss.student import Student
 from dss.weights import load_t5
 from tokenizer import T5Tokenizer
 
@@ -84,7 +86,10 @@ def test_rows_keep_their_keys_and_gain_a_prediction_and_an_explanation(
     [
         (["{dir}/none", "{rows}"], "no such directory of weights"),
         (["{student}", "{dir}/none.jsonl"], "none.jsonl"),
-        (["{student}", "{dir}/bad.jsonl", "--output", "{dir}/made"], 'bad.jsonl:2: "input"'),
+        (
+            ["{student}", "{dir}/bad.jsonl", "--output", "{dir}/made"],
+            'bad.jsonl:2: there is no "input"',
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_nothing_is_written(
@@ -98,7 +103,7 @@ def test_bad_input_ends_in_one_line_and_nothing_is_written(
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--scores", "--labels a a", "--batch_size 0", "--max-input-length 1", "--explian"]
+    "wrong", ["--labels a a", "--batch_size 0", "--max-input-length 1", "--explian"]
 )
 def test_wrong_flags_are_named(student, wrong, refused):
     assert wrong.split()[0].replace("_", "-") in refused(predict.main, student, "-", *wrong.split())
@@ -118,12 +123,132 @@ def test_standard_input_is_read_and_a_reader_that_leaves_is_no_error(
     assert result.stdout.strip() in ("one", "two") and "Error" not in result.stderr
 
 
-def test_how_good_the_answers_are(student, capsys):
-    loaded = predict.Student.load(student, labels=["one", "two"])
-    golds = ["one", "two", "two", None]
-    rows = [predict.Row(Record(f"{i}", "How many?", label), None) for i, label in enumerate(golds)]
-    answers = [{"prediction": "two", "scores": {"two": p, "one": 1 - p}} for p in (0.6, 0.9, 0.8, 1)]
-    predict.print_accuracy(loaded, rows, answers)
-    said = capsys.readouterr().err
-    assert "right on 2 of 3 rows with a label (66.7%); macro-F1 40.0%" in said
-    assert "calibration error 30.0%" in said and "100.0% at 50% coverage" in said
+@pytest.fixture(scope="module")
+def classes(student, tmp_path_factory):
+    """A directory with a student that was trained on the labels one, two and three."""
+    directory = tmp_path_factory.mktemp("classes") / "student"
+    loaded = Student.load(student, labels=["one", "two", "three"], max_new_tokens=4)
+    loaded.save(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ["--labels", "one,two"],
+            "--labels needs at least two, with spaces between; got 'one,two'",
+        ),
+        (["--labels", "one;two;three"], "at least two"),
+        (["--labels", "one"], "at least two"),
+        (["--labels", "one,", "two"], "'one,' is not a label of this student: one, two, three"),
+        (["--labels", "one", "four"], "'four' is not a label of this student"),
+        (["--scores", "--labels", "One", "two"], "'One' is not a label of this student"),
+    ],
+)
+def test_labels_that_are_none_are_refused(classes, rows, refused, arguments, words):
+    assert words in refused(predict.main, classes, rows, *arguments)
+
+
+def test_labels_of_a_student_whose_set_is_not_known_are_taken_as_they_are(
+    student, rows, capsysbinary
+):
+    status, out, _ = run(capsysbinary, student, rows, "--labels", "a,b", "New York")
+    assert status == 0 and {json.loads(line)["prediction"] for line in out} <= {"a,b", "New York"}
+
+
+def test_scores_alone_need_stored_labels(student, rows, refused):
+    assert "name them after --labels" in refused(predict.main, student, rows, "--scores")
+
+
+def test_scores_alone_are_of_the_stored_labels(classes, rows, capsysbinary):
+    status, out, err = run(capsysbinary, classes, rows, "--scores")
+    assert status == 0 and "among" not in err
+    assert out == run(capsysbinary, classes, rows, "--scores", "--labels")[1]
+    for line in out:
+        assert set(json.loads(line)["scores"]) == {"one", "two", "three"}
+
+
+@pytest.mark.parametrize(
+    "written, outside",
+    [
+        (["one", "two", "three", "one"], 0),
+        (["one", "_two", "onetwo", "three one"], 3),
+        ([""] * 4, 4),
+    ],
+)
+def test_answers_outside_the_stored_labels_are_counted(
+    classes, rows, capsysbinary, monkeypatch, written, outside
+):
+    monkeypatch.setattr(Student, "answer", lambda self, inputs: written)
+    status, _, err = run(capsysbinary, classes, rows)
+    told = (
+        f"{outside} of 4 answers are not among the student's labels; --labels chooses among these"
+    )
+    assert status == 0 and (told in err) == (outside > 0)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_inputs_that_are_cut_are_counted(student, rows, capsysbinary, cut):
+    tok = T5Tokenizer(student)
+    lengths = sorted(len(tok.encode("predict: " + question)) for question in QUESTIONS)
+    length = [lengths[0] - 1, *lengths][4 - cut]
+    few = ["--max-new-tokens", "2", "--max-input-length", str(length)]
+    _, _, err = run(capsysbinary, student, rows, *few)
+    assert (f"{cut} of 4 inputs cut at {length} tokens (--max-input-length)" in err) == (cut > 0)
+
+
+def test_a_student_trained_without_rationales_explains_nothing(student, rows, tmp_path, refused):
+    Student.load(student, method="standard").save(tmp_path / "s")
+    assert "without rationales" in refused(predict.main, tmp_path / "s", rows, "--explain")
+
+
+ROW = '{"input": "Tom gave Mia pears"}'
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (f"[{ROW},\n {ROW}]".encode(), "JSON array"),
+        (b'["one", "two"]', "JSON array"),
+        (gzip.compress(ROW.encode()), "gzip"),
+        ("one\ntwo".encode("utf-16"), "UTF-16"),
+        (ROW.replace(" ", "\n", 1).encode(), "several lines"),
+        (f"{ROW} {ROW}".encode(), "several JSON objects on a line"),
+        (b"one\ntw\xff", "not UTF-8"),
+    ],
+)
+def test_what_is_neither_jsonl_nor_lines_is_named(student, tmp_path, refused, content, words):
+    (tmp_path / "new").write_bytes(content)
+    error = refused(predict.main, student, tmp_path / "new", "--max-new-tokens", "2")
+    assert words in error and "/new:" in error
+
+
+@pytest.mark.parametrize(
+    "content, answers",
+    [
+        (b"[Tom] gave Mia pears\n(a) one, [two]", 2),
+        (b"\xef\xbb\xbfTom gave Mia pears\r\n", 1),
+        (f"\ufeff{ROW}\n\n{ROW}\n".encode(), 2),
+        (b"Tom, Mia\n", 1),
+        (b"", 0),
+    ],
+)
+def test_what_only_looks_like_another_format_is_answered(
+    student, tmp_path, capsysbinary, content, answers
+):
+    (tmp_path / "new").write_bytes(content)
+    status, out, _ = run(capsysbinary, student, tmp_path / "new", "--labels", "one", "two")
+    assert status == 0 and len(out) == answers
+    for line in out:
+        assert line in ("one", "two") or json.loads(line)["prediction"] in ("one", "two")
+
+
+def test_how_good_the_answers_are(student):
+    loaded = Student.load(student, labels=["one", "two"])
+    answers = [{"prediction": "two", "scores": {"two": p, "one": 1 - p}} for p in (0.6, 0.9, 0.8)]
+    lines = predict.reliability(
+        loaded, list(zip(["one", "two", "two"], answers)), [False, True, True]
+    )
+    assert lines[0] == "macro-F1 40.0%"
+    assert "calibration error 30.0%, right on 100.0% at 50% coverage" in lines[1]

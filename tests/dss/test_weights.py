@@ -243,6 +243,7 @@ def without_index(directory, layout):
         (lambda d: make_bin(d).write_bytes(POINTER), "pytorch_model.bin: .* git-lfs pointer"),
         (lambda d: with_dtype(d, b'"U8" '), "is U8; quantized weights are not read, F64, F32"),
         (lambda d: with_dtype(d, b'"I32"'), "is I32; quantized weights are not read"),
+        (lambda d: with_dtype(d, b'"F16"'), "are more or fewer than its shape needs"),
         (with_int8, f"{Q} is torch.int8; quantized weights are not read"),
         (lambda d: adapter(d, "config.json"), "this is an adapter: merge it"),
         (lambda d: adapter(d, WEIGHTS), "this is an adapter: merge it"),

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from comparing import DEVICE, DTYPES, TRITON, both, compare, needs_gpu, needs_triton, random, wide
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from philox import mask
 
 SEED = 2**33 + 5
@@ -38,14 +36,6 @@ def test_output_and_gradients(ours, T, F, dtype, p):
     check_geglu(ours, T, F, dtype, p)
 
 
-@pytest.mark.search
-@both
-@settings(max_examples=100)
-@given(st.integers(8, 70), st.integers(4, 700), st.integers(0, 999), st.sampled_from(DTYPES))
-def test_random_sizes(ours, T, F, seed, dtype):
-    check_geglu(ours, T, F, dtype, [0.0, 0.1, 0.5][seed % 3], seed)
-
-
 @needs_triton
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_gelu_far_out():
@@ -56,15 +46,6 @@ def test_gelu_far_out():
     (slope,) = torch.autograd.grad(y.sum(), gate)
     torch.testing.assert_close(y, torch.tensor([[0, 0, 0, 0, 10, 100, 1e4]], device=DEVICE))
     torch.testing.assert_close(slope, torch.tensor([[0, 0, 0, 0.5, 1, 1, 1]], device=DEVICE))
-
-
-@needs_triton
-def test_the_gradient_of_a_gradient_is_refused():
-    gate, up = (x.requires_grad_() for x in random([(3, 4), (3, 4)], torch.float32))
-    y = TRITON.geglu(gate, up)
-    (d_gate,) = torch.autograd.grad(y.square().sum(), gate, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        d_gate.sum().backward()
 
 
 @both

@@ -88,11 +88,3 @@ def test_seeds_drawn_together_are_drawn_again_where_a_layer_is_checkpointed(ours
     plain = gradient(layer)
     checkpointed = gradient(lambda x: checkpoint(layer, x, use_reentrant=False))
     assert torch.equal(plain, checkpointed)
-
-
-def test_seeds_drawn_together_differ_and_outside_each_operation_draws_its_own():
-    device = torch.device(DEVICE)
-    with kernels.seeds_drawn_together(device):
-        seeds = [int(seed_on(device, None)) for _ in range(20)]
-    assert len(set(seeds)) == 20
-    assert TRITON is not None and int(seed_on(device, None)) not in seeds

@@ -4,7 +4,15 @@ import inspect
 
 import pytest
 import torch
-from comparing import DEVICE, OPERATIONS, REFERENCE, TRITON, needs_triton
+from comparing import (
+    DEVICE,
+    OPERATIONS,
+    REFERENCE,
+    TRITON,
+    forward_backward,
+    needs_gpu,
+    needs_triton,
+)
 
 import kernels
 from kernels.compile import recording
@@ -98,9 +106,44 @@ def test_pipelines_have_one_stage_where_triton_leaves_out_a_fence(monkeypatch, v
     assert kernels.launch.stages(torch.device("cuda")) == count
 
 
+@pytest.mark.parametrize("N", [pytest.param(N, marks=needs_gpu) for N in (60, 1024)])
+def test_attention_gives_the_same_bits_200_times(N):
+    """A tile that is read before it has arrived would show as a rare difference."""
+    cu_seqlens = torch.arange(0, 17 * N, N, dtype=torch.int32, device=DEVICE)
+    leaves = [torch.randn(16 * N, 12, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
+    leaves.append(torch.randn(32, 12, device=DEVICE))
+
+    def function(q, k, v, table):
+        return TRITON.attention(q, k, v, table, cu_seqlens, cu_seqlens)
+
+    first = forward_backward(function, leaves)
+    for _ in range(200):
+        again = forward_backward(function, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_and_its_implementations_have_one_signature(name):
     signature = inspect.signature(getattr(kernels, name))
     assert signature == inspect.signature(getattr(REFERENCE, name))
     assert signature == inspect.signature(getattr(TRITON, name))
     assert not any(p.kind.name.startswith("VAR_") for p in signature.parameters.values())
+
+
+@needs_triton
+@pytest.mark.parametrize("name", OPERATIONS[1:])  # attention's is in test_flash_attention.py
+def test_the_gradient_of_a_gradient_is_refused(name):
+    """Autograd does not see what happens in a kernel, so it would be wrong."""
+    x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    weights = torch.ones(5, device=DEVICE)
+    arguments = dict(
+        cross_entropy=(x, labels, weights),
+        linear_cross_entropy=(x, x, labels, weights),
+        rms_norm=(x, x[0]),
+        geglu=(x, x),
+    )
+    y = getattr(TRITON, name)(*arguments[name])
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
