@@ -86,15 +86,6 @@ def test_what_is_printed(files, capsys):
     assert all(len(line) < 80 for line in re.findall(r"\d/6 [^\r\n]*", said)), "the bar"
 
 
-def test_dry_run_sends_and_writes_nothing(files, capsys):
-    before = sorted(files.iterdir())
-    assert run(files, NOWHERE, "--dry-run --price-in 1000 --price-out 1000") == 0
-    shown = capsys.readouterr().out
-    assert '"content": "Q: What is 0 + 2?\\nA:"' in shown
-    assert re.search(r"requests: 6; tokens.* about \d+ in, \d+ out .*; \$\d\.\d\d", shown)
-    assert sorted(files.iterdir()) == before
-
-
 def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files):
     stub = ask(files, line="--keep correct")
     assert ids(rows(files)) == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
