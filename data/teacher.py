@@ -128,12 +128,15 @@ class Teacher:
     def add_header(self, header: str) -> None:
         """Add `NAME: VALUE`, where $VARIABLE in the value is the environment's, and a secret."""
         name, _, text = header.partition(":")
+        for variable in re.findall(r"\$\{?(\w+)", text):
+            if not os.environ.get(variable):
+                what = f"the environment variable {variable} is not set"
+                raise ValueError(f"--header {name}: {what}")
         value = os.path.expandvars(text.strip()).strip()
         if not value or not re.fullmatch(r"[\w-]+", name.strip()):
             raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
-        if "$" in value or not value.isascii() or not value.isprintable():
-            what = "names a variable that is not set, or has a character that cannot be sent"
-            raise ValueError(f"--header {name}: its value {what}")
+        if not value.isascii() or not value.isprintable():
+            raise ValueError(f"--header {name}: its value has a character that cannot be sent")
         self.headers[name.strip().title()] = value
         if "$" in text:  # short words, such as the stand-ins EMPTY or ollama, may be in texts
             self.secrets += [word for word in value.split() if len(word) >= 12]
