@@ -186,7 +186,7 @@ def extract(
     )
     if config.batch_requests:
         return write_batch(config.batch_requests, requests, todo, print_line)
-    examples = [*requests.prompt.exemplars, *map(vars, rows.values())]
+    examples = [*requests.prompt.exemplars, *map(vars, reversed(rows.values()))]
     probe = requests.body(examples[0]["input"], examples[0]["label"])
     asker = Asker(teacher, probe, config.max_retries, config.patience, tally.warn, tally.pay, scale)
     replies = None

@@ -1,6 +1,4 @@
-"""Batch files in the form of OpenAI's batch API: requests to upload, and the replies that come
-back.
-"""
+"""Batch files of OpenAI's batch API: requests to upload, and the replies that come back."""
 
 import hashlib
 import json
@@ -125,9 +123,7 @@ class Replies:
 
 
 def read_reply_line(row: Any) -> tuple[str, int, bytes]:
-    """(custom id, status or 0, body) of a line. Raises LookupError, TypeError, ... for another
-    form.
-    """
+    """(custom id, status or 0, body) of a line. Raises LookupError, ... for another form."""
     identity = row["custom_id"]
     if not isinstance(identity, str) or not row.keys() & {"response", "error"}:
         raise TypeError

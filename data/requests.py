@@ -19,9 +19,8 @@ RAW = 20_000  # characters of a reply that the errors file keeps
 
 class Requests:
     def __init__(self, prompt: Prompt, settings: dict[str, Any], params: dict[str, Any]) -> None:
-        """settings: model, endpoint, rationalize, keep, reasoning. params: of every request; None
-        is left out.
-
+        """settings: model, endpoint, rationalize, keep, reasoning.
+        params: of every request; one that is None is left out.
         Raises ValueError for settings that do not fit the prompt.
         """
         if settings["rationalize"] and "{hint}" not in prompt.question:

@@ -100,9 +100,7 @@ class Teacher:
     def __init__(
         self, base_url: str, endpoint: str, headers: Iterable[str], timeout: float
     ) -> None:
-        """The arguments are those of the command line. Raises ValueError, which quotes no
-        secret.
-        """
+        """The arguments are those of extract.py. Raises ValueError, which quotes no secret."""
         self.timeout = timeout
         parts = read_url(base_url)
         self.url = parts._replace(query="").geturl()
@@ -289,9 +287,7 @@ def read_url(base_url: str) -> Any:
 
 
 def find_proxy(scheme: str, place: str) -> str:
-    """The proxy for a URL, "" if there is none. Raises ValueError for a proxy that is not
-    HTTP's.
-    """
+    """The proxy for a URL, or "". Raises ValueError for a proxy that is not HTTP's."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get(scheme) or proxies.get("all") or ""
     if not proxy or urllib.request.proxy_bypass(place):
@@ -304,9 +300,7 @@ def find_proxy(scheme: str, place: str) -> str:
 
 
 def read_whole(response: Any, until: float) -> bytes:
-    """The body of a response. Raises TimeoutError after the time `until`, IncompleteRead if it
-    breaks off.
-    """
+    """The body of a response, read before the time `until`. Raises TimeoutError, IncompleteRead."""
     parts = []
     while not parts or parts[-1]:
         parts.append(response.read1(1 << 16))
@@ -318,9 +312,7 @@ def read_whole(response: Any, until: float) -> bytes:
 
 
 def decode(raw: bytes, headers: Mapping[str, str]) -> str:
-    """The text of a body, which some servers compress unasked (gzip, deflate with or without a
-    header).
-    """
+    """The text of a body, which some servers compress unasked."""
     coding = headers.get("Content-Encoding", "").lower()
     if coding in ("gzip", "x-gzip", "deflate"):
         try:
@@ -348,9 +340,7 @@ def read_content(content: Any) -> tuple[str, str]:
 
 
 def read_usage(content: dict) -> dict[str, int]:
-    """{prompt, completion, cached}: the tokens that a server counted, 0 where it says nothing
-    sensible.
-    """
+    """{prompt, completion, cached}: tokens as the server counts them, else 0."""
     counts = {}
     for name, key in USAGE.items():
         value = content
@@ -402,9 +392,7 @@ def whole_characters(text: Any) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a response asks to wait, by retry-after-ms or Retry-After (seconds or a
-    date).
-    """
+    """The seconds that a response asks to wait; Retry-After may be a date."""
     try:
         if headers.get("retry-after-ms"):
             return float(headers["retry-after-ms"]) / 1000
