@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 import kernels
 from data import cli
+from data.answers import token_f1, written
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
 from dss import distributed
-from dss.batch import Sequence, Step, ahead, count_tokens, make_step
+from dss.batch import Batch, Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
 from dss.log import Log, Progress, introduce, reason_to_doubt, report, warn_of_cut_sequences
@@ -122,8 +123,11 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
         current = checkpoint.whole_student()
         right, _ = evaluate(current, run.rows.validation, stop, "validation")
         accuracy = sum(right) / len(right)
-        checkpoint.keep_if_best(current, accuracy)
-        log.write_accuracy(accuracy)
+        score = accuracy
+        if run.rows.free_text:
+            score = -label_loss(current, run.rows.validation)
+        checkpoint.keep_if_best(current, accuracy, score)
+        log.write_accuracy(accuracy, score)
 
     with checkpoint, log:  # if training ends early, the checkpoint says what is kept
         if is_due(progress.step, config) and progress.evaluated < progress.step:
@@ -188,6 +192,23 @@ def evaluate(
     return right, answers
 
 
+@torch.no_grad()
+def label_loss(student: Student, rows: list[Record]) -> float:
+    """The mean cross-entropy of the rows' label tokens, in nats."""
+    model = student.model.eval()
+    lengths = (student.max_input_length, student.max_target_length)
+    examples = [sequences(row, student.method, student.tokenizer, *lengths) for row in rows]
+    device = model.embedding.weight.device
+    step = make_step(examples, student.batch_size, device, model.config.decoder_start_token_id)
+
+    def losses(batches: list[Batch]) -> list[float]:
+        with student.autocast():
+            found = [distillation_loss(model, batch, step.n_label, 0, 0.0) for batch in batches]
+        return [loss.item() for loss, _, _ in found]
+
+    return sum(distributed.share_out(losses, step.batches))
+
+
 def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli.Stop) -> dict:
     """Test the selected student, this once, and write predictions and result. Returns the result.
 
@@ -217,6 +238,7 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
         "validation_accuracy": progress.best_accuracy,
+        "validation_score": progress.best_score,
         "metric": rows.metric,
         "best_step": progress.best_step,
         "steps": progress.step,
@@ -242,20 +264,24 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
 
 
 def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
-    """Macro-F1, expected calibration error and accuracies at coverages, where labels are a closed
-    set. A student's confidence is the probability of its answer among the labels."""
+    """Token F1 of free text. Macro-F1, expected calibration error and accuracies at coverages,
+    where labels are a closed set. A student's confidence is the probability of its answer among the
+    labels."""
+    gold = [written(row.label) for row in rows.asked]
+    said = [written(answer.label) for answer in answers]
+    if rows.free_text:
+        return {"token_f1": np.mean([token_f1(a, b) for a, b in zip(said, gold)]).item()}
     if not rows.labels:
         return {}
-    gold = [row.label for row in rows.asked]
-    figures = {"macro_f1": macro_f1([answer.label for answer in answers], gold)}
+    figures = {"macro_f1": macro_f1(said, gold)}
     if METHODS[student.method].label_position == "last":  # its label cannot be scored
         return figures
-    pairs = list(zip(rows.asked, answers))
-    labels = student.told_apart(rows.labels)
+    pairs = list(zip(rows.asked, said))
+    labels = [written(label) for label in rows.labels]
 
-    def confidences(some: list[tuple[Record, Answer]]) -> list[float]:
+    def confidences(some: list[tuple[Record, str]]) -> list[float]:
         scores = student.score([row.input for row, _ in some], [labels] * len(some))
-        return [scores[i].get(answer.label, 0.0) for i, (_, answer) in enumerate(some)]
+        return [scores[i].get(label, 0.0) for i, (_, label) in enumerate(some)]
 
     confidence = np.array(distributed.share_out(confidences, pairs))
     correct = np.array(right, dtype=float)
