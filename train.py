@@ -32,24 +32,29 @@ from tqdm import tqdm
 
 import kernels
 from data import cli
-from data.answers import token_f1, written
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
 from dss import distributed
 from dss.batch import Batch, Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
-from dss.log import Log, Progress, introduce, reason_to_doubt, report, warn_of_cut_sequences
+from dss.log import (
+    Log,
+    Progress,
+    introduce,
+    measure_baselines,
+    reason_to_doubt,
+    reliability,
+    report,
+    warn_of_cut_sequences,
+)
 from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
-from dss.stats import accuracy_at, bag_of_words, calibration_error, commonest_label, macro_f1
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
-
-MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,7 @@ class Run:
 
     @cached_property
     def baselines(self) -> dict[str, float | None]:
-        """The accuracies of simple predictors on the rows that students are compared on."""
-        rows = self.rows
-        labels = [row.label for row in rows.train]
-        _, commonest = commonest_label(labels, rows.asked, rows.metric)
-        bag = None
-        if rows.labels and len(rows.train) <= MOST_BAG_ROWS:
-            bag = bag_of_words(rows.train, rows.validation, rows.asked, rows.labels)
-        return {"commonest_label": commonest, "bag_of_words": bag}
+        return measure_baselines(self.rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,9 +227,7 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         }
         predictions.append(prediction)
     samples = predictions[:3]
-    if METHODS[
-        student.method
-    ].learns_rationales:  # for the reader's eyes: no test needs the rationale
+    if METHODS[student.method].learns_rationales:  # to show them: no test needs a rationale
         rationales = student.explain([sample["input"] for sample in samples])
         samples = [s | {"rationale": text} for s, text in zip(samples, rationales)]
     result = {
@@ -261,34 +257,6 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         write_json(out / "result.json", result)
         forget_state(out)
     return result
-
-
-def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
-    """Token F1 of free text. Macro-F1, expected calibration error and accuracies at coverages,
-    where labels are a closed set. A student's confidence is the probability of its answer among the
-    labels."""
-    gold = [written(row.label) for row in rows.asked]
-    said = [written(answer.label) for answer in answers]
-    if rows.free_text:
-        return {"token_f1": np.mean([token_f1(a, b) for a, b in zip(said, gold)]).item()}
-    if not rows.labels:
-        return {}
-    figures = {"macro_f1": macro_f1(said, gold)}
-    if METHODS[student.method].label_position == "last":  # its label cannot be scored
-        return figures
-    pairs = list(zip(rows.asked, said))
-    labels = [written(label) for label in rows.labels]
-
-    def confidences(some: list[tuple[Record, str]]) -> list[float]:
-        scores = student.score([row.input for row, _ in some], [labels] * len(some))
-        return [scores[i].get(label, 0.0) for i, (_, label) in enumerate(some)]
-
-    confidence = np.array(distributed.share_out(confidences, pairs))
-    correct = np.array(right, dtype=float)
-    figures["calibration_error"] = calibration_error(confidence, correct)
-    for coverage in (0.5, 0.8, 0.9):
-        figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
-    return figures
 
 
 # ---- What a step needs ---------------------------------------------------------------------------

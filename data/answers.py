@@ -102,7 +102,7 @@ def marker_pattern(marker: str) -> str:
     (`**Answer**:`).
     """
     words = unicodedata.normalize("NFKC", marker).split()
-    return r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words).replace(":", "[*_]*:")
+    return r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words).replace(":", r"[*_]*\s?:")
 
 
 def preference(found: str, patterns: list[str]) -> int:
@@ -175,7 +175,7 @@ def class_answer(text: str, labels: Iterable[str]) -> str | None:
     any_label = "|".join(patterns)
     word = r"\b(?:or|and|also|maybe|perhaps|possibly)\b"
     joined = rf"\W*(?:[/,;&|+]|{word})(?:\W|{word})*"
-    match = re.match(rf"\s*({any_label})(?!\w)(?!{joined}({any_label})(?!\w))", text, flags)
+    match = re.match(rf"[\W_]*?({any_label})(?!\w)(?!{joined}({any_label})(?!\w))", text, flags)
     if not match:
         return None
     for label, pattern in zip(labels, patterns):
@@ -235,6 +235,7 @@ def read_label(
     if label_type == "class":
         return class_answer(unicodedata.normalize("NFKC", line), labels)
     if label_type == "equation":
+        line = re.sub(r"\\(times|cdot)", "*", line.replace("\\div", "/"))
         line = line.translate(HALF_WIDTH).translate(SIGNS)
         line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line)  # 1,000 is a thousand
         plain = line.split("=")[0].strip()

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from data.files import parse_json, replacing
 
 NUMBER_OR_TEXT = ("id", "label", "teacher_label")  # a whole number is its text
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 START = 1 << 16  # bytes at the beginning of a file that tell its format
 
 
@@ -124,8 +125,9 @@ def other_format(start: bytes) -> str:
     """What a file is, by its first bytes, and what to do. "" if it may be JSONL or lines of
     text.
     """
-    if start.startswith(b"\x1f\x8b"):
-        return "this is a gzip file; unpack it first (gunzip)"
+    for magic, name in COMPRESSED.items():
+        if start.startswith(magic):
+            return f"this is a {name} file; unpack it first"
     if start.startswith((b"PK\x03\x04", b"PAR1")):
         return "this is a zip, Excel or Parquet file, not JSONL (one JSON object a line)"
     if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:100]:
@@ -139,7 +141,9 @@ def other_format(start: bytes) -> str:
         return ""
     if text.startswith("{") and "\n" in text[:end]:
         return "this has JSON objects over several lines, not one a line; jq -c . converts it"
-    if text.startswith("{") and re.match(r"[ \t,]*\{", text[end:]):
+    if text.startswith("{") and re.match(r"\s*,", text[end:]):
+        return "this has JSON objects joined by commas, not one a line without commas"
+    if text.startswith("{") and re.match(r"[ \t]*\{", text[end:]):
         return "this has several JSON objects on a line, not one a line; jq -c . converts it"
     return ""
 
@@ -151,10 +155,9 @@ def table_format(start: bytes) -> str:
     text = start.decode("utf-8-sig", "replace").lstrip()
     if not text or text.startswith("{"):
         return ""
-    first_line = text.splitlines()[0]
-    if re.search(r"[,;\t]", first_line) and not first_line.startswith("["):
+    if re.search(r"[,;\t]", text.splitlines()[0]) and not text.startswith("["):
         return "this is a table (CSV or TSV), not JSONL; data/README.md says how to convert it"
-    return ""
+    return "this is not JSONL, whose lines are JSON objects; data/README.md says how to make it"
 
 
 def write_jsonl(path: str | PathLike, records: Iterable[Record | dict]) -> None:

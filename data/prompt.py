@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from data.answers import CHOICES, marker_pattern, pick, read_answer, read_label, same_label
+from data.answers import CHOICES, Reading, marker_pattern, pick, read_answer, read_label, same_label
 from data.files import open_regular, parse_json
 from data.thoughts import markup_at_start
 
@@ -24,7 +24,6 @@ ENDS = (
     "</s>",
 )
 LABEL_TYPES = ("choice", "class", "equation", "text")
-CUT_SHORT = "the reply ended at the token limit (a larger --max-tokens may do)"
 PLACE = re.compile(r"\{(\w+)\}")  # in a template
 
 
@@ -138,59 +137,57 @@ class Prompt:
         named = {"name": "answer", "strict": True, "schema": schema}
         return {"type": "json_schema", "json_schema": named}
 
-    def parse_json(self, text: str, input: str, cut_short: bool) -> Answer:
-        """Read an answer under the schema, perhaps in a fence of Markdown."""
-        match = re.search(r"\{.*\}", text, re.DOTALL)
-        try:
-            said = parse_json(match[0] if match else text, "the reply")
-            rationale = said["rationale"].strip()
-            text_of_label = said["label"]
-            if type(text_of_label) is int:
-                text_of_label = str(text_of_label)
-            text_of_label = text_of_label.strip()
-        except (ValueError, LookupError, TypeError, AttributeError):
-            if cut_short:
-                return Answer(error="truncated", detail=f"{CUT_SHORT}, before a whole answer")
-            what = f'the reply is not {{"rationale": ..., "label": ...}}: {text.strip()[:80]!r}'
-            return Answer(error="unparsed", detail=what)
-        label = self.read(text_of_label, input)
-        if label is None:
-            what = f"no {self.kind()} in {text_of_label[:80]!r}"
-            return Answer(rationale, error="label_invalid", detail=what)
-        if not rationale:
-            return Answer(label=label, error="unparsed", detail="the rationale is blank")
-        return Answer(rationale, label)
-
     def parse(self, text: str, input: str, cut_short: bool = False) -> Answer:
         """Read a teacher's text. cut_short: it ended at the token limit, so its end may be torn."""
         if not text.strip():
             return Answer(error="empty", detail="the reply has no text")
         if self.schema:
-            return self.parse_json(text, input, cut_short)
-        ends = [*self.stop, *ENDS]
-        same = partial(self.same, input=input)
-        found = read_answer(text, ends, self.answer_marker, partial(self.read, input=input), same)
-        if not self.rationale_first and found.rest:
-            found = replace(found, rationale=self.after_label(found.rest).strip())
-        if cut_short and not any(end in text for end in ends) and not ended(found.rest):
-            return Answer(error="truncated", detail=f"{CUT_SHORT}, before a whole answer")
-        marker = repr(self.answer_marker[0])
+            found = self.read_json(text, input)
+            whole = found.rest is not None
+            marker = '{"rationale": ..., "label": ...}'
+        else:
+            found = self.read_text(text, input)
+            whole = ended(found.rest) or any(end in text for end in (*self.stop, *ENDS))
+            marker = self.answer_marker[0]
+        if cut_short and not whole:
+            what = "the reply ended at the token limit, before a whole answer"
+            return Answer(error="truncated", detail=f"{what}; a larger --max-tokens may do")
         if found.rest is None:
-            return Answer(error="unparsed", detail=f"the reply does not say {marker}")
+            return Answer(error="unparsed", detail=f"the reply does not say {marker!r}")
         if found.label is None:
             what = f"no {self.kind()} in {found.rest.strip()[:80]!r}"
             if found.ambiguous:
                 what = "the reply has two different answers"
             return Answer(found.rationale, error="label_invalid", detail=what)
         if not found.rationale:
-            where = "before" if self.rationale_first else "after the label behind"
-            what = f"no rationale {where} {marker}"
+            what = f"the reply has a label and no rationale ({marker!r})"
             return Answer(label=found.label, error="unparsed", detail=what)
         tag = markup_at_start(found.rationale)
         if tag:
             what = f"unknown markup at the beginning of the rationale: {tag}"
             return Answer(found.rationale, found.label, error="unparsed", detail=what)
         return Answer(found.rationale, found.label)
+
+    def read_text(self, text: str, input: str) -> Reading:
+        """Find a rationale and a label by the marker."""
+        read = partial(self.read, input=input)
+        same = partial(self.same, input=input)
+        found = read_answer(text, [*self.stop, *ENDS], self.answer_marker, read, same)
+        if not self.rationale_first and found.rest:
+            found = replace(found, rationale=self.after_label(found.rest).strip())
+        return found
+
+    def read_json(self, text: str, input: str) -> Reading:
+        """Find them in a JSON object, perhaps in a fence of Markdown."""
+        found = re.search(r"\{.*\}", text, re.DOTALL)
+        try:
+            said = parse_json(found[0] if found else text, "the reply")
+            rationale = said["rationale"].strip()
+            label = said["label"]
+            label = str(label) if type(label) is int else label.strip()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return Reading()
+        return Reading(rationale, self.read(label, input), label)
 
     def after_label(self, rest: str) -> str:
         """What follows the label where it comes first; `answer` says what stands between them."""
@@ -207,6 +204,8 @@ class Prompt:
 
     def has_marker(self, text: str) -> bool:
         """Whether a text seems to hold an answer."""
+        if self.schema:
+            return "{" in text
         pattern = "|".join(marker_pattern(marker) for marker in self.answer_marker)
         return bool(re.search(pattern, text, re.IGNORECASE))
 

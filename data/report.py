@@ -18,7 +18,6 @@ from data.answers import choose_label_type, merge_labels, same_label, written
 from data.jsonl import Record, read_jsonl
 
 PERCENTILES = (50, 90, 99, 100)
-PREFIXES = {"label": "predict: ", "rationale": "explain: "}  # before the input, for each target
 LONGEST = {"input": 1024, "label": 64, "rationale": 256}  # tokens: train.py's own limits
 CLASSES = 10  # that are shown, the most frequent
 
@@ -136,7 +135,7 @@ def duplicates(records: list[Record]) -> Iterator[str]:
     rationales = Counter(normal(r.rationale) for r in records if r.rationale is not None)
     for rationale, count in rationales.most_common(1):
         if count > max(2, rationales.total() / 10):
-            yield f"  {count:>8,}  rows have the same rationale: {rationale[:60]!r}"
+            yield f"  {count:>8,}  rationales are the same: {rationale[:60]!r}"
 
 
 def teacher_accuracy(records: list[Record]) -> Iterator[str]:
@@ -185,16 +184,11 @@ def length_table(records: list[Record], lengths: Lengths) -> Iterator[str]:
     yield f"  {'length in ' + lengths.unit:<34}{head}     rows over train.py's limit"
     unknown = {}
     for name, longest in LONGEST.items():
-        counts = []
-        over = 0
-        unknown[name] = 0
-        for record in records:
-            texts = texts_of(record, name)
-            counts_here = [lengths.count(text) for text in texts]
-            counts += counts_here
-            over += any(count > longest for count in counts_here)
-            unknown[name] += any(lengths.has_unknown(text) for text in texts)
-        counts.sort()
+        texts = [text_of(record, name) for record in records]
+        texts = [text for text in texts if text is not None]
+        counts = sorted(lengths.count(text) for text in texts)
+        over = sum(count > longest for count in counts)
+        unknown[name] = sum(lengths.has_unknown(text) for text in texts)
         if counts:
             shown = ""
             for percent in PERCENTILES:
@@ -209,20 +203,14 @@ def length_table(records: list[Record], lengths: Lengths) -> Iterator[str]:
         yield f"  the tokenizer cannot tell these labels apart: {group}"
 
 
-def texts_of(record: Record, name: str) -> list[str]:
-    """The texts that train.py makes of a record's input (one for each target), label or
-    rationale.
-    """
+def text_of(record: Record, name: str) -> str | None:
+    """The text that train.py makes of a record's input, label or rationale; None if it has none."""
     value = getattr(record, name)
-    if value is None:
-        return []
-    if name != "input":
-        return [value]
-    made = []
-    for target, prefix in PREFIXES.items():
-        if getattr(record, target) is not None:
-            made.append(prefix + value)
-    return made or [value]
+    if name == "input" and record.rationale is not None:
+        return f"explain: {value}"
+    if name == "input" and record.label is not None:
+        return f"predict: {value}"
+    return value
 
 
 def normal(text: str) -> str:

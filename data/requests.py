@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -63,27 +64,44 @@ class Requests:
         if 0 < reply.usage["prompt"] * 8 < length:
             what = f"the server read {reply.usage['prompt']:,} tokens of {length:,} characters"
             warn("cut", f"{what}; if it cuts prompts, give it a larger context")
-        text = reply.text.lstrip()
-        sent = body.get("prompt") or body["messages"][-1]["content"]
-        for echo in (sent.strip(), sent.split("\n\n")[-1].strip()):
-            if text.startswith(echo):
-                warn("echo", "the server repeats what it was sent; that is taken off")
-                text = text.removeprefix(echo)
+        text = without_echo(reply.text, body)
+        if text != reply.text:
+            warn("echo", "the server repeats what it was sent; that is taken off")
         thoughts, said = split_thoughts(text, self.prompt.has_marker)
         thoughts = "\n".join(each for each in (reply.reasoning, thoughts) if each)
         if not said.strip() and not thoughts and not reply.cut_short:
             raise RequestError("empty", "the reply has no text", "moment", reply.text)
         answer = self.prompt.parse(said, record.input, reply.cut_short)
         if answer.error == "empty":
-            what = "the answer is in the reasoning field, where the server's parser put it"
+            what = "the reply has thoughts and no answer"
             if reply.cut_short:
                 what = "all tokens went into thoughts; a larger --max-tokens may do"
+            elif self.prompt.has_marker(reply.reasoning):
+                what = "the answer is in the reasoning field; the server's parser put it there"
             answer = replace(answer, detail=what)
         if answer.error:
             warn(answer.error, f"row {record.id!r}: {answer.error}: {answer.detail}")
         elif thoughts and self.settings["reasoning"] == "keep":
             answer = replace(answer, rationale=f"{thoughts}\n{answer.rationale}")
         return answer
+
+
+def without_echo(text: str, body: dict[str, Any]) -> str:
+    """The reply without what was sent, which some servers repeat first. White space may differ."""
+    sent = [message["content"] for message in body.get("messages", [])] or [body["prompt"]]
+    question = sent[-1].split("\n\n")[-1]
+    for first, last in ((sent[0], sent[-1]), (sent[-1], sent[-1]), (question, question)):
+        begins = re.match(r"\W*(\w+\W+)?" + loosely(first), text)
+        ends = list(re.finditer(loosely(last), text)) if begins else []
+        if ends:
+            rest = text[ends[-1].end() :]
+            return re.sub(r"^\s*(assistant|model)\b:?", "", rest, flags=re.IGNORECASE)
+    return text
+
+
+def loosely(text: str) -> str:
+    """A pattern for a text whose white space may differ."""
+    return r"\s+".join(re.escape(word) for word in text.split())
 
 
 def characters(body: dict[str, Any]) -> int:

@@ -39,14 +39,20 @@ UNSUPPORTED = (
     r"not support|unsupported|deprecated|unrecogni[sz]ed|unknown|unexpected|not permitted"
     r"|not allowed|extra inputs|forbidden|invalid"
 )
-WRONG_URL = r"endpoint|route|not found"  # in an error with status 200
+MEANT = {  # the status that an error with status 200 means by its words, if it has no number
+    429: r"rate.?limit|too many requests",
+    402: r"insufficient|credit|balance",
+    401: WRONG_KEY,
+    404: r"endpoint|route|not.?found",
+}
 TOO_LONG = (
     r"context.{0,20}(length|size|window)|maximum.{0,20}context|too many tokens|too long|longer than"
 )
 FILTERED = r"filter|safety|moderation|content_policy|content management policy"
-HELD_BACK = r"filter|safety|recitation|prohibit|sensitive|blocklist|spii|refus"  # finish reasons
-FAILED = r"error|abort|cancel|fail|insufficient|overload"  # finish reasons
-USUAL = r"stop|eos|end|complete|null|none|length|.*max"  # finish reasons
+HELD_BACK = r"filter|block|policy|safety|recitation|prohibit|sensitive|spii|refus"  # finish reasons
+FAILED = r"error|abort|cancel|fail|insufficient|overload|timeout"  # finish reasons
+CUT = r"length|limit|incomplete|max_?(output_)?tokens"  # finish reasons
+USUAL = rf"stop|eos|end|complete|null|none|.*({CUT})"  # finish reasons
 
 
 class RequestError(Exception):
@@ -97,7 +103,6 @@ class Teacher:
         """The arguments are those of the command line. Raises ValueError, which quotes no
         secret.
         """
-        self.endpoint = endpoint
         self.timeout = timeout
         parts = read_url(base_url)
         self.url = parts._replace(query="").geturl()
@@ -185,7 +190,7 @@ class Teacher:
             raise self.refusal(status, headers, text, error_in(content, text), body)
         try:
             choice = content["choices"][0]
-            message = choice if self.endpoint == "completions" else choice["message"]
+            message = choice.get("message") or choice.get("delta") or choice
             said, thoughts = read_content(message.get("content", message.get("text")))
             field = message.get("reasoning_content") or message.get("reasoning")
         except (LookupError, TypeError, AttributeError):
@@ -198,7 +203,7 @@ class Teacher:
         return Reply(
             text=whole_characters(said),
             reasoning=reasoning.strip(),
-            cut_short=bool(re.search(r"length|max_?(output_)?tokens", finish)),
+            cut_short=bool(re.search(CUT, finish)),
             model=whole_characters(content.get("model")),
             usage=read_usage(content),
         )
@@ -221,12 +226,13 @@ class Teacher:
             what = f'the reply is a stream, though "stream": false was asked for: {shown}'
             return self.error("bad_reply", what, "run", text)
         error = error_in(content, text)
-        if isinstance(content, dict) and "error" in content:
-            code = str(error.get("code"))
-            if re.fullmatch(r"[45]\d\d", code):
-                return self.refusal(int(code), headers, text, error, body)
-            if re.search(WRONG_URL, error["message"], re.IGNORECASE):
-                return self.refusal(404, headers, text, error, body)
+        if isinstance(content, dict) and content.keys() & {"error", "message", "detail", "code"}:
+            for code in (str(error.get("code")), str(error.get("status"))):
+                if re.fullmatch(r"[45]\d\d", code):
+                    return self.refusal(int(code), headers, text, error, body)
+            for status, words in MEANT.items():
+                if re.search(words, f"{error.get('code')} {error['message']}", re.IGNORECASE):
+                    return self.refusal(status, headers, text, error, body)
         return self.error("bad_reply", f"the reply is no completion: {shown}", "moment", text)
 
     def refusal(
@@ -312,11 +318,14 @@ def decode(raw: bytes, headers: Mapping[str, str]) -> str:
     """The text of a body, which some servers compress unasked (gzip, deflate with or without a
     header).
     """
-    if headers.get("Content-Encoding", "").lower() in ("gzip", "x-gzip", "deflate"):
+    coding = headers.get("Content-Encoding", "").lower()
+    if coding in ("gzip", "x-gzip", "deflate"):
         try:
             raw = zlib.decompress(raw, wbits=47)
         except zlib.error:
             raw = zlib.decompress(raw, wbits=-15)
+    elif coding not in ("", "identity"):
+        raise HTTPException(f"the reply is compressed ({coding}) though that was not asked for")
     return raw.decode("utf-8-sig", "replace")
 
 

@@ -3,14 +3,15 @@
 import re
 from collections.abc import Callable
 
+FINAL = r"<\|channel\|>final.{0,30}?<\|message\|>"  # of OpenAI's harmony format
 # (what opens a thought, what closes it; {} is the name that the opening has). Any case of letters.
 FORMS = [
     (
         r"(?:<\|start\|>)?(?:assistant)?<\|channel\|>(analysis|commentary)<\|message\|>",
-        r"<\|channel\|>final<\|message\|>",
+        FINAL,
     ),
     (r"(analysis)(?=[\w\n])", "assistantfinal"),  # the same, whose special tokens a server took out
-    (r"<([\w:.-]+)>", r"</{}>"),
+    (r"<([a-z][\w:.-]*)(?:\s[^<>]*)?>", r"</{}>"),
     (r"\[(\w+)\]", r"\[/{}\]"),
     (r"◁(\w+)▷", r"◁/{}▷"),
     (r"<\|(\w+)>(?:thought)?", r"<{}\|>"),
@@ -22,7 +23,7 @@ HTML += ["div", "sub", "sup", "ul", "ol", "li", "table", "h1", "h2", "h3"]
 NAMES = r"(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|analysis|reflection|scratchpad)"
 NEVER_IN_TEXT = re.compile(r"think|thought|reason|<\|channel", re.IGNORECASE)
 CLOSED = re.compile(  # a closing tag whose opening tag the chat template holds
-    rf"</{NAMES}>|\[/{NAMES}\]|◁/{NAMES}▷|<\|end_(?:of_)?{NAMES}\|>|<\|channel\|>final<\|message\|>",
+    rf"</{NAMES}>|\[/{NAMES}\]|◁/{NAMES}▷|<\|end_(?:of_)?{NAMES}\|>|{FINAL}",
     re.IGNORECASE,
 )
 TOKENS = re.compile(  # what is taken out of a thought
@@ -44,7 +45,7 @@ def split_thoughts(text: str, has_answer: Callable[[str], bool]) -> tuple[str, s
         start = re.match(r"\s*" + opening, text, re.IGNORECASE)
         if not start or start[1].lower() in HTML:
             continue
-        end = last_match(closing.format(re.escape(start[1])), text)
+        end = last_match(closing.replace("{}", re.escape(start[1])), text)
         if end:
             return divide(text[start.end() : end.start()], text[end.end() :], has_answer)
         if NEVER_IN_TEXT.search(start[0]):

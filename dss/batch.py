@@ -9,12 +9,14 @@ the positions of a CommonsenseQA batch would be padding.)
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+import kernels
 
 Device = str | torch.device
 LABEL = 0  # the two tasks
@@ -32,6 +34,7 @@ class Segments(NamedTuple):
 
     cu_seqlens: torch.Tensor  # (B + 1,) int32: sequence b is cu_seqlens[b] : cu_seqlens[b + 1]
     max_seqlen: int  # a Python int, so that nobody has to ask the device
+    tiles: kernels.Tiles | None = None  # for the Triton kernels, listed once a batch
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,13 @@ def pack(sequences: list[Sequence], device: Device = "cpu", start_token: int = 0
 def segments(lengths: list[int], device: Device = "cpu") -> Segments:
     """`Segments` for sequences of these lengths (integers >= 1)."""
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return Segments(to_device(cu_seqlens, device), max(lengths))
+    tiles = None
+    if kernels.choice(torch.device(device)) == "triton":
+        tiles = kernels.make_tiles(cu_seqlens, sum(lengths))
+        tiles = replace(
+            tiles, queries=to_device(tiles.queries, device), keys=to_device(tiles.keys, device)
+        )
+    return Segments(to_device(cu_seqlens, device), max(lengths), tiles)
 
 
 def stream(ids: np.ndarray, device: Device) -> torch.Tensor:

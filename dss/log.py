@@ -14,16 +14,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.answers import merge_labels, written
+from data.answers import merge_labels, token_f1, written
 from data.jsonl import Record, read_lines
 from dss import distributed
 from dss.config import TrainConfig
 from dss.methods import BASELINE, METHODS, PREDICT
 from dss.rows import Rows, sample_rows
-from dss.stats import commonest_label, paired_interval
-from dss.student import Student
+from dss.stats import (
+    accuracy_at,
+    bag_of_words,
+    calibration_error,
+    commonest_label,
+    macro_f1,
+    paired_interval,
+)
+from dss.student import Answer, Student
 from tokenizer.t5 import UNK
 
+MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
 LONGEST_SAMPLE = 100  # characters of a text in the report
 
 
@@ -251,6 +259,47 @@ class Log(contextlib.AbstractContextManager):
                 line = json.dumps({"step": self.progress.step} | figures) + "\n"
                 file.write(line.encode())
                 self.progress.logged = file.tell()
+
+
+# ---- Figures of a test ---------------------------------------------------------------------------
+
+
+def measure_baselines(rows: Rows) -> dict[str, float | None]:
+    """The accuracies of simple predictors on the rows that students are compared on."""
+    labels = [row.label for row in rows.train]
+    _, commonest = commonest_label(labels, rows.asked, rows.metric)
+    bag = None
+    if rows.labels and len(rows.train) <= MOST_BAG_ROWS:
+        bag = bag_of_words(rows.train, rows.validation, rows.asked, rows.labels)
+    return {"commonest_label": commonest, "bag_of_words": bag}
+
+
+def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
+    """Token F1 of free text; macro-F1, expected calibration error and accuracies at coverages,
+    where labels are a closed set. A student's confidence is the probability of its answer among the
+    labels."""
+    gold = [written(row.label) for row in rows.asked]
+    said = [written(answer.label) for answer in answers]
+    if rows.free_text:
+        return {"token_f1": np.mean([token_f1(a, b) for a, b in zip(said, gold)]).item()}
+    if not rows.labels:
+        return {}
+    figures = {"macro_f1": macro_f1(said, gold)}
+    if METHODS[student.method].label_position == "last":  # its label cannot be scored
+        return figures
+    pairs = list(zip(rows.asked, said))
+    labels = [written(label) for label in rows.labels]
+
+    def confidences(some: list[tuple[Record, str]]) -> list[float]:
+        scores = student.score([row.input for row, _ in some], [labels] * len(some))
+        return [scores[i].get(label, 0.0) for i, (_, label) in enumerate(some)]
+
+    confidence = np.array(distributed.share_out(confidences, pairs))
+    correct = np.array(right, dtype=float)
+    figures["calibration_error"] = calibration_error(confidence, correct)
+    for coverage in (0.5, 0.8, 0.9):
+        figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
+    return figures
 
 
 # ---- The report at the end -----------------------------------------------------------------------

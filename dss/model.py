@@ -147,6 +147,8 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(config, is_decoder) for _ in range(num_layers))
         self.final_norm = RMSNorm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
+        self.is_decoder = is_decoder
+        self.max_distance = config.relative_attention_max_distance
 
     def forward(
         self,
@@ -160,9 +162,12 @@ class Stack(nn.Module):
         `Segments` inputs."""
         x = self.dropout(x)
         update = None
+        diag = None
+        if kernels.choice(x.device) == "triton":  # the bias of each distance, once for all layers
+            diag = kernels.bias_by_distance(self.bias_table, self.is_decoder, self.max_distance)
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches else None
-            x, update = layer(x, update, positions, self.bias_table, memory, inputs, cache)
+            x, update = layer(x, update, positions, self.bias_table, diag, memory, inputs, cache)
         _, y = self.final_norm(x, update)
         return self.dropout(y)
 
@@ -187,6 +192,7 @@ class Layer(nn.Module):
         update: Tensor | None,
         positions: Segments | None,
         bias_table: Tensor,
+        diag: Tensor | None,
         memory: Tensor | None,
         inputs: Segments | None,
         cache: "LayerCache | None",
@@ -197,11 +203,11 @@ class Layer(nn.Module):
         with kernels.seeds_drawn_together(x.device):
             x, y = self.self_attention_norm(x, update)
             own_cache = cache.self_attention if cache else None
-            update = self.self_attention(y, positions, y, positions, bias_table, own_cache)
+            update = self.self_attention(y, positions, y, positions, bias_table, diag, own_cache)
             if memory is not None:  # no bias table: positions of target and input are unrelated
                 x, y = self.cross_attention_norm(x, update)
                 cross_cache = cache.cross_attention if cache else None
-                update = self.cross_attention(y, positions, memory, inputs, None, cross_cache)
+                update = self.cross_attention(y, positions, memory, inputs, None, None, cross_cache)
             x, y = self.feed_forward_norm(x, update)
             return x, self.feed_forward(y)
 
@@ -229,10 +235,11 @@ class Attention(nn.Module):
         memory: Tensor,
         keys: Segments | None,
         bias_table: Tensor | None,
+        diag: Tensor | None,
         cache: "Cache | None",
     ) -> Tensor:
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table:
-        (num_buckets, H) or None."""
+        (num_buckets, H) or None; diag: the table by distance, for Triton alone."""
         q = self.heads(self.q(x))
         if cache is not None:  # decoding: x is the newest token of each sequence
             if memory is x:
@@ -250,6 +257,9 @@ class Attention(nn.Module):
             max_distance=self.max_distance,
             max_seqlen_q=queries.max_seqlen,
             max_seqlen_k=keys.max_seqlen,
+            tiles_q=queries.tiles,
+            tiles_k=keys.tiles,
+            diag=diag,
         )
         return self.o(y.flatten(1))
 

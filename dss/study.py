@@ -38,7 +38,6 @@ from dss.weights import resolve_checkpoint
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 GRID = ("labels", "weights", "size", "subsample", "method", "lam", "lr", "seed")
 BASELINES = ("commonest_label", "bag_of_words")  # their accuracies are in result.json
-LINE_STYLES = ("-", "--", "-.", ":")  # of students, label sources and lambdas in a picture
 
 DATASETS = {  # DIR stands for --data-dir; the last two have no validation file
     "esnli": "--data DIR/esnli_train.jsonl --eval-data DIR/esnli_valid.jsonl"
@@ -65,6 +64,7 @@ def paper(dataset: str, size: str) -> str:
 
 CPU = "--method standard dss label_first dss-shuffled"
 PRESETS = {
+    "": "",
     "toy": f"{CPU} --subsample 0.125 0.25 0.5 1 --max-new-tokens 8",
     "esnli-cpu": (
         f"{CPU} --data DIR/esnli_valid.jsonl --test-data DIR/esnli_test.jsonl --subsample 0.25 1 "
@@ -82,7 +82,7 @@ for dataset in DATASETS:
 class StudyConfig:
     """A grid of training runs. Every flag that is not listed here is train.py's, for all runs."""
 
-    preset: Literal[("", *PRESETS)] = ""  # a named study; flags given beside it override its own
+    preset: Literal[tuple(PRESETS)] = ""  # a named study; flags given beside it override its own
     data_dir: str = "."  # where the files of a preset are, as data.official writes them
     method: tuple[str, ...] = ("standard", "dss", "dss-shuffled")  # names in dss/methods.py
     labels: tuple[Literal[LABELS], ...] = ("gold",)  # label sources
@@ -141,9 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             if len(study.lr) > 1 and not failed:
                 cells = choose_rates(cells, study)
                 failed = run_cells(cells, study, train_flags, stop)
-        finished = [cell for cell in cells if cell not in failed]
-        if finished:
-            print("\n" + write_report(out, read_runs(finished, out)))
+        if not failed:
+            print("\n" + write_report(out, read_runs(cells, out)))
     except Interrupted:
         return cli.fail("dss.study", 130, f"interrupted; --resume goes on with {out}")
     except (OSError, ValueError) as problem:
@@ -153,15 +152,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> tuple[StudyConfig, list[str]]:
     """The study's flags, and those for train.py. Exits 2 with one line if the study's are wrong."""
-    own, train_flags = divide(argv)
+    own, _ = divide(argv)
     study = cli.parse(own, StudyConfig, prog="dss.study")
-    if study.preset:
-        words = PRESETS[study.preset].split()
-        words = [word.replace("DIR/", f"{study.data_dir}/") for word in words]
-        preset_own, preset_train_flags = divide(words)
-        study = cli.parse(preset_own + own, StudyConfig, prog="dss.study")
-        train_flags = preset_train_flags + train_flags
-    return study, train_flags
+    preset = PRESETS[study.preset].split()
+    preset = [word.replace("DIR/", f"{study.data_dir}/") for word in preset]
+    own, train_flags = divide(preset + argv)  # of two equal flags, the last counts
+    return cli.parse(own, StudyConfig, prog="dss.study"), train_flags
 
 
 def divide(words: list[str]) -> tuple[list[str], list[str]]:
@@ -221,18 +217,16 @@ def command(cell: Cell, study: StudyConfig, train_flags: list[str]) -> list[str]
     return words
 
 
-def run_cells(
-    cells: list[Cell], study: StudyConfig, train_flags: list[str], stop: Stop
-) -> list[Cell]:
-    """Run the cells, --jobs at a time. Returns those that failed in training.
+def run_cells(cells: list[Cell], study: StudyConfig, train_flags: list[str], stop: Stop) -> bool:
+    """Run the cells, --jobs at a time. Returns whether one of them failed in training.
 
     Raises Interrupted on Ctrl-C and ValueError if a run finds its arguments or files wrong, after
     the runs under way have saved their state.
     """
     print(f"{study.directory}: {len(cells)} runs, {study.jobs} at a time")
     waiting = list(cells)
-    running: dict[int, tuple[Cell, subprocess.Popen]] = {}
-    failed = []
+    running: dict[int, tuple[Path, subprocess.Popen]] = {}
+    failed = False
     with tqdm(total=len(cells), unit="run") as bar:
         try:
             while waiting or running:
@@ -241,18 +235,18 @@ def run_cells(
                     if waiting and slot not in running:
                         cell = waiting.pop(0)
                         log = study.directory / f"{directory_name(cell)}.log"
-                        running[slot] = (cell, start(command(cell, study, train_flags), log, slot))
-                for slot, (cell, process) in list(running.items()):
-                    if process.poll() is None:
+                        running[slot] = (log, start(command(cell, study, train_flags), log, slot))
+                for slot, (log, process) in list(running.items()):
+                    status = process.poll()
+                    if status is None:
                         continue
                     del running[slot]
-                    if process.returncode != 0:
-                        log = study.directory / f"{directory_name(cell)}.log"
+                    if status != 0:
                         problem = log.read_text("utf-8").splitlines()[-1]
-                        if process.returncode == 2:
+                        if status == 2:
                             raise ValueError(problem)
                         bar.write(f"dss.study: see {log}: {problem}", file=sys.stderr)
-                        failed.append(cell)
+                        failed = True
                     bar.update()
                 time.sleep(0.2)
         finally:
@@ -290,8 +284,8 @@ def read_runs(cells: list[Cell], out: Path) -> list[Run]:
 
 
 def write_report(out: Path, runs: list[Run]) -> str:
-    """Write study.md, study.json and, with matplotlib and several --subsample, study.png. Returns the
-    text of study.md."""
+    """Write study.md and study.json; with several --subsample and matplotlib, study.png, too. Returns
+    the text of study.md."""
     groups = summarise(runs)
     command = f"python -m dss.study {shlex.join(sys.argv[1:])}"
     about = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}: `{command}`"
@@ -324,9 +318,13 @@ def summarise(runs: list[Run]) -> list[dict]:
         for figure in ("rows", "steps", "seconds", *BASELINES):
             values = [run.result.get(figure) for run in some]
             group[figure] = None if None in values else float(np.mean(values))
-        partners = [standard.get(key(run.cell, without=("method", "lam", "lr"))) for run in some]
-        if group["method"] != BASELINE and all(partner is not None for partner in partners):
-            group["gain"] = paired_interval([run.correct - p for run, p in zip(some, partners)])
+        differences = []
+        for run in some:
+            partner = standard.get(key(run.cell, without=("method", "lam", "lr")))
+            if partner is not None:
+                differences.append(run.correct - partner)
+        if differences and group["method"] != BASELINE:
+            group["gain"] = paired_interval(differences)
         group["doubts"] = sorted({run.result["doubt"] for run in some if run.result["doubt"]})
         groups.append(group)
     return groups
@@ -362,29 +360,23 @@ over seeds and questions. Beside it: always answering the commonest label, and a
 def draw(groups: list[dict], path: Path) -> None:
     """Accuracy over the number of training rows, one line for each method and baseline.
 
-    Students, label sources and lambdas have lines of their own. Raises ImportError without
-    matplotlib.
+    Students, label sources and lambdas have lines of their own, in the colour of the method. Raises
+    ImportError without matplotlib.
     """
     from matplotlib.figure import Figure
 
-    lines: dict[tuple[str, str], list[dict]] = {}  # (method, the other settings): its points
+    lines: dict[str, list[dict]] = {}
     for group in sorted(groups, key=lambda group: group["rows"]):
-        names = [name for name in ("labels", "weights", "size", "lam") if name in group]
-        other = ", ".join(str(group[name]) for name in names)
-        lines.setdefault((group["method"], other), []).append(group)
-    others = sorted({other for _, other in lines})
+        names = [name for name in ("method", "labels", "weights", "size", "lam") if name in group]
+        lines.setdefault(", ".join(str(group[name]) for name in names), []).append(group)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
-    for (name, other), points in lines.items():
-        method = METHODS[name]
-        style = LINE_STYLES[others.index(other) % len(LINE_STYLES)]
-        label = method.title or name
-        if len(others) > 1:
-            label += f", {other}"
+    for label, points in lines.items():
+        method = METHODS[points[0]["method"]]
         rows = [group["rows"] for group in points]
         accuracy = [group["accuracy"] for group in points]
         deviation = [group["deviation"] for group in points]
-        look = {"color": method.colour, "marker": method.marker, "linestyle": style}
+        look = {"color": method.colour, "marker": method.marker}
         axis.errorbar(rows, accuracy, deviation, capsize=3, label=label, **look)
     for baseline, style in zip(BASELINES, (":", "--")):
         level = [group[baseline] for group in points]

@@ -16,7 +16,13 @@ from torch import Tensor
 from . import launch
 from .activations import geglu_reference, geglu_triton
 from .dropout import seeds_drawn_together  # noqa: F401, for the model
-from .flash_attention import Tiles, attention_reference, attention_triton
+from .flash_attention import (  # noqa: F401, for the model
+    Tiles,
+    attention_reference,
+    attention_triton,
+    bias_by_distance,
+    make_tiles,
+)
 from .losses import (
     cross_entropy_reference,
     cross_entropy_triton,

@@ -34,7 +34,8 @@ import kernels
 
 from . import launch
 from .buckets import relative_position_bucket
-from .compile import OneLineParser, recording
+from .compile import OneLineParser
+from .flash_attention import make_tiles
 
 HEADS = 12
 D = 64
@@ -136,13 +137,10 @@ class Attention:
         return [torch.tensor(x, dtype=torch.int32) for x in both]
 
     def useful(self) -> float:
-        """By the tiles of forward on sm_90. Masked scores of a sequence count as useful, too."""
-        q = torch.empty(sum(self.M), HEADS, D, dtype=BF16)
-        k = torch.empty(sum(self.N), HEADS, D, dtype=BF16)
-        with recording("sm_90") as launches:
-            kernels.attention_triton(q, k, k, None, *self.starts())
-        BM = launches[0].options["BM"]
-        BN = launches[0].options["BN"]
+        """By the tiles of forward. Masked scores of a sequence count as useful, too."""
+        of_queries, of_keys = self.starts()
+        BM = make_tiles(of_queries, sum(self.M)).query_rows
+        BN = make_tiles(of_keys, sum(self.N)).key_rows
         useful = 0
         computed = 0
         for m, n in zip(self.M, self.N):

@@ -244,10 +244,8 @@ class Call:
     threshold: int  # of dropout, in 1/256
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
-    query_rows: int
-    queries: Tensor  # tiles
-    key_rows: int
-    keys: Tensor
+    tiles_q: Tiles
+    tiles_k: Tiles
     num_buckets: int = 0  # 0: no bias
     reach: int = 0
     lut: Tensor | None = None  # the bucket of each distance that `diag` holds
@@ -272,12 +270,12 @@ def launch_kernel(
     """
     q, k, v, diag = tensors[:4]
     Tq, H, D = q.shape
-    rows = call.query_rows
-    step = call.key_rows
-    tiles = call.queries
+    rows = call.tiles_q.query_rows
+    step = call.tiles_k.key_rows
+    tiles = call.tiles_q.queries
     if of_keys:
         rows, step = step, rows
-        tiles = call.keys
+        tiles = call.tiles_k.keys
     fp32 = q.dtype == torch.float32
     warps = rows // 16
     num_stages = 1
@@ -332,7 +330,7 @@ class Attention(torch.autograd.Function):
         partial = None
         if ctx.needs_input_grad[3]:
             buckets = max(triton.next_power_of_2(call.num_buckets), 16)  # a product needs 16
-            partial = torch.empty(len(call.queries), q.shape[1], buckets, device=q.device)
+            partial = torch.empty(len(call.tiles_q.queries), q.shape[1], buckets, device=q.device)
         tensors = [q, k, v, diag, call.lut, o, do, dq, lse, stats, partial]
         launch_kernel(attention_dq_kernel, call, False, tensors, seed, BUCKETS=buckets)
         d_table = None
@@ -378,20 +376,13 @@ def attention_triton(
     q, k, v = make_rows_contiguous(q, k, v)
     if tiles_q is None:
         tiles_q = make_tiles(cu_seqlens_q, len(q))
+    if tiles_k is None and cu_seqlens_k is cu_seqlens_q:
+        tiles_k = tiles_q
     if tiles_k is None:
         tiles_k = make_tiles(cu_seqlens_k, len(k))
     threshold = threshold_of(dropout_p)
     seed = seed_on(q.device, seed) if threshold > 0 else None
-    call = Call(
-        causal=causal,
-        threshold=threshold,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        query_rows=tiles_q.query_rows,
-        queries=tiles_q.queries,
-        key_rows=tiles_k.key_rows,
-        keys=tiles_k.keys,
-    )
+    call = Call(causal, threshold, cu_seqlens_q, cu_seqlens_k, tiles_q, tiles_k)
     if table is not None:
         call.num_buckets = len(table)
         call.reach, call.lut = near_buckets(

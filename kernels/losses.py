@@ -126,8 +126,7 @@ def cross_entropy_row_kernel(
     gradient_ptr,  # None, or logits_ptr itself: a thread writes what it has read
     labels_ptr,
     weights_ptr,
-    losses_ptr,  # weighted
-    nll_ptr,  # unweighted
+    nll_ptr,  # -log softmax(z)[label]
     V,
     logits_stride,
     gradient_stride,
@@ -162,9 +161,7 @@ def cross_entropy_row_kernel(
     lse = top + tl.log(total)
 
     # 2. The loss; NaN for a label that is no column.
-    nll = tl.where(ignored, 0.0, lse - z_label)
-    tl.store(nll_ptr + row, nll)
-    tl.store(losses_ptr + row, weight * nll)
+    tl.store(nll_ptr + row, tl.where(ignored, 0.0, lse - z_label))
 
     # 3. The gradient.
     if gradient_ptr is not None:
@@ -192,14 +189,9 @@ def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
 
 
 def launch_rows(
-    logits: Tensor,
-    gradient: Tensor | None,
-    labels: Tensor,
-    weights: Tensor,
-    losses: Tensor,
-    nll: Tensor,
+    logits: Tensor, gradient: Tensor | None, labels: Tensor, weights: Tensor, nll: Tensor
 ) -> None:
-    """Fill losses and nll, (T,) fp32, and gradient, (T, V), which may be `logits` itself."""
+    """Fill nll, (T,) fp32, and gradient, (T, V), which may be `logits` itself."""
     T, V = logits.shape
     block = min(max(triton.next_power_of_2(V), 16), MAX_BLOCK)
     # The longest row takes 64 fp32 values a thread. With 32 warps it would take 32, but a thread
@@ -208,7 +200,7 @@ def launch_rows(
     if block > 1024:
         num_warps = 8 if block <= 8192 else 16
     gradient_stride = 0 if gradient is None else gradient.stride(0)
-    tensors = (logits, gradient, labels, weights, losses, nll)
+    tensors = (logits, gradient, labels.contiguous(), weights.contiguous(), nll)
     sizes = (V, logits.stride(0), gradient_stride)
     constants = dict(ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
     launch(cross_entropy_row_kernel, (T,), *tensors, *sizes, **constants, num_warps=num_warps)
@@ -251,15 +243,15 @@ def cross_entropy_triton(
     check_arguments(logits.shape, logits.dtype, labels, weights)
     check_tensors("cross_entropy", logits=logits, labels=labels, weights=weights)
     (z,) = make_rows_contiguous(logits.detach())
-    losses = torch.empty(len(labels), device=logits.device)
-    nll = torch.empty_like(losses)
+    weights = weights.float()
+    nll = torch.empty_like(weights)
     gradient = None
     if logits.requires_grad and torch.is_grad_enabled():
         # In fp16 small entries would be lost before a loss scaler's factor reaches them.
         dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    launch_rows(z, gradient, labels.contiguous(), weights.float().contiguous(), losses, nll)
-    loss = PrecomputedGradient.apply(losses.sum(), [gradient], logits)
+    launch_rows(z, gradient, labels, weights, nll)
+    loss = PrecomputedGradient.apply((nll * weights).sum(), [gradient], logits)
     return (loss, nll) if return_token_losses else loss
 
 
@@ -286,18 +278,18 @@ def linear_cross_entropy_triton(
         states = (hidden * scale).to(dtype)
         if dtype == torch.float16 and (states.requires_grad or weight.requires_grad):
             raise ValueError("linear_cross_entropy: float16 loses small gradients; use bfloat16")
-        losses = torch.empty(len(labels), device=hidden.device)
-        nll = torch.empty_like(losses)
-        gradients = fill_chunks(states, weight, labels, weights.float(), losses, nll)
-        loss = PrecomputedGradient.apply(losses.sum(), gradients, states, weight)
+        weights = weights.float()
+        nll = torch.empty_like(weights)
+        gradients = fill_chunks(states, weight, labels, weights, nll)
+        loss = PrecomputedGradient.apply((nll * weights).sum(), gradients, states, weight)
     return (loss, nll) if return_token_losses else loss
 
 
 @torch.no_grad()
 def fill_chunks(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, losses: Tensor, nll: Tensor
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, nll: Tensor
 ) -> list[Tensor | None]:
-    """Fill losses and nll; the gradients of hidden and of weight (fp32), None if not required."""
+    """Fill nll; the gradients of hidden and of weight (fp32), None where not required."""
     T = len(hidden)
     matrix = weight.to(hidden.dtype)
     d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
@@ -308,8 +300,7 @@ def fill_chunks(
         chunk = slice(start, start + rows)
         logits = hidden[chunk] @ matrix.T  # (rows, V)
         gradient = logits if hidden.requires_grad or weight.requires_grad else None  # in place
-        of_rows = (labels[chunk].contiguous(), weights[chunk].contiguous())
-        launch_rows(logits, gradient, *of_rows, losses[chunk], nll[chunk])
+        launch_rows(logits, gradient, labels[chunk], weights[chunk], nll[chunk])
         if hidden.requires_grad:
             torch.mm(gradient, matrix, out=d_hidden[chunk])
         if weight.requires_grad:

@@ -73,7 +73,7 @@ def test_a_run_writes_what_the_contract_names(finished, method):
     lines = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines][:5] == [2, 3, 4, 6, 6]
     assert {"loss", "label_loss", "rationale_loss", "tokens_per_second"} <= lines[0].keys()
-    assert lines[1].keys() == {"step", "validation_accuracy"}
+    assert lines[1].keys() == {"step", "validation_accuracy", "validation_score"}
     settings = parse_args(["--steps", str(figures["steps"]), "--warmup", "2"])
     assert lines[2]["learning_rate"] == train.learning_rate(3, settings)
     predictions = json_lines(out / "predictions.jsonl")

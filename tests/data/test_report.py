@@ -54,7 +54,7 @@ def test_what_misleads_is_counted(tmp_path, capsys, spiece):
     shown = " ".join(capsys.readouterr().out.split())
     for line in (
         "no row has a teacher label",
-        "20 rows have the same rationale: 'yes.'",
+        "20 rationales are the same: 'yes.'",
         "a ☃ 10 50.0%",
         "15 75.0% have unknown characters (<unk>) in their label",
         "cannot tell these labels apart: ['a ☂', 'a ☃']",

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
 from dss.config import SIZES, parse_args
 from dss.distributed import Replicas
-from dss.generate import generate
 from dss.loss import distillation_loss
 from dss.model import T5
 from dss.weights import checkpoint_name, load_t5, save_t5
@@ -80,16 +79,6 @@ def test_logits_and_every_gradient_are_those_of_transformers(pair, measured):
     measured(f"{name}: worst of {len(errors)} gradients against transformers", max(errors), 1e-4)
 
 
-def test_greedy_tokens_are_transformers_tokens(pair):
-    _, theirs, ours = pair
-    theirs.eval()
-    # transformers 5.23 fails to make a cache for a decoder deeper than its encoder
-    settings = dict(max_new_tokens=12, do_sample=False, use_cache=False)
-    for ids, got in zip(INPUTS, generate(ours, INPUTS, max_new_tokens=12)):
-        want = theirs.generate(torch.tensor([ids]), **settings)[0].tolist()[1:]
-        assert got == want[: want.index(1) if 1 in want else None]
-
-
 def test_the_saved_student_gives_transformers_the_same_logits(
     pair, transformers, measured, tmp_path
 ):
@@ -125,15 +114,10 @@ def test_public_sizes_have_the_published_parameter_counts():
         assert model.num_parameters() == pytest.approx(number * 1e6, rel=1e-3), size
 
 
-def test_dropout_follows_torch_s_seed_and_acts_behind_the_final_norm():
+def test_dropout_acts_behind_the_final_norm():
     model = student(**V1_1, dropout_rate=0.5).train()
-    batch = pack([Sequence(INPUTS[0], TARGETS[1], LABEL)])
-    torch.manual_seed(1)
-    first = model(batch)
-    torch.manual_seed(1)
-    assert torch.equal(first, model(batch))
-    assert not torch.equal(first, model(batch))
-    assert (first == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    hidden = model(pack([Sequence(INPUTS[0], TARGETS[1], LABEL)]))
+    assert (hidden == 0).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
 PLACES = ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"]

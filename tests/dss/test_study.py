@@ -77,11 +77,11 @@ def test_each_method_gets_the_rate_that_is_best_on_validation_rows(files, tmp_pa
             directory.mkdir(parents=True, exist_ok=True)
             good = {("standard", 0.1), ("dss", 0.01)}
             accuracy = 0.9 if (cell["method"], cell["lr"]) in good else 0.5
-            result = dict(validation_score=accuracy, rows=18, steps=4, seconds=1)
+            result = dict(validation_score=accuracy, rows=18, steps=4, seconds=1, doubt="")
             (directory / "result.json").write_text(json.dumps(result))
             (directory / "predictions.jsonl").write_text('{"correct": true}\n')
             ran.append((cell["method"], cell["lr"], cell["seed"]))
-        return []
+        return False
 
     monkeypatch.setattr(study, "run_cells", run_cells)
     grid = ["--method", "standard", "dss", "--lr", "0.1", "0.01", "--seed", "3", "4"]
@@ -208,7 +208,7 @@ def make_runs():
             for method, correct in (("standard", standard), ("dss", dss)):
                 cell = dict(size="tiny", subsample=rows / 20, method=method, seed=seed)
                 result = dict(
-                    rows=rows, steps=1, seconds=1, commonest_label=0.25, bag_of_words=None
+                    rows=rows, steps=1, seconds=1, commonest_label=0.25, bag_of_words=None, doubt=""
                 )
                 runs.append(study.Run(cell, result, np.array(correct)))
     return runs
