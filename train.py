@@ -35,20 +35,26 @@ from data import cli
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
 from dss import distributed
-from dss.batch import Sequence, Step, ahead, count_tokens, make_step
+from dss.batch import Batch, Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
-from dss.log import Log, Progress, introduce, reason_to_doubt, report, warn_of_cut_sequences
+from dss.log import (
+    Log,
+    Progress,
+    introduce,
+    measure_baselines,
+    reason_to_doubt,
+    reliability,
+    report,
+    warn_of_cut_sequences,
+)
 from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
 from dss.rows import Rows, load_rows, make_tokenizer
-from dss.stats import accuracy_at, bag_of_words, calibration_error, commonest_label, macro_f1
 from dss.student import Answer, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
-
-MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,7 @@ class Run:
 
     @cached_property
     def baselines(self) -> dict[str, float | None]:
-        """The accuracies of simple predictors on the rows that students are compared on."""
-        rows = self.rows
-        labels = [row.label for row in rows.train]
-        _, commonest = commonest_label(labels, rows.asked, rows.metric)
-        bag = None
-        if rows.labels and len(rows.train) <= MOST_BAG_ROWS:
-            bag = bag_of_words(rows.train, rows.validation, rows.asked, rows.labels)
-        return {"commonest_label": commonest, "bag_of_words": bag}
+        return measure_baselines(self.rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,8 +121,11 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
         current = checkpoint.whole_student()
         right, _ = evaluate(current, run.rows.validation, stop, "validation")
         accuracy = sum(right) / len(right)
-        checkpoint.keep_if_best(current, accuracy)
-        log.write_accuracy(accuracy)
+        score = accuracy
+        if run.rows.free_text:
+            score = -label_loss(current, run.rows.validation)
+        checkpoint.keep_if_best(current, accuracy, score)
+        log.write_accuracy(accuracy, score)
 
     with checkpoint, log:  # if training ends early, the checkpoint says what is kept
         if is_due(progress.step, config) and progress.evaluated < progress.step:
@@ -188,6 +190,23 @@ def evaluate(
     return right, answers
 
 
+@torch.no_grad()
+def label_loss(student: Student, rows: list[Record]) -> float:
+    """The mean cross-entropy of the rows' label tokens, in nats."""
+    model = student.model.eval()
+    lengths = (student.max_input_length, student.max_target_length)
+    examples = [sequences(row, student.method, student.tokenizer, *lengths) for row in rows]
+    device = model.embedding.weight.device
+    step = make_step(examples, student.batch_size, device, model.config.decoder_start_token_id)
+
+    def losses(batches: list[Batch]) -> list[float]:
+        with student.autocast():
+            found = [distillation_loss(model, batch, step.n_label, 0, 0.0) for batch in batches]
+        return [loss.item() for loss, _, _ in found]
+
+    return sum(distributed.share_out(losses, step.batches))
+
+
 def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli.Stop) -> dict:
     """Test the selected student, this once, and write predictions and result. Returns the result.
 
@@ -208,15 +227,14 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         }
         predictions.append(prediction)
     samples = predictions[:3]
-    if METHODS[
-        student.method
-    ].learns_rationales:  # for the reader's eyes: no test needs the rationale
+    if METHODS[student.method].learns_rationales:  # to show them: no test needs a rationale
         rationales = student.explain([sample["input"] for sample in samples])
         samples = [s | {"rationale": text} for s, text in zip(samples, rationales)]
     result = {
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
         "validation_accuracy": progress.best_accuracy,
+        "validation_score": progress.best_score,
         "metric": rows.metric,
         "best_step": progress.best_step,
         "steps": progress.step,
@@ -239,30 +257,6 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         write_json(out / "result.json", result)
         forget_state(out)
     return result
-
-
-def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
-    """Macro-F1, expected calibration error and accuracies at coverages, where labels are a closed
-    set. A student's confidence is the probability of its answer among the labels."""
-    if not rows.labels:
-        return {}
-    gold = [row.label for row in rows.asked]
-    figures = {"macro_f1": macro_f1([answer.label for answer in answers], gold)}
-    if METHODS[student.method].label_position == "last":  # its label cannot be scored
-        return figures
-    pairs = list(zip(rows.asked, answers))
-    labels = student.told_apart(rows.labels)
-
-    def confidences(some: list[tuple[Record, Answer]]) -> list[float]:
-        scores = student.score([row.input for row, _ in some], [labels] * len(some))
-        return [scores[i].get(answer.label, 0.0) for i, (_, answer) in enumerate(some)]
-
-    confidence = np.array(distributed.share_out(confidences, pairs))
-    correct = np.array(right, dtype=float)
-    figures["calibration_error"] = calibration_error(confidence, correct)
-    for coverage in (0.5, 0.8, 0.9):
-        figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
-    return figures
 
 
 # ---- What a step needs ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data import cli
@@ -28,6 +29,7 @@ from data.answers import same_label
 from data.files import replacing
 from data.jsonl import START, Record, other_format, parse_record, read_lines, to_line
 from dss.distributed import choose_device
+from dss.stats import COVERAGES, accuracy_at, calibration_error, macro_f1
 from dss.student import Student
 
 LEAST = {"batch_size": 1, "max_input_length": 2, "max_new_tokens": 1}
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
                 part = rows[start : start + part_size]
                 for row, answer in zip(part, answer_rows(student, part, labels, args)):
                     sink.write(output_line(row, answer).encode() + b"\n")
-                    answers.append(answer["prediction"])
+                    answers.append(answer)
                 sink.flush()
                 bar.update(len(part))
         report(student, rows, answers, chosen=bool(labels))
@@ -151,13 +153,15 @@ def output_line(row: Row, answer: dict) -> str:
     return " ".join(answer["prediction"].split())
 
 
-def report(student: Student, rows: list[Row], answers: list[str], chosen: bool) -> None:
+def report(student: Student, rows: list[Row], answers: list[dict], chosen: bool) -> None:
     """Print to stderr what a reader of the answers should know: how many inputs were cut, how many
     answers are not labels (unless they were `chosen` from a set), and how many are right."""
     cut = 0
     outside = 0
     right = []
-    for row, answer in zip(rows, answers):
+    asked = []
+    for row, given in zip(rows, answers):
+        answer = given["prediction"]
         record = row.record
         ids = student.tokenizer.encode(student.prefixes["predict"] + record.input)
         cut += len(ids) > student.max_input_length
@@ -165,6 +169,7 @@ def report(student: Student, rows: list[Row], answers: list[str], chosen: bool) 
         outside += record.input.strip() != "" and not any(same)
         if record.label is not None:
             right.append(same_label(answer, record.label, student.metric, record.input))
+            asked.append((record.label, given))
     lines = []
     if cut:
         length = f"{student.max_input_length:,} tokens (--max-input-length)"
@@ -177,8 +182,28 @@ def report(student: Student, rows: list[Row], answers: list[str], chosen: bool) 
     if right:
         share = sum(right) / len(right)
         lines.append(f"right on {sum(right):,} of {len(right):,} rows with a label ({share:.1%})")
+        lines += reliability(student, asked, right)
     for line in lines:
         print(line, file=sys.stderr)
+
+
+def reliability(student: Student, asked: list[tuple[str, dict]], right: list[bool]) -> list[str]:
+    """Lines with macro-F1, where labels are a closed set, and, with --scores, the expected
+    calibration error and the accuracies at three coverages. asked: (gold label, answer) pairs."""
+    lines = []
+    if student.labels:
+        gold = [label for label, _ in asked]
+        score = macro_f1([answer["prediction"] for _, answer in asked], gold)
+        lines.append(f"macro-F1 {score:.1%}")
+    if all("scores" in answer for _, answer in asked):
+        confidence = np.array([max(answer["scores"].values()) for _, answer in asked])
+        correct = np.array(right, dtype=float)
+        text = f"expected calibration error {calibration_error(confidence, correct):.1%}"
+        for coverage in COVERAGES:
+            accuracy = accuracy_at(coverage, confidence, correct)
+            text += f", right on {accuracy:.1%} at {coverage:.0%} coverage"
+        lines.append(text)
+    return lines
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -242,3 +242,13 @@ def test_what_only_looks_like_another_format_is_answered(
     assert status == 0 and len(out) == answers
     for line in out:
         assert line in ("one", "two") or json.loads(line)["prediction"] in ("one", "two")
+
+
+def test_how_good_the_answers_are(student):
+    loaded = Student.load(student, labels=["one", "two"])
+    answers = [{"prediction": "two", "scores": {"two": p, "one": 1 - p}} for p in (0.6, 0.9, 0.8)]
+    lines = predict.reliability(
+        loaded, list(zip(["one", "two", "two"], answers)), [False, True, True]
+    )
+    assert lines[0] == "macro-F1 40.0%"
+    assert "calibration error 30.0%, right on 100.0% at 50% coverage" in lines[1]
