@@ -37,8 +37,7 @@ SETTINGS = ("model", "endpoint", "rationalize", "keep", "reasoning")  # recorded
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Ask a teacher for a label and a rationale for every row, and write them as rows that
-    train.py reads.
+    """Ask a teacher for a label and a rationale for every row. train.py reads the rows written.
 
     Run the same command again to continue after an interruption; rows that are there are not asked
     again. Exit status: 0 every row is in the output; 1 some rows are in the errors file instead,
@@ -58,7 +57,7 @@ class ExtractConfig:
     # teacher
     base_url: str = ""  # URL up to and with /v1; default: $OPENAI_BASE_URL
     model: str = ""  # the teacher's name, as the server knows it
-    endpoint: Literal["chat", "completions"] = "chat"  # or text to continue, for base models
+    endpoint: Literal["chat", "completions"] = "chat"  # completions: for base models
     header: tuple[str, ...] = ()  # more headers, 'NAME: VALUE'; $VARIABLE is the environment's
     temperature: float = 0.0  # 0: the likeliest text
     max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
@@ -66,7 +65,7 @@ class ExtractConfig:
     # choice
     keep: Literal["all", "correct"] = "all"  # all (the paper), or rows with the gold label
     rationalize: bool = False  # show the teacher the gold label and ask for the reasons
-    reasoning: Literal["drop", "keep"] = "drop"  # a model's thoughts before the rationale
+    reasoning: Literal["drop", "keep"] = "drop"  # keep: thoughts before the rationale
     # limits
     concurrency: int = 8  # requests in flight at most
     max_retries: int = 5  # further attempts after one that failed for the moment
@@ -74,7 +73,7 @@ class ExtractConfig:
     patience: float = 600.0  # seconds to wait for a teacher that answers nobody
     price_in: float = 0.0  # $ per million prompt tokens
     price_out: float = 0.0  # $ per million tokens written
-    max_cost: float = 0.0  # end when this start has cost so many $; needs both prices; 0: no limit
+    max_cost: float = 0.0  # $ of this start, after which no request is sent; 0: no limit
     # batch files
     batch_requests: str = ""  # send nothing; write the requests to this file (OpenAI's batch API)
     batch_replies: tuple[str, ...] = ()  # send nothing; read the answers from these files

@@ -233,7 +233,7 @@ def test_retry_after_pauses_every_thread(tmp_path):
 def test_while_nobody_is_answered_no_row_fails_and_patience_ends(tmp_path, capsys, action):
     make_files(tmp_path, 40)
     with Stub(lambda q, attempt: action if stub.actions["ok"] >= 10 else "ok") as stub:
-        assert run(tmp_path, stub.url, "--patience 30 --max-retries 1") == 3 and not errors(
+        assert run(tmp_path, stub.url, "--patience 30 --max-retries 4") == 3 and not errors(
             tmp_path
         )
         assert "nobody was answered for 30 s (--patience)" in capsys.readouterr().err
