@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
                 for row, answer in zip(part, answer_rows(student, part, labels, args)):
                     sink.write(output_line(row, answer).encode() + b"\n")
                     answers.append(answer["prediction"])
-                sink.flush()
         report(student, rows, answers, chosen=bool(labels))
     except (OSError, ValueError) as problem:
         return cli.fail("dss.predict", 2, problem)

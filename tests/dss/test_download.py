@@ -125,15 +125,6 @@ def test_a_model_without_a_tokenizer_is_refused_before_its_weights(hub, either, 
     assert not weights_asked(hub)
 
 
-@pytest.mark.parametrize("name", ["added_tokens.json", "special_tokens_map.json"])
-def test_added_tokens_are_refused_before_the_weights(hub, either, name):
-    content = {"additional_special_tokens": ["<ORG>"]} if "map" in name else {"<ORG>": 400}
-    (hub.directory / name).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="has added tokens such as '<ORG>'"):
-        download(T5)
-    assert not weights_asked(hub)
-
-
 def test_a_model_that_the_hub_does_not_have(hub, either):
     with pytest.raises(FileNotFoundError, match="google/nothing: no such directory here, and no s"):
         load_t5("google/nothing")
@@ -148,13 +139,6 @@ def test_an_index_that_is_none_is_refused(hub, either, shard):
     index = {"weight_map": {"shared.weight": shard}}
     (hub.directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="index.json: not an index of files of weights beside it"):
-        load_t5(T5)
-
-
-def test_a_shard_that_is_missing_is_named(hub, either):
-    relayout(hub.directory, "model.safetensors in shards")
-    (hub.directory / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors"):
         load_t5(T5)
 
 
@@ -174,8 +158,8 @@ def test_a_file_that_is_damaged_or_cut_on_its_way_is_not_kept(hub, without, mode
     assert same(model, T5)
 
 
-@pytest.mark.parametrize("status", [401, 403, 500])
-@pytest.mark.parametrize("name", ["config.json", "spiece.model", "model.safetensors"])
+@pytest.mark.parametrize("status", [401, 500])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_refusal_is_one_line_and_not_taken_for_a_missing_file(hub, without, model, status, name):
     hub.status[name] = status
     with pytest.raises(OSError, match=f"{name}: HTTP {status}.*install huggingface_hub") as error:
