@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import sentencepiece
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer
@@ -68,12 +68,6 @@ def test_vocabulary_is_laid_out_as_t5s(ours, theirs):
     assert ours.special["<pad>"] == 0 and ours.special["<unk>"] == 2
 
 
-@given(st.lists(st.sampled_from(["one", "two", "apples", "left", "how", "many"]), max_size=12))
-@example([])
-def test_decoding_gives_back_known_words(ours, words):
-    assert ours.decode(ours.encode("  ".join(words))) == " ".join(words)
-
-
 def test_training_twice_gives_the_same_model_and_words_stay_whole(tmp_path):
     """A word always written alike used to fall into letters: SentencePiece proposes only what two
     words share."""
@@ -111,7 +105,7 @@ def test_a_full_disk_leaves_nothing_behind(ours, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# ---- The files beside spiece.model --------------------------------------------------------------
+# ---- The files beside spiece.model ----
 
 
 @pytest.fixture
@@ -181,30 +175,17 @@ def test_what_transformers_writes_for_every_t5_adds_nothing(ours, theirs, saved)
     assert tokenizer.T5Tokenizer(saved).special == ours.special
 
 
-def test_tokens_that_transformers_adds_are_refused(spiece, saved, auto_tokenizer):
-    theirs = auto_tokenizer.from_pretrained(spiece)
-    theirs.add_tokens(["~~"])
-    theirs.save_pretrained(saved)
-    with pytest.raises(ValueError, match="has added tokens such as '~~'"):
-        tokenizer.T5Tokenizer(saved)
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
         (lambda d: (d / "spiece.model").unlink(), "spiece.model: no such SentencePiece model"),
         (write("spiece.model", "<html>"), "spiece.model: not a SentencePiece model"),
         (write("spiece.model", POINTER), "spiece.model: a git-lfs pointer"),
-        (write("tokenizer.json", POINTER), "tokenizer.json: a git-lfs pointer"),
-        (write("spiece.model", ""), "spiece.model: .*T5's are"),
         (another_model(), "spiece.model: .*T5's are"),
         (another_model(normalization_rule_name="identity", **T5_IDS), "another normalization"),
         (write(CONFIG, "{"), "config.json: not a JSON object"),
-        (write(CONFIG, "3"), "config.json: not a JSON object"),
         (write(CONFIG, "[" * 100_000), "config.json: not a JSON object"),
-        (put(CONFIG, extra_ids=-1), "config.json: extra_ids is -1, not from 0"),
         (put(CONFIG, extra_ids="9"), "config.json: extra_ids is '9', not from 0"),
-        (write(CONFIG, '{"extra_ids": Infinity}'), "config.json: extra_ids is inf, not from 0"),
         (put("added_tokens.json", **{"{": 500}), "has added tokens such as '{'"),
         (put("added_tokens.json", one=5), "such as 'one'"),  # a piece, found in a word from now on
         (put(CONFIG, added_tokens_decoder={"500": {"content": " <="}}), "such as ' <='"),
@@ -212,7 +193,6 @@ def test_tokens_that_transformers_adds_are_refused(spiece, saved, auto_tokenizer
         (put(MAP, additional_special_tokens=[{"content": "<extra_id_100>"}]), "'<extra_id_100>'"),
         (put("tokenizer.json", added_tokens=[{"id": 1}]), "added tokens that cannot be read"),
         (alone(), "tokenizer.json is not read; copy the spiece.model of the model"),
-        (alone(kind=None), "tokenizer.json is not read; copy the spiece.model of the model"),
         (alone("ByT5Tokenizer"), r"\(ByT5Tokenizer\) is of another kind than T5's"),
         (alone("PreTrainedTokenizerFast", "BPE"), "of another kind than T5's"),
     ],
@@ -222,9 +202,3 @@ def test_what_is_not_t5s_is_refused_by_name(saved, change, words):
     with pytest.raises((FileNotFoundError, ValueError), match=words) as error:
         tokenizer.T5Tokenizer(saved)
     assert str(saved) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("rule", ["nfkc", "nmt_nfkc_cf"])
-def test_variants_of_t5s_normalization_are_read(saved, rule):
-    another_model(normalization_rule_name=rule, **T5_IDS)(saved)
-    assert tokenizer.T5Tokenizer(saved).encode("How") != [1]
