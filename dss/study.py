@@ -284,8 +284,8 @@ def read_runs(cells: list[Cell], out: Path) -> list[Run]:
 
 
 def write_report(out: Path, runs: list[Run]) -> str:
-    """Write study.md and study.json; with several --subsample and matplotlib, study.png, too. Returns
-    the text of study.md."""
+    """Write study.md, study.json and, with several --subsample and matplotlib, study.png. Returns
+    Returns the text of study.md."""
     groups = summarise(runs)
     command = f"python -m dss.study {shlex.join(sys.argv[1:])}"
     about = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}: `{command}`"

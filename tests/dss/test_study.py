@@ -238,5 +238,7 @@ def test_the_picture_has_a_line_for_each_method_and_baseline(tmp_path, monkeypat
 
 def test_without_matplotlib_the_table_says_how_to_get_the_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib" in study.write_report(tmp_path, make_runs())
+    assert "No picture: it needs matplotlib" in study.write_report(tmp_path, make_runs())
     assert not (tmp_path / "study.png").exists()
+    one_size = study.write_report(tmp_path, make_runs()[:4])
+    assert "No picture" not in one_size, "one number of rows gives no line"
