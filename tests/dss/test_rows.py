@@ -132,13 +132,18 @@ def test_a_label_is_right_as_the_tokenizer_writes_it(tmp_path, label):
     assert written != label and student.evaluate(rows[:2])[0] == [True, False]
 
 
-def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(files, spiece, tmp_path, capsys):
-    own = tmp_path / "own"
-    shutil.copytree(spiece, own)
-    save_t5(prepare(f"{files} --spiece {own} --out {tmp_path}/out").student.model, own)
-    small = tmp_path / "spiece.model"
-    tokenizer.train(["a b c"], small, 12)
-    for path, warned in ((spiece / "spiece.model", False), (small, True)):
+def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(spiece, tmp_path, capsys):
+    rows = [Record(f"r{i}", f"how many are {i}", ("one", "two")[i % 2]) for i in range(20)]
+    files = write_rows(tmp_path, rows, 16)
+    student = prepare(*files, "--spiece", spiece, "--out", tmp_path / "a").student
+    save_t5(student.model, tmp_path / "weights")
+    student.tokenizer.save(tmp_path / "weights")
+    small = tmp_path / "small"
+    small.mkdir()
+    tokenizer.train(["one two"], small / "spiece.model", 12)
+    for own, path in ((True, spiece / "spiece.model"), (False, small)):
         capsys.readouterr()
-        prepare(f"{files} --weights {own} --spiece {path} --out {tmp_path}/out")
-        assert ("warning: --spiece" in capsys.readouterr().err) == warned
+        prepare(
+            *files, "--weights", tmp_path / "weights", "--spiece", path, "--out", tmp_path / "b"
+        )
+        assert ("warning: --spiece" in capsys.readouterr().err) != own
