@@ -36,8 +36,8 @@ HINTS = {
 }
 WRONG_KEY = r"api[ _-]?key|unauthori[sz]ed|authenticat|credential"
 UNSUPPORTED = (
-    r"not support|unsupported|unavailable|deprecated|unrecogni[sz]ed|unknown|unexpected|not permitted"
-    r"|not allowed|extra inputs|forbidden|invalid"
+    r"not support|unsupported|unavailable|deprecated|unrecogni[sz]ed|unknown|unexpected"
+    r"|not permitted|not allowed|extra inputs|forbidden|invalid"
 )
 MEANT = {  # the status that an error with status 200 means by its words, if it has no number
     429: r"rate.?limit|too many requests",
