@@ -36,8 +36,8 @@ HINTS = {
 }
 WRONG_KEY = r"api[ _-]?key|unauthori[sz]ed|authenticat|credential"
 UNSUPPORTED = (
-    r"not support|unsupported|deprecated|unrecogni[sz]ed|unknown|unexpected|not permitted"
-    r"|not allowed|extra inputs|forbidden|invalid"
+    r"not support|unsupported|unavailable|deprecated|unrecogni[sz]ed|unknown|unexpected"
+    r"|not permitted|not allowed|extra inputs|forbidden|invalid"
 )
 MEANT = {  # the status that an error with status 200 means by its words, if it has no number
     429: r"rate.?limit|too many requests",
@@ -365,7 +365,10 @@ def refused_parameter(error: dict[str, Any], body: dict) -> str:
     message = error["message"]
     if not re.search(UNSUPPORTED, f"{message} {error.get('code')}", re.IGNORECASE):
         return ""
-    for name in [str(error.get("param")), *re.findall(r"\w+", message.split(". ")[0])]:
+    named = [str(error.get("param")), *re.findall(r"\w+", message.split(". ")[0])]
+    if re.search("json_schema|structured output", message, re.IGNORECASE):
+        named.append("response_format")
+    for name in named:
         if name in body and name not in ("model", "messages", "prompt"):
             return name
     return ""
