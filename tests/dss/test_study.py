@@ -77,7 +77,7 @@ def test_each_method_gets_the_rate_that_is_best_on_validation_rows(files, tmp_pa
             directory.mkdir(parents=True, exist_ok=True)
             good = {("standard", 0.1), ("dss", 0.01)}
             accuracy = 0.9 if (cell["method"], cell["lr"]) in good else 0.5
-            result = dict(validation_accuracy=accuracy, rows=18, steps=4, seconds=1, doubt="")
+            result = dict(validation_score=accuracy, rows=18, steps=4, seconds=1, doubt="")
             (directory / "result.json").write_text(json.dumps(result))
             (directory / "predictions.jsonl").write_text('{"correct": true}\n')
             ran.append((cell["method"], cell["lr"], cell["seed"]))
@@ -238,5 +238,7 @@ def test_the_picture_has_a_line_for_each_method_and_baseline(tmp_path, monkeypat
 
 def test_without_matplotlib_the_table_says_how_to_get_the_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "matplotlib" in study.write_report(tmp_path, make_runs())
+    assert "No picture: it needs matplotlib" in study.write_report(tmp_path, make_runs())
     assert not (tmp_path / "study.png").exists()
+    one_size = study.write_report(tmp_path, make_runs()[:4])
+    assert "No picture" not in one_size, "one number of rows gives no line"
