@@ -219,6 +219,8 @@ def read_about(path: Path) -> dict:
     if not path.exists():
         return {}
     about = read_json(path)
+    if isinstance(about, dict):
+        about.setdefault("answers", "write")  # students of earlier versions wrote their answers
     if not is_about(about):
         raise ValueError(f"{path}: not a valid {ABOUT}; delete it to use the defaults")
     return about

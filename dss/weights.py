@@ -245,6 +245,8 @@ def read_bin(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """{name: tensor} of a PyTorch checkpoint. A pickle that would run code is refused."""
     with reading(path):
         zipped = zipfile.is_zipfile(path)  # since PyTorch 1.6
+        if zipped and zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise ValueError("it is damaged")
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError:  # torch's message advises to load it all the same

@@ -4,6 +4,7 @@ import pytest
 import torch
 from checkpoints import make_student
 
+from data.files import read_json, write_json
 from dss.generate import score
 from dss.student import Student
 
@@ -83,3 +84,11 @@ def test_the_likeliest_of_the_choices_is_the_answer(student):
         (scores,) = loaded.score([question], [labels])
         assert loaded.answer([question]) == [next(iter(scores))]
     assert Student.load(student, method="single_task", answers="likeliest").answer([choices])
+
+
+def test_a_student_of_an_earlier_version_writes_its_answers(student, tmp_path):
+    Student.load(student).save(tmp_path)
+    about = read_json(tmp_path / "dss.json")
+    del about["answers"]
+    write_json(tmp_path / "dss.json", about)
+    assert Student.load(tmp_path).answers == "write"

@@ -130,6 +130,14 @@ def in_bin(content):
     return change
 
 
+def flipped_bit_in_bin(directory):
+    in_bin(read_weights(directory))(directory)
+    path = directory / "pytorch_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def add_prefix(tensors):
     for name in list(tensors):
         tensors["model." + name] = tensors.pop(name)
@@ -185,6 +193,7 @@ class Evil:
         (in_bin({"model": {Q: torch.ones(1)}}), "'model' in it is not a tensor"),
         (in_bin({Q: torch.ones(1, dtype=torch.int8)}), f"{Q} is torch.int8; quantized weights"),
         (in_bin({"shared.weight": Evil()}), "it holds more than a state_dict"),
+        (flipped_bit_in_bin, "pytorch_model.bin: cannot be read: it is damaged"),
         (adapter, "this is an adapter: merge it"),
         (one_folder_up, "did you mean .*checkpoint-9"),
         (without_index, "model-00001-of-00002.safetensors is there, but"),
