@@ -35,7 +35,7 @@ from data import cli
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
 from dss import distributed
-from dss.batch import Sequence, Step, ahead, count_tokens, make_step
+from dss.batch import Batch, Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
 from dss.log import (
@@ -121,8 +121,11 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
         current = checkpoint.whole_student()
         right, _ = evaluate(current, run.rows.validation, stop, "validation")
         accuracy = sum(right) / len(right)
-        checkpoint.keep_if_best(current, accuracy)
-        log.write_accuracy(accuracy)
+        score = accuracy
+        if run.rows.free_text:
+            score = -label_loss(current, run.rows.validation)
+        checkpoint.keep_if_best(current, accuracy, score)
+        log.write_accuracy(accuracy, score)
 
     with checkpoint, log:  # if training ends early, the checkpoint says what is kept
         if is_due(progress.step, config) and progress.evaluated < progress.step:
@@ -187,6 +190,23 @@ def evaluate(
     return right, answers
 
 
+@torch.no_grad()
+def label_loss(student: Student, rows: list[Record]) -> float:
+    """The mean cross-entropy of the rows' label tokens, in nats."""
+    model = student.model.eval()
+    lengths = (student.max_input_length, student.max_target_length)
+    examples = [sequences(row, student.method, student.tokenizer, *lengths) for row in rows]
+    device = model.embedding.weight.device
+    step = make_step(examples, student.batch_size, device, model.config.decoder_start_token_id)
+
+    def losses(batches: list[Batch]) -> list[float]:
+        with student.autocast():
+            found = [distillation_loss(model, batch, step.n_label, 0, 0.0) for batch in batches]
+        return [loss.item() for loss, _, _ in found]
+
+    return sum(distributed.share_out(losses, step.batches))
+
+
 def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli.Stop) -> dict:
     """Test the selected student, this once, and write predictions and result. Returns the result.
 
@@ -214,6 +234,7 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "method": student.method,
         "test_accuracy": sum(right) / len(right) if rows.test else None,
         "validation_accuracy": progress.best_accuracy,
+        "validation_score": progress.best_score,
         "metric": rows.metric,
         "best_step": progress.best_step,
         "steps": progress.step,

@@ -90,16 +90,15 @@ class Checkpoint(contextlib.AbstractContextManager):
         if not self.placement.is_finite(self.student.model):
             raise FloatingPointError("a weight is no longer a finite number")
 
-    def keep_if_best(self, student: Student, accuracy: float) -> None:
-        """Keep a student with this accuracy on the validation rows, if none was better. Of equals
-        the last is kept, which has learned longer."""
+    def keep_if_best(self, student: Student, accuracy: float, score: float) -> None:
+        """Keep a student with this accuracy and score on the validation rows, if none had a higher
+        score. Of equals the last is kept, which has learned longer."""
         self.progress.evaluated = self.progress.step
-        if accuracy < self.progress.best_accuracy:
+        if score < self.progress.best_score:
             return
         self.save_student(student)
-        best = {"best_step": self.progress.step, "best_accuracy": accuracy}
-        self.progress.best_step = self.progress.step
-        self.progress.best_accuracy = accuracy
+        best = {"best_step": self.progress.step, "best_accuracy": accuracy, "best_score": score}
+        vars(self.progress).update(best)
         if distributed.is_first():
             write_json(self.out / "best.json", best)
 

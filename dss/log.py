@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.answers import merge_labels, token_f1, written
 from data.jsonl import Record, read_lines
 from dss import distributed
 from dss.config import TrainConfig
-from dss.methods import BASELINE, METHODS
-from dss.rows import Rows, count_shared
+from dss.methods import BASELINE, METHODS, PREDICT
+from dss.rows import Rows, sample_rows
 from dss.stats import (
+    COVERAGES,
     accuracy_at,
     bag_of_words,
     calibration_error,
@@ -28,6 +30,7 @@ from dss.stats import (
     paired_interval,
 )
 from dss.student import Answer, Student
+from tokenizer.t5 import UNK
 
 MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
 LONGEST_SAMPLE = 100  # characters of a text in the report
@@ -59,7 +62,21 @@ def introduce(
     others = f"{len(rows.validation):,} validation, {len(rows.test):,} test"
     print(f"{rows.name}: {training}; {others}; metric: {rows.metric}")
     warn_of_shared_inputs(rows)
-    warn_of_spellings(rows)
+    if rows.free_text:
+        warn(
+            "nearly all labels differ (free text): the student with the lowest validation loss is "
+            "kept, and token F1 is reported"
+        )
+    elif rows.metric == "text":
+        warn_of_labels(rows, rows.validation + rows.test)
+    warn_of_texts(rows, rows.validation + rows.test, student)
+    number = len(rows.validation)
+    if number < 50:
+        width = 196 / math.sqrt(number + 3.84)  # in points: Wilson's interval at 50 %
+        warn(
+            f"{number} validation rows: the 95 % interval of an accuracy is up to {width:.0f} "
+            "points wide; see --eval-data, --eval-fraction"
+        )
     if config.warmup >= config.steps:
         warn(
             f"--warmup {config.warmup:,} is not over within --steps {config.steps:,}: "
@@ -78,27 +95,55 @@ def warn(text: str) -> None:
 
 
 def warn_of_shared_inputs(rows: Rows) -> None:
-    in_validation, in_test = count_shared(rows)
+    known = {row.input for row in rows.train}
     shared = []
-    if in_validation:
-        shared.append(f"{in_validation:,} of {len(rows.validation):,} validation inputs")
-    if in_test:
-        shared.append(f"{in_test:,} of {len(rows.test):,} test inputs")
+    for name, part in (("validation", rows.validation), ("test", rows.test)):
+        number = sum(row.input in known for row in part)
+        if number:
+            shared.append(f"{number:,} of {len(part):,} {name} inputs")
     if shared:
         print(f"{rows.name}: {' and '.join(shared)} are training inputs too", file=sys.stderr)
 
 
-def warn_of_spellings(rows: Rows) -> None:
-    """Warn of text labels that differ in case alone."""
-    if rows.metric != "text":
-        return
-    spellings = {}
-    for row in [*rows.train, *rows.validation, *rows.test]:
-        spellings.setdefault(row.label.casefold(), set()).add(row.label)
-    different = [sorted(labels) for labels in spellings.values() if len(labels) > 1]
-    for labels in different[:3]:
-        shown = " and ".join(repr(label) for label in labels)
-        warn(f"the labels {shown} differ in case alone and count as different")
+def warn_of_labels(rows: Rows, held_out: list[Record]) -> None:
+    """Warn of labels that differ in case, `_`, `-` and spaces alone, and of those that no training
+    row has."""
+    known = {written(row.label) for row in rows.train}
+    others = [written(row.label) for row in held_out]
+    spelling = merge_labels(sorted(known | set(others)), "class")
+    alike = [f"{label!r} and {other!r}" for label, other in spelling.items() if label != other]
+    if alike:
+        warn(f"labels that are nearly alike count as different: {'; '.join(alike[:3])}")
+    unseen = sum(label not in known for label in others)
+    if unseen:
+        warn(
+            f"{unseen:,} of {len(others):,} validation and test labels are no training row's label"
+        )
+
+
+def warn_of_texts(rows: Rows, held_out: list[Record], student: Student) -> None:
+    """Count the labels that are too long to be written, the held-out inputs that are cut, and the
+    unknown tokens (of many rows, in a sample)."""
+    encode = student.tokenizer.encode
+    everything = rows.train + held_out
+    longest = student.max_new_tokens + 1  # with </s>
+    long = sum(len(encode(row.label)) > longest for row in everything)
+    if long and student.answers == "write":
+        limit = f"an answer may be (--max-new-tokens {student.max_new_tokens:,})"
+        warn(f"{long:,} of {len(everything):,} labels are longer than {limit}")
+    longest = student.max_input_length
+    cut = sum(len(encode(PREDICT + row.input)) > longest for row in held_out)
+    if cut:
+        warn(
+            f"{cut:,} validation and test inputs cut at {longest:,} tokens; see --max-input-length"
+        )
+    shares = {}
+    for name in ("input", "label", "rationale"):
+        ids = [encode(getattr(row, name) or "") for row in sample_rows(everything)]
+        shares[name] = np.mean(np.concatenate(ids) == UNK)
+    if any(shares.values()):
+        parts = [f"{share:.2%} of the {name}s" for name, share in shares.items()]
+        warn(f"tokens that are unknown to the tokenizer (<unk>): {', '.join(parts)}")
 
 
 def warn_of_cut_sequences(method: str, cut: Counter, config: TrainConfig) -> None:
@@ -122,6 +167,7 @@ class Progress:
     evaluated: int = 0  # the step of the last evaluation on the validation rows
     best_step: int = 0
     best_accuracy: float = -1.0
+    best_score: float = -math.inf  # the accuracy, or of free text the loss times -1
     seconds: float = 0.0  # of training and evaluation
     tokens: int = 0  # trained on, inputs and targets
     logged: int = 0  # bytes of metrics.jsonl
@@ -199,10 +245,11 @@ class Log(contextlib.AbstractContextManager):
         p.window_seconds = 0.0
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed:,} tokens/s", refresh=False)
 
-    def write_accuracy(self, accuracy: float) -> None:
-        """Write what an evaluation, which has just ended, found."""
+    def write_accuracy(self, accuracy: float, score: float) -> None:
+        """Write what an evaluation, which has just ended, found. score: what students are selected
+        by."""
         self.lap()
-        self.write(validation_accuracy=accuracy)
+        self.write(validation_accuracy=accuracy, validation_score=score)
         step = self.progress.step
         line = f"{self.bar.desc}: step {step:,}, validation accuracy {accuracy:.1%}"
         self.bar.write(line, file=sys.stderr)
@@ -229,25 +276,29 @@ def measure_baselines(rows: Rows) -> dict[str, float | None]:
 
 
 def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
-    """Macro-F1, expected calibration error and accuracies at coverages, where labels are a closed
-    set. A student's confidence is the probability of its answer among the labels."""
+    """Token F1 of free text; macro-F1, expected calibration error and accuracies at coverages,
+    where labels are a closed set. A student's confidence is the probability of its answer among the
+    labels."""
+    gold = [written(row.label) for row in rows.asked]
+    said = [written(answer.label) for answer in answers]
+    if rows.free_text:
+        return {"token_f1": np.mean([token_f1(a, b) for a, b in zip(said, gold)]).item()}
     if not rows.labels:
         return {}
-    gold = [row.label for row in rows.asked]
-    figures = {"macro_f1": macro_f1([answer.label for answer in answers], gold)}
+    figures = {"macro_f1": macro_f1(said, gold)}
     if METHODS[student.method].label_position == "last":  # its label cannot be scored
         return figures
-    pairs = list(zip(rows.asked, answers))
-    labels = student.told_apart(rows.labels)
+    pairs = list(zip(rows.asked, said))
+    labels = [written(label) for label in rows.labels]
 
-    def confidences(some: list[tuple[Record, Answer]]) -> list[float]:
+    def confidences(some: list[tuple[Record, str]]) -> list[float]:
         scores = student.score([row.input for row, _ in some], [labels] * len(some))
-        return [scores[i].get(answer.label, 0.0) for i, (_, answer) in enumerate(some)]
+        return [scores[i].get(label, 0.0) for i, (_, label) in enumerate(some)]
 
     confidence = np.array(distributed.share_out(confidences, pairs))
     correct = np.array(right, dtype=float)
     figures["calibration_error"] = calibration_error(confidence, correct)
-    for coverage in (0.5, 0.8, 0.9):
+    for coverage in COVERAGES:
         figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
     return figures
 
@@ -265,6 +316,8 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
         print(f"a bag of words (dss/stats.py): {results[0]['bag_of_words']:.1%}")
     print_differences(out, rows, results)
     for result in results:
+        if "token_f1" in result:
+            print(f"{result['method']}: token F1 {result['token_f1']:.1%}")
         if result["doubt"]:
             print(f"{result['method']}: {result['doubt']}")
     print_reliability(results)
@@ -301,8 +354,9 @@ def print_table(results: list[dict]) -> None:
 
 def print_reliability(results: list[dict]) -> None:
     """How far each student's probabilities can be trusted, where labels are a closed set."""
-    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE", "accuracy_at_0.5": "at 50 %"}
-    columns |= {"accuracy_at_0.8": "at 80 %", "accuracy_at_0.9": "at 90 % coverage"}
+    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE"}
+    for coverage in COVERAGES:
+        columns[f"accuracy_at_{coverage}"] = f"at {coverage:.0%} coverage"
     shown = [result for result in results if "macro_f1" in result]
     if not shown:
         return
@@ -347,7 +401,8 @@ def reason_to_doubt(result: dict, metrics: Path) -> str:
     tenth = max(1, len(losses) // 10)
     last = sum(losses[-tenth:]) / tenth
     before = sum(losses[-2 * tenth : -tenth]) / tenth
-    if result["validation_accuracy"] <= result["commonest_label"] + 0.01:
+    at_most_commonest = result["validation_accuracy"] <= result["commonest_label"] + 0.01
+    if at_most_commonest and "token_f1" not in result:
         return (
             "no better than the commonest label; try more --steps, another student or "
             "pretrained --weights"

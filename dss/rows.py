@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data import toy
-from data.answers import choose_label_type, closed_set
+from data.answers import choose_label_type, closed_set, is_free_text, label_key
 from data.jsonl import Record, read_jsonl
 from dss.config import TrainConfig
 from dss.methods import BASELINE, EXPLAIN, METHODS, PREDICT, SEPARATOR
@@ -30,6 +30,7 @@ class Rows:
     metric: str  # text, choice or equation
     labels: list[str]  # all labels of training rows, sorted, if they are a closed set; else empty
     unlabelled: int  # training rows left out because they have no label of the kind asked for
+    free_text: bool  # whether labels are sentences, nearly all of them different
 
     @property
     def asked(self) -> list[Record]:
@@ -86,8 +87,10 @@ def load_rows(config: TrainConfig, read: Read = read_jsonl) -> Rows:
     metric = config.metric
     if metric == "auto":
         metric = choose_label_type(rows + validation + test)
-    labels = closed_set([row.label for row in rows], metric)
-    return Rows(name, rows, validation, test, metric, labels, unlabelled)
+    texts = [row.label for row in rows]
+    labels = closed_set(texts, metric)
+    free = is_free_text(texts, metric)
+    return Rows(name, rows, validation, test, metric, labels, unlabelled, free)
 
 
 def read_labelled(path: str, read: Read, use: str) -> list[Record]:
@@ -121,20 +124,12 @@ def require_rationales(files: str, rows: list[Record], methods: tuple[str, ...])
             )
 
 
-def count_shared(rows: Rows) -> tuple[int, int]:
-    """How many validation inputs, and how many test inputs, are inputs of training rows too."""
-    known = {record.input for record in rows.train}
-    in_validation = sum(record.input in known for record in rows.validation)
-    in_test = sum(record.input in known for record in rows.test)
-    return in_validation, in_test
-
-
 def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
     """--spiece, or the weights' own, or one trained on the texts of the training rows; under
     --resume the run's own.
 
-    Raises ValueError where a method needs a separator and there is none; warns of a --spiece that
-    is not the weights'.
+    Raises ValueError where a method needs a separator and there is none, and for labels that the
+    tokenizer cannot tell apart; warns of a --spiece that is not the weights'.
     """
     if config.spiece:
         tokenizer = T5Tokenizer(config.spiece)
@@ -153,14 +148,33 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
                 f"--method {method} needs the token {SEPARATOR}, and this tokenizer has "
                 "no sentinels"
             )
+    if not rows.free_text:
+        require_different_ids(rows, tokenizer)
     return tokenizer
+
+
+def require_different_ids(rows: Rows, tokenizer: T5Tokenizer) -> None:
+    """Raise ValueError for two different labels of training rows that are the same token ids."""
+    known: dict[tuple, str] = {}
+    for label in sorted({row.label for row in rows.train}):
+        other = known.setdefault(tuple(tokenizer.encode(label)), label)
+        if label_key(label, rows.metric) != label_key(other, rows.metric):
+            raise ValueError(
+                f"{rows.name}: the labels {other!r} and {label!r} are the same token ids, so that "
+                "no student can tell them apart; rename them or give a --spiece that has all their "
+                "characters"
+            )
+
+
+def sample_rows(rows: list[Record]) -> list[Record]:
+    """The rows, or of many a regular sample."""
+    return rows[:: -(-len(rows) // TEXTS_ROWS)]
 
 
 def texts_of(rows: list[Record]) -> list[str]:
     """What a tokenizer is trained on: the texts of the rows, or of a regular sample of them."""
-    every = -(-len(rows) // TEXTS_ROWS)
     texts = []
-    for row in rows[::every]:
+    for row in sample_rows(rows):
         texts += [PREDICT + row.input, EXPLAIN + row.input, row.label]
         if row.rationale is not None:
             texts.append(row.rationale)

@@ -189,8 +189,8 @@ def choose_rates(cells: list[Cell], study: StudyConfig) -> list[Cell]:
     best: dict[tuple, Run] = {}
     for run in read_runs(cells, study.directory):
         arm = key(run.cell, without=("lr", "seed"))
-        accuracy = run.result["validation_accuracy"]
-        if arm not in best or accuracy > best[arm].result["validation_accuracy"]:
+        score = run.result["validation_score"]
+        if arm not in best or score > best[arm].result["validation_score"]:
             best[arm] = run
     return [run.cell | {"seed": seed} for run in best.values() for seed in study.seed]
 
@@ -284,7 +284,8 @@ def read_runs(cells: list[Cell], out: Path) -> list[Run]:
 
 
 def write_report(out: Path, runs: list[Run]) -> str:
-    """Write study.md, study.json and, with matplotlib, study.png. Returns the text of study.md."""
+    """Write study.md, study.json and, with several --subsample and matplotlib, study.png. Returns
+    Returns the text of study.md."""
     groups = summarise(runs)
     command = f"python -m dss.study {shlex.join(sys.argv[1:])}"
     about = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}: `{command}`"
@@ -292,10 +293,11 @@ def write_report(out: Path, runs: list[Run]) -> str:
     text = f"{table(groups)}\n\n{about}\n"
     with replacing(out / "study.md") as file:
         file.write(text.encode())
-    try:
-        draw(groups, out / "study.png")
-    except ImportError:
-        text += "\nNo picture: it needs matplotlib; the same command with --resume draws it.\n"
+    if len({group["subsample"] for group in groups}) > 1:  # else there is no line to draw
+        try:
+            draw(groups, out / "study.png")
+        except ImportError:
+            text += "\nNo picture: it needs matplotlib; the same command with --resume draws it.\n"
     return text
 
 

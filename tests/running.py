@@ -56,8 +56,8 @@ def run(*arguments):
     return train.main(" ".join(map(str, arguments)).split())
 
 
-def prepare(line):
-    return train.prepare(parse_args(line.split()))
+def prepare(*arguments):
+    return train.prepare(parse_args(" ".join(map(str, arguments)).split()))
 
 
 def watched(name, act):

@@ -23,6 +23,7 @@ from data.files import read_json
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
 from dss.config import parse_args
+from dss.generate import score
 from dss.methods import METHODS
 from dss.weights import save_t5
 
@@ -88,6 +89,25 @@ def test_finetuning_starts_from_public_weights(files, finished, tmp_path):
         assert (before - after[name]).abs().max() < 1e-6
     model = prepare(f"{files} {pretrained} --dropout 0.25 --out {tmp_path}/new").student.model
     assert model.encoder.layers[0].self_attention.dropout_p == model.config.dropout_rate == 0.25
+
+
+def test_of_free_text_the_student_with_the_lowest_loss_is_kept(tmp_path, monkeypatch):
+    rows = [Record(f"r{i}", f"Diff {i}?", f"change {i} of them", "why") for i in range(40)]
+    files = write_rows(tmp_path, rows, 30)
+    student = prepare(*files, "--out", tmp_path / "none").student
+    student.model.eval()
+    total = 0.0
+    for row in rows[:3]:
+        ids = student.tokenizer.encode(row.label)
+        total -= score(student.model, student.encode("predict", [row.input]), [[ids]])[0][0]
+    tokens = sum(len(student.tokenizer.encode(row.label)) for row in rows[:3])
+    assert train.label_loss(student, rows[:3]) == pytest.approx(total / tokens, rel=1e-4)
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(train, "label_loss", lambda *_: next(losses))
+    assert run(*files, *SIX, "--out", tmp_path / "out") == 0
+    figures = result(tmp_path / "out", "dss")
+    assert figures["best_step"] == 4 and figures["validation_score"] == -1.0
+    assert 0 <= figures["token_f1"] <= 1 and figures["doubt"] == ""
 
 
 def test_matched_standard_trains_on_as_many_tokens_as_dss(files, tmp_path):

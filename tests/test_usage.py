@@ -57,7 +57,7 @@ extract --extra-body [1] | --extra-body
 extract --overwrite --retry-failed | --retry-failed must be left out beside --overwrite
 extract --base-url ftp://x/v1 | --base-url
 extract --base-url http://me:secret@x/v1 | --base-url
-extract --header api-key:$NOT_SET | --header api-key: its value names a variable that is not set
+extract --header api-key:$NOT_SET | the environment variable NOT_SET is not set
 extract --header api-key | --header
 extract --batch-requests b --batch-replies c | --batch-re
 extract --input empty | empty: there are no rows in it
@@ -65,10 +65,6 @@ extract --input bad.jsonl | bad.jsonl:2: there is no "input"; the line has input
 extract --prompt nowhere.json | nowhere.json
 extract --prompt empty | empty: 
 extract --output nowhere/out.jsonl | nowhere/out.jsonl
-extract --max-cost 1 | --max-cost must be given with --price-in and --price-out
-extract --extra-body {"n":2} | --extra-body must be a JSON object without model, messages, prompt
-extract --extra-body { | --extra-body: not JSON
-dss.predict student rows.jsonl --labels a | --labels
 dss.predict --nonsense 1 | --nonsense
 dss.predict | required: student
 dss.predict nowhere rows.jsonl | nowhere: 
@@ -79,7 +75,6 @@ dss.predict student bad.jsonl --output made | bad.jsonl:2: there is no "input"; 
 dss.predict student rows.jsonl --batch_size 0 | --batch-size must be from 1 to
 dss.predict student rows.jsonl --max-new-tokens 0 | --max-new-tokens must be from 1 to
 dss.predict student rows.jsonl --max-input-length 1 | --max-input-length must be from 2 to
-dss.predict student rows.jsonl --labels a a | --labels
 dss.study --nonsense 1 | --nonsense
 dss.study --data none.jsonl | none.jsonl: No such file
 dss.study --data rows.jsonl --method finetune | finetune

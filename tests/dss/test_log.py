@@ -4,12 +4,13 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from running import QUICK, SIX, counting, json_lines, result, run, watched, write_rows
+from running import QUICK, SIX, counting, json_lines, prepare, result, run, watched, write_rows
 
 import train
 from data.files import write_json
-from data.jsonl import write_jsonl
-from dss.log import read_correct, reason_to_doubt
+from data.jsonl import Record, write_jsonl
+from dss.log import read_correct, reason_to_doubt, reliability
+from dss.student import Answer
 
 
 @pytest.fixture
@@ -84,8 +85,75 @@ def test_a_run_is_doubted_that_was_too_short_or_no_better_than_what_is_simple(
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"label_loss": loss}) + "\n" for loss in losses))
     figures = dict(validation_accuracy=0.9, test_accuracy=None, best_step=9, steps=9)
-    said = reason_to_doubt(figures | dict(commonest_label=commonest, bag_of_words=bag), metrics)
+    figures |= dict(commonest_label=commonest, bag_of_words=bag)
+    said = reason_to_doubt(figures, metrics)
     assert reason in said and bool(said) == bool(reason)
+    assert "commonest" not in reason_to_doubt(figures | {"token_f1": 0.3}, metrics), "free text"
+
+
+COLOURS = ["red", "blue"] * 20
+LINES = "one\ntwo\nthree four five\nsix seven eight nine".split("\n") * 10
+FREE = [f"change number {i} of the file" for i in range(40)]
+
+
+@pytest.mark.parametrize(
+    "labels, held_out, flags, line",
+    [
+        (COLOURS, ["red"] * 50, "", ""),
+        (["35-44", "45-54"] * 20, ["35-44"] * 50, "", ""),
+        (
+            COLOURS,
+            ["red"] * 20,
+            "",
+            "20 validation rows: the 95 % interval of an accuracy is up to 40",
+        ),
+        (COLOURS, ["red"] * 47 + ["green"] * 3, "", "3 of 50 validation and test labels are no "),
+        (["A", "B"] * 20, ["a", "B"] * 25, "", "alike count as different: 'a' and 'A'"),
+        (["a_b", "a b", "c"] * 20, ["c"] * 50, "", "alike count as different: 'a_b' and 'a b'"),
+        (
+            LINES,
+            ["one"] * 50,
+            "--max-new-tokens 3",
+            "10 of 90 labels are longer than an answer may",
+        ),
+        (
+            COLOURS,
+            ["blue"] * 50,
+            "--max-input-length 4",
+            "50 validation and test inputs cut at 4 tok",
+        ),
+        (
+            COLOURS,
+            ["red 色"] * 50,
+            "",
+            "0.00% of the inputs, 17.86% of the labels, 0.00% of the rationales",
+        ),
+        (FREE, FREE + FREE[:10], "", "nearly all labels differ (free text)"),
+    ],
+)
+def test_what_a_reader_should_know_of_the_rows_is_said_before_training(
+    tmp_path, capsys, labels, held_out, flags, line
+):
+    for name, some in (("to", labels), ("ot", held_out)):
+        rows = [Record(f"{i}", f"question {i} {name}", label) for i, label in enumerate(some)]
+        write_jsonl(tmp_path / name, rows)
+    files = ["--data", tmp_path / "to", "--eval-data", tmp_path / "ot"]
+    prepare(*files, "--method", "standard", "--out", tmp_path / "out", *flags.split())
+    said = capsys.readouterr().err
+    assert line in said and bool(said) == bool(line)
+
+
+@pytest.mark.parametrize("label, answer", [("10 km²", "10 km2"), ("ﬁx", "fix"), ("a\u0301", "á")])
+def test_an_answer_that_is_the_written_form_of_its_label_counts_in_every_figure(label, answer):
+    asked = [Record("1", "x", label), Record("2", "y", "other")]
+    rows = SimpleNamespace(free_text=False, labels=[label, "other"], asked=asked, metric="text")
+
+    def score(inputs, labels):
+        return [dict.fromkeys(some, 0.5) for some in labels]
+
+    student = SimpleNamespace(method="dss", score=score)
+    figures = reliability(student, rows, [True, True], [Answer(answer), Answer("other")])
+    assert figures["macro_f1"] == 1 and figures["calibration_error"] == 0.5
 
 
 def test_a_line_separator_in_a_question_is_no_end_of_its_line(tmp_path):

@@ -9,6 +9,7 @@ import tokenizer
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows
+from dss.student import Answer
 from dss.weights import save_t5
 
 
@@ -98,13 +99,51 @@ def test_a_method_with_a_separator_needs_a_tokenizer_that_has_one(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(files, spiece, tmp_path, capsys):
-    own = tmp_path / "own"
-    shutil.copytree(spiece, own)
-    save_t5(prepare(f"{files} --spiece {own} --out {tmp_path}/out").student.model, own)
-    small = tmp_path / "spiece.model"
-    tokenizer.train(["a b c"], small, 12)
-    for path, warned in ((spiece / "spiece.model", False), (small, True)):
+@pytest.mark.parametrize(
+    "labels, is_refused",
+    [
+        (["x = 1", "x ≠ 1"], True),
+        (["да", "нет", "ok"], True),
+        (["a 👍", "a 👎"], True),
+        (["a²", "a2"], False),  # one class
+        ([f"change {i} {'👍👎'[i % 2]}" for i in range(19)] + ["change 👍", "change 👎"], False),
+    ],
+)
+def test_labels_that_are_the_same_tokens_are_refused_but_in_free_text(tmp_path, labels, is_refused):
+    tokenizer.train(["predict: q x a change 0123456789"], tmp_path / "spiece.model", 40)
+    rows = [Record(f"r{i}", f"q {i}", label) for i, label in enumerate(labels)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = tmp_path / "rows.jsonl"
+    flags = ["--data", path, "--eval-data", path, "--spiece", tmp_path, "--method", "standard"]
+    if is_refused:
+        with pytest.raises(ValueError, match="labels '.*' and '.*' are the same token ids"):
+            prepare(*flags, "--out", tmp_path / "out")
+    else:
+        prepare(*flags, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("label", ["e\u0301tude", "ﬁx\u3000me", "ｆｕｌｌ：ｗｉｄｔｈ", "क़लम ™"])
+def test_a_label_is_right_as_the_tokenizer_writes_it(tmp_path, label):
+    rows = [Record(f"r{i}", f"q {i}", (label, "no")[i % 2]) for i in range(20)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    student = prepare("--data", tmp_path / "rows.jsonl", "--method", "standard").student
+    written = student.tokenizer.decode(student.tokenizer.encode(label))
+    student.answer_with_rationale = lambda inputs: [Answer(written) for _ in inputs]
+    assert written != label and student.evaluate(rows[:2])[0] == [True, False]
+
+
+def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(spiece, tmp_path, capsys):
+    rows = [Record(f"r{i}", f"how many are {i}", ("one", "two")[i % 2]) for i in range(20)]
+    files = [*write_rows(tmp_path, rows, 16), "--method", "standard"]
+    student = prepare(*files, "--spiece", spiece, "--out", tmp_path / "a").student
+    save_t5(student.model, tmp_path / "weights")
+    student.tokenizer.save(tmp_path / "weights")
+    small = tmp_path / "small"
+    small.mkdir()
+    tokenizer.train(["one two"], small / "spiece.model", 12)
+    for own, path in ((True, spiece / "spiece.model"), (False, small)):
         capsys.readouterr()
-        prepare(f"{files} --weights {own} --spiece {path} --out {tmp_path}/out")
-        assert ("warning: --spiece" in capsys.readouterr().err) == warned
+        prepare(
+            *files, "--weights", tmp_path / "weights", "--spiece", path, "--out", tmp_path / "b"
+        )
+        assert ("warning: --spiece" in capsys.readouterr().err) != own
