@@ -65,25 +65,6 @@ def measured(figures):
     return check
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def beside(request, tmp_path_factory):
-    """{name of a test: the process that it waits for, and that process's directory}.
-
-    `@pytest.mark.beside(start)`, where start(directory) gives a Popen: long work of one core that
-    begins with the first test. The tests that wait for it come last.
-    """
-    marks = {item.name: item.get_closest_marker("beside") for item in request.session.items}
-    places = {name: tmp_path_factory.mktemp("beside") for name, mark in marks.items() if mark}
-    processes = {name: (marks[name].args[0](place), place) for name, place in places.items()}
-    yield processes
-    for process, _ in processes.values():
-        process.kill()
-
-
 def pytest_terminal_summary(terminalreporter, config):
     if lines := config.stash.get(FIGURES, []):
         terminalreporter.section("measured")

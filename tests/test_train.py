@@ -66,7 +66,7 @@ def test_a_run_writes_what_the_contract_names(finished, method):
     lines = json_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines][:5] == [2, 3, 4, 6, 6]
     assert {"loss", "label_loss", "rationale_loss", "tokens_per_second"} <= lines[0].keys()
-    assert lines[1].keys() == {"step", "validation_accuracy"}
+    assert lines[1].keys() == {"step", "validation_accuracy", "validation_score"}
     settings = parse_args(f"--steps {figures['steps']} --warmup 2".split())
     assert lines[2]["learning_rate"] == train.learning_rate(3, settings)
 
@@ -93,8 +93,8 @@ def test_finetuning_starts_from_public_weights(files, finished, tmp_path):
 
 def test_of_free_text_the_student_with_the_lowest_loss_is_kept(tmp_path, monkeypatch):
     rows = [Record(f"r{i}", f"Diff {i}?", f"change {i} of them", "why") for i in range(40)]
-    files = write_rows(tmp_path, rows, 30)
-    student = prepare(*files, "--out", tmp_path / "none").student
+    files = " ".join(write_rows(tmp_path, rows, 30))
+    student = prepare(f"{files} --out {tmp_path}/none").student
     student.model.eval()
     total = 0.0
     for row in rows[:3]:
@@ -104,7 +104,7 @@ def test_of_free_text_the_student_with_the_lowest_loss_is_kept(tmp_path, monkeyp
     assert train.label_loss(student, rows[:3]) == pytest.approx(total / tokens, rel=1e-4)
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(train, "label_loss", lambda *_: next(losses))
-    assert run(*files, *SIX, "--out", tmp_path / "out") == 0
+    assert run(files, SIX, f"--out {tmp_path}/out") == 0
     figures = result(tmp_path / "out", "dss")
     assert figures["best_step"] == 4 and figures["validation_score"] == -1.0
     assert 0 <= figures["token_f1"] <= 1 and figures["doubt"] == ""
@@ -279,10 +279,11 @@ def test_a_student_that_does_not_fit_into_memory_is_refused(files, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_too_large_for_the_weights_is_refused(files, spiece, tmp_path, capsys):
+def test_a_tokenizer_too_large_for_the_weights_is_refused(files, finished, tmp_path, capsys):
     small = tmp_path / "small"
     small.mkdir()
-    tokenizer.train(["a b c d"], small / "spiece.model", 14).save(small)
+    tokenizer.train(["0123456789+"], small / "spiece.model", 20).save(small)
     save_t5(prepare(f"{files} --spiece {small} --out {tmp_path}/out").student.model, small)
-    assert run(files, f"--weights {small} --spiece {spiece} --out {tmp_path}/new") == 2
+    large = finished / "dss" / "student"
+    assert run(files, f"--weights {small} --spiece {large} --out {tmp_path}/new") == 2
     assert "give the --spiece that belongs to it" in capsys.readouterr().err

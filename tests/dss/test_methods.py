@@ -8,7 +8,7 @@ from running import SIX, counting, json_lines, result, run, write_rows
 
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
-from dss.methods import METHODS, SEPARATOR, Method, Target, label_ids, sequences
+from dss.methods import METHODS, SEPARATOR, Method, Target, sequences
 from tokenizer import T5Tokenizer
 
 ROW = Record("1", "how many apples left", "three", "Tom gave one")
@@ -61,12 +61,6 @@ def test_long_texts_are_cut_but_keep_their_end_and_single_task_its_label(tok):
             assert len(s.target_ids) <= 7 and s.target_ids[-1] == 1
         end = [tok.special[SEPARATOR], *tok.encode("three")]
         assert (found[0].target_ids[-len(end) :] == end) == (method == "single_task")
-
-
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "single_task"])
-def test_the_ids_of_a_label_are_how_its_target_begins(tok, method):
-    ids = label_ids(tok, "three", method)
-    assert sequences(ROW, method, tok)[0].target_ids[: len(ids)] == ids
 
 
 def rows_with_gaps():
