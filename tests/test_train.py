@@ -320,10 +320,12 @@ def test_a_student_that_does_not_fit_into_memory_is_refused(files, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_too_large_for_the_weights_is_refused(files, spiece, tmp_path, capsys):
+def test_a_tokenizer_too_large_for_the_weights_is_refused(spiece, tmp_path, capsys):
+    rows = [Record(f"r{i}", "how many", ("one", "two")[i % 2], "why") for i in range(20)]
+    files = write_rows(tmp_path, rows, 16)
     small = tmp_path / "small"
     small.mkdir()
-    tokenizer.train(["a b c d"], small / "spiece.model", 14).save(small)
+    tokenizer.train(["one two"], small / "spiece.model", 14).save(small)
     ready = prepare(*files, "--spiece", small, "--out", tmp_path / "out")
     save_t5(ready.student.model, small)
     arguments = ["--weights", small, "--spiece", spiece, "--out", tmp_path / "new"]

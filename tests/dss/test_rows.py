@@ -144,7 +144,7 @@ def test_a_label_is_right_as_the_tokenizer_writes_it(tmp_path, label):
 
 def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(spiece, tmp_path, capsys):
     rows = [Record(f"r{i}", f"how many are {i}", ("one", "two")[i % 2]) for i in range(20)]
-    files = write_rows(tmp_path, rows, 16)
+    files = [*write_rows(tmp_path, rows, 16), "--method", "standard"]
     student = prepare(*files, "--spiece", spiece, "--out", tmp_path / "a").student
     save_t5(student.model, tmp_path / "weights")
     student.tokenizer.save(tmp_path / "weights")
