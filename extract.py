@@ -15,32 +15,29 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from data import cli
-from data.asking import Asked, Asker
-from data.batch_files import Replies, custom_id, write_requests
+from data.asking import Asker
+from data.batch_files import Replies, write_batch
 from data.cli import Interrupted, Stop, require
 from data.files import locked, parse_json
 from data.jsonl import Record, read_jsonl
 from data.output import Done, append, put_in_order, read_state, what_changed
-from data.prompt import Answer, Prompt, load_prompt
+from data.prompt import Prompt, load_prompt
 from data.requests import Requests
 from data.tally import Tally, listed, print_line
 from data.teacher import RequestError, Teacher, one_line
 
-RAW = 20_000  # characters of a reply that the errors file keeps
 SETTINGS = ("model", "endpoint", "rationalize", "keep", "reasoning")  # recorded with each row
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Ask a teacher for a label and a rationale for every row, and write them as rows that
-    train.py reads.
+    """Ask a teacher for a label and a rationale for every row. train.py reads the rows written.
 
     Run the same command again to continue after an interruption; rows that are there are not asked
     again. Exit status: 0 every row is in the output; 1 some rows are in the errors file instead,
@@ -60,7 +57,7 @@ class ExtractConfig:
     # teacher
     base_url: str = ""  # URL up to and with /v1; default: $OPENAI_BASE_URL
     model: str = ""  # the teacher's name, as the server knows it
-    endpoint: Literal["chat", "completions"] = "chat"  # or text to continue, for base models
+    endpoint: Literal["chat", "completions"] = "chat"  # completions: for base models
     header: tuple[str, ...] = ()  # more headers, 'NAME: VALUE'; $VARIABLE is the environment's
     temperature: float = 0.0  # 0: the likeliest text
     max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
@@ -68,7 +65,7 @@ class ExtractConfig:
     # choice
     keep: Literal["all", "correct"] = "all"  # all (the paper), or rows with the gold label
     rationalize: bool = False  # show the teacher the gold label and ask for the reasons
-    reasoning: Literal["drop", "keep"] = "drop"  # a model's thoughts before the rationale
+    reasoning: Literal["drop", "keep"] = "drop"  # keep: thoughts before the rationale
     # limits
     concurrency: int = 8  # requests in flight at most
     max_retries: int = 5  # further attempts after one that failed for the moment
@@ -76,7 +73,7 @@ class ExtractConfig:
     patience: float = 600.0  # seconds to wait for a teacher that answers nobody
     price_in: float = 0.0  # $ per million prompt tokens
     price_out: float = 0.0  # $ per million tokens written
-    max_cost: float = 0.0  # end when this start has cost so many $; needs both prices; 0: no limit
+    max_cost: float = 0.0  # $ of this start, after which no request is sent; 0: no limit
     # batch files
     batch_requests: str = ""  # send nothing; write the requests to this file (OpenAI's batch API)
     batch_replies: tuple[str, ...] = ()  # send nothing; read the answers from these files
@@ -179,22 +176,24 @@ def extract(
         done = state.get(name)
         if done is None or (config.retry_failed and done.kind not in (None, "incorrect")):
             todo.append(record)
-    print_line(f"teacher: {teacher.place}, {config.endpoint}, {config.model}")
+    source = ", ".join(config.batch_replies) or teacher.place
+    print_line(f"teacher: {source}, {config.endpoint}, {config.model}")
     print_line(f"prompt:  {config.prompt} (sha256 {requests.prompt.sha256[:12]})")
     before = len(rows) - len(todo)
     print_line(
         f"rows:    {len(rows):,} in {config.input}, {before:,} of them done or failed before"
     )
     if config.batch_requests:
-        return write_batch(config, requests, todo)
-    examples = [*requests.prompt.exemplars, *map(vars, rows.values())]
+        return write_batch(config.batch_requests, requests, todo, print_line)
+    examples = [*requests.prompt.exemplars, *map(vars, reversed(rows.values()))]
     probe = requests.body(examples[0]["input"], examples[0]["label"])
     asker = Asker(teacher, probe, config.max_retries, config.patience, tally.warn, tally.pay, scale)
-    replies = read_batch(config, requests, rows) if config.batch_replies else None
+    replies = None
+    if config.batch_replies:
+        replies = Replies(config.batch_replies, requests, rows.values())
     with Stop() as stop, tally.progress_bar(len(rows), len(todo)):
         if replies:
-            found = (answer_from_batch(replies, asker, requests, record) for record in todo)
-            outcomes = ([row] for row in found if row)
+            outcomes = replies.read(requests, asker, todo)
         else:
             outcomes = ask_all(asker, requests, todo, config.concurrency, stop)
         try:
@@ -264,7 +263,7 @@ def work(asker: Asker, requests: Requests, todo: deque, results: queue.Queue) ->
             if record.rationale is None:
                 body = requests.body(record.input, record.label)
                 asked = asker.ask(body, partial(requests.read, record, body, asker.warn))
-            results.put(make_row(requests, record, asked, asker.teacher.url))
+            results.put(requests.row(record, asked, asker.teacher.url))
     except RequestError as error:
         asker.end(str(error))
     except (IndexError, Interrupted):
@@ -272,87 +271,6 @@ def work(asker: Asker, requests: Requests, todo: deque, results: queue.Queue) ->
     except Exception as bug:
         results.put(bug)
     results.put(None)
-
-
-def read_batch(config: ExtractConfig, requests: Requests, rows: dict[str, Record]) -> Replies:
-    """The replies in batch files. Raises ValueError for replies to requests of others."""
-    replies = Replies(config.batch_replies)
-    known = set()
-    for name, record in rows.items():
-        if record.rationale is None:
-            known.add(custom_id(name, requests.sha256(record)))
-    foreign = sorted(replies.by_id.keys() - known)
-    if foreign:
-        what = f"{len(foreign):,} replies are to requests that these settings and rows do not make"
-        raise ValueError(f"{config.batch_replies[0]}: {what}, such as {foreign[0]!r}")
-    return replies
-
-
-def answer_from_batch(
-    replies: Replies, asker: Asker, requests: Requests, record: Record
-) -> Record | None:
-    """The row with the answer in a batch file; None if there is no reply yet."""
-    if record.rationale is not None:
-        return make_row(requests, record, None, "")
-    body = requests.body(record.input, record.label)
-    try:
-        reply = replies.ask(custom_id(record.id, requests.sha256(record)), body, asker.teacher)
-        if reply is None:
-            return None
-        asker.pay(reply.usage)
-        answer = requests.read(record, body, asker.warn, reply)
-        asked = Asked(answer, reply.text, reply.model, usage=Counter(reply.usage))
-    except RequestError as error:
-        asked = Asked(Answer(error=error.kind, detail=str(error)), error.raw)
-    return make_row(requests, record, asked, "")
-
-
-def write_batch(config: ExtractConfig, requests: Requests, todo: deque) -> int:
-    """Write the requests into files, and say how to go on."""
-    made = []
-    for record in todo:
-        if record.rationale is None:
-            identity = custom_id(record.id, requests.sha256(record))
-            made.append((identity, requests.body(record.input, record.label)))
-    for path, number in write_requests(Path(config.batch_requests), made, config.endpoint):
-        print_line(f"{path}: {number:,} requests")
-    print_line("next: the same command with --batch-replies FILE in place of --batch-requests")
-    return 0
-
-
-def make_row(requests: Requests, record: Record, asked: Asked | None, url: str) -> Record:
-    """The row with its answer or its error, and where it is from. A row not asked about is kept."""
-    if asked is None:
-        return replace(record, teacher=None)
-    answer = asked.answer
-    correct = None
-    if not answer.error and record.label is not None:
-        correct = requests.prompt.same(answer.label, record.label, record.input)
-        if requests.settings["keep"] == "correct" and not correct:
-            what = f"--keep correct: the label {answer.label!r} is not the gold one"
-            answer = Answer(error="incorrect", detail=what)
-    teacher = requests.provenance() | {
-        "base_url": url,
-        "request_sha256": requests.sha256(record),
-        "model_served": asked.model or None,
-        "usage": {name: asked.usage[name] for name in ("prompt", "completion", "cached")},
-        "attempts": asked.attempts,
-        "latency_s": round(asked.seconds, 3),
-        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    other = record.other | {"correct": correct}
-    other.pop("error", None)
-    if answer.error:
-        raw = asked.raw[:RAW]
-        other["error"] = {"kind": answer.error, "message": answer.detail, "raw": raw}
-        answer = Answer()
-    return replace(
-        record,
-        rationale=answer.rationale,
-        teacher_label=answer.label,
-        teacher=teacher,
-        other=other,
-    )
 
 
 def write(config: ExtractConfig, state: dict[str, Done], rows: list[Record]) -> None:

@@ -98,9 +98,7 @@ def read_answer(
 
 
 def marker_pattern(marker: str) -> str:
-    """White space in a marker may differ, and Markdown may close before its colon
-    (`**Answer**:`).
-    """
+    """White space may differ, and Markdown may close before a colon (`**Answer**:`)."""
     words = unicodedata.normalize("NFKC", marker).split()
     return r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words).replace(":", r"[*_]*\s?:")
 
@@ -260,9 +258,7 @@ def same_label(a: str, b: str, label_type: str, input: str = "") -> bool:
 
 
 def label_key(label: str, label_type: str, input: str = "") -> str:
-    """The same text for all labels that are the same one (of an equation: for one that is written
-    alike).
-    """
+    """The same text for all labels that are one. Equations: only for those written alike."""
     if label_type == "class":
         return class_key(label)
     if label_type == "choice":
@@ -283,9 +279,7 @@ def merge_labels(labels: Iterable[str], label_type: str) -> dict[str, str]:
 
 
 def closed_set(labels: Iterable[str], label_type: str) -> list[str]:
-    """The classes that the labels of rows are, sorted: 2 to 50 texts, each 5 times on average.
-    Else [].
-    """
+    """The classes among labels, sorted; [] unless there are 2 to 50, each 5 times on average."""
     labels = list(labels)
     classes = sorted(set(merge_labels(labels, label_type).values()))
     if label_type in ("text", "class") and 2 <= len(classes) <= min(50, len(labels) / 5):
@@ -294,9 +288,7 @@ def closed_set(labels: Iterable[str], label_type: str) -> list[str]:
 
 
 def is_free_text(labels: Iterable[str], label_type: str) -> bool:
-    """Whether at least 90 % of the labels are distinct: sentences, which exact match hardly ever
-    finds right.
-    """
+    """Whether at least 90 % of the labels are distinct. Exact match then finds few right."""
     labels = list(labels)
     if label_type != "text" or len(labels) < 20:
         return False

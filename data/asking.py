@@ -1,6 +1,4 @@
-"""Ask a teacher from several threads, and decide what a failure means for the row and for the
-run.
-"""
+"""Ask a teacher from several threads; decide what a failure means for a row and the run."""
 
 import random
 import threading
@@ -31,11 +29,12 @@ class Asked:
 class Asker:
     """What the threads share: how the teacher is doing. There are three kinds of failure.
 
-    The row's: its text is filtered or too long, or its 5xx or timeout outlasts max_retries while
-    others are answered. The row fails, and the others go on.
-    The moment's: 429 (which is no attempt), 5xx, no connection. It is waited for, and all threads
-    honour Retry-After. While nobody is answered no row fails, and after `patience` seconds the run
-    ends. The run's: the key, the model, a refused parameter. The run ends at once.
+    - The row's: its text is filtered or too long, or its 5xx or timeout outlasts max_retries while
+      others are answered. The row fails, and the others go on.
+    - The moment's: 429 (which is no attempt), 5xx, no connection. It is waited for, and all threads
+      honour Retry-After. While nobody is answered no row fails, and after `patience` seconds the
+      run ends.
+    - The run's: the key, the model, a refused parameter. The run ends at once.
     """
 
     def __init__(
@@ -48,9 +47,9 @@ class Asker:
         pay: Callable[[dict[str, int]], str],
         scale: float = 1.0,
     ) -> None:
-        """probe: a request that the teacher can answer. warn(kind, message) prints.
-        pay(tokens) counts them, and gives the reason if no more may be spent. scale: of all
-        pauses.
+        """probe: a request that the teacher can answer. scale: of all pauses, for tests.
+
+        warn(kind, message) prints. pay(tokens) counts, and gives a reason if no more may be spent.
         """
         self.teacher = teacher
         self.probe = probe

@@ -1,16 +1,18 @@
-"""Batch files in the form of OpenAI's batch API: requests to upload, and the replies that come
-back.
-"""
+"""Batch files of OpenAI's batch API: requests to upload, and the replies that come back."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data.asking import Asked, Asker
 from data.files import parse_json, replacing
-from data.jsonl import read_lines, to_line
-from data.teacher import PATHS, Reply, RequestError, Teacher
+from data.jsonl import Record, read_lines, to_line
+from data.prompt import Answer
+from data.requests import Requests
+from data.teacher import PATHS, RequestError
 
 MOST_REQUESTS = 50_000  # in one file
 MOST_BYTES = 190_000_000  # of one file; 200 MB are accepted
@@ -26,39 +28,43 @@ def custom_id(row_id: str, request_sha256: str) -> str:
     return name
 
 
-def write_requests(
-    path: Path, requests: Iterable[tuple[str, dict]], endpoint: str
-) -> Iterator[tuple[Path, int]]:
-    """Write (custom id, body) into F.jsonl, F-2.jsonl, ...; yield each file and its number of
-    requests.
-    """
+def write_batch(
+    path: str, requests: Requests, rows: Iterable[Record], say: Callable[[str], None]
+) -> int:
+    """Write the requests for rows into F.jsonl, F-2.jsonl, ..., and say how to go on."""
     lines = []
     size = 0
-    number = 0
-    for identity, body in requests:
-        row = {
-            "custom_id": identity,
-            "method": "POST",
-            "url": f"/v1{PATHS[endpoint]}",
-            "body": body,
-        }
-        line = to_line(row).encode() + b"\n"
-        if lines and (len(lines) == MOST_REQUESTS or size + len(line) > MOST_BYTES):
+    number = 1
+    for record in rows:
+        if record.rationale is not None:
+            continue
+        line = to_line(
+            {
+                "custom_id": custom_id(record.id, requests.sha256(record)),
+                "method": "POST",
+                "url": "/v1" + PATHS[requests.settings["endpoint"]],
+                "body": requests.body(record.input, record.label),
+            }
+        ).encode()
+        if lines and (len(lines) == MOST_REQUESTS or size + len(line) + 1 > MOST_BYTES):
+            write_file(path, number, lines, say)
             number += 1
-            yield write_file(path, number, lines)
             lines = []
             size = 0
         lines.append(line)
-        size += len(line)
-    if lines:
-        yield write_file(path, number + 1, lines)
+        size += len(line) + 1
+    write_file(path, number, lines, say)
+    say("next: the same command with --batch-replies FILE in place of --batch-requests")
+    return 0
 
 
-def write_file(path: Path, number: int, lines: list[bytes]) -> tuple[Path, int]:
-    name = path.with_stem(f"{path.stem}-{number}") if number > 1 else path
+def write_file(path: str, number: int, lines: list[bytes], say: Callable[[str], None]) -> None:
+    name = Path(path)
+    if number > 1:
+        name = name.with_stem(f"{name.stem}-{number}")
     with replacing(name) as file:
-        file.writelines(lines)
-    return name, len(lines)
+        file.writelines(line + b"\n" for line in lines)
+    say(f"{name}: {len(lines):,} requests")
 
 
 class Replies:
@@ -67,14 +73,19 @@ class Replies:
     {"custom_id": "ID-HASH", "response": {"status_code": 200, "body": {...}}, "error": null}
     """
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        """Raises OSError, or ValueError for a line that is no reply."""
+    def __init__(self, paths: Iterable[str], requests: Requests, rows: Iterable[Record]) -> None:
+        """Raises OSError, or ValueError for a line that is no reply to a request for these rows."""
         self.by_id: dict[str, tuple[int, bytes]] = {}  # custom id -> (status, body); 0: no response
         for path in paths:
             with open(path, "rb") as file:
                 for where, _, line in read_lines(file, path):
                     if line.strip():
                         self.add(line, where)
+        known = {custom_id(r.id, requests.sha256(r)) for r in rows if r.rationale is None}
+        foreign = sorted(self.by_id.keys() - known)
+        if foreign:
+            what = f"{len(foreign):,} replies, such as {foreign[0]!r}, are to requests"
+            raise ValueError(f"{path}: {what} that these settings and rows do not make")
 
     def add(self, line: str, where: str) -> None:
         row = parse_json(line, where)
@@ -86,25 +97,33 @@ class Replies:
         if identity not in self.by_id or status == 200:  # an error does not replace an answer
             self.by_id[identity] = (status, content)
 
-    def ask(self, identity: str, body: dict, teacher: Teacher) -> Reply | None:
-        """The reply to one request, None if there is none yet. Raises RequestError for one that
-        failed.
-        """
-        status, content = self.by_id.get(identity, (0, b""))
-        if not status:
-            return None
-        try:
-            return teacher.read(status, {}, content, body)
-        except RequestError as error:
-            if error.then in ("row", "unclear"):
-                raise
-            return None  # the batch failed here, not the row
+    def read(
+        self, requests: Requests, asker: Asker, todo: Iterable[Record]
+    ) -> Iterator[list[Record]]:
+        """Yield the rows with their answers, each alone. Rows without a reply stay to be asked."""
+        for record in todo:
+            if record.rationale is not None:
+                yield [requests.row(record, None, "")]
+                continue
+            identity = custom_id(record.id, requests.sha256(record))
+            status, content = self.by_id.get(identity, (0, b""))
+            if not status:
+                continue
+            body = requests.body(record.input, record.label)
+            try:
+                reply = asker.teacher.read(status, {}, content, body)
+                asker.pay(reply.usage)
+                answer = requests.read(record, body, asker.warn, reply)
+                asked = Asked(answer, reply.text, reply.model, usage=Counter(reply.usage))
+            except RequestError as error:
+                if error.then not in ("row", "unclear"):
+                    continue  # the batch failed here, not the row
+                asked = Asked(Answer(error=error.kind, detail=str(error)), error.raw)
+            yield [requests.row(record, asked, "")]
 
 
 def read_reply_line(row: Any) -> tuple[str, int, bytes]:
-    """(custom id, status or 0, body) of a line. Raises LookupError, TypeError, ... for another
-    form.
-    """
+    """(custom id, status or 0, body) of a line. Raises LookupError, ... for another form."""
     identity = row["custom_id"]
     if not isinstance(identity, str) or not row.keys() & {"response", "error"}:
         raise TypeError

@@ -86,9 +86,7 @@ def argument(field: dataclasses.Field, comment: str) -> dict[str, Any]:
 
 
 def field_comments(config_class: type) -> dict[str, tuple[str, str]]:
-    """{field: (heading of its group, its comment)}, read from the source of a dataclass and its
-    bases.
-    """
+    """{field: (its group, its comment)}, read from the source of a dataclass and its bases."""
     classes = reversed(config_class.__mro__[:-1])
     source = "\n".join(inspect.getsource(each) for each in classes)
     comments = {}
@@ -116,9 +114,7 @@ def require(condition: object, name: str, what: str, config: object) -> None:
 
 
 def run(program: str, main: Callable[[], int]) -> NoReturn:
-    """Run a program's main() and exit with its status: 130 after Ctrl-C, 0 after a closed pipe (`|
-    head`).
-    """
+    """Run a program and exit with its status: 130 after Ctrl-C, 0 after a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the terminal lacks is no error

@@ -122,9 +122,7 @@ def read_jsonl(path: str | PathLike) -> Iterator[Record]:
 
 
 def other_format(start: bytes) -> str:
-    """What a file is, by its first bytes, and what to do. "" if it may be JSONL or lines of
-    text.
-    """
+    """What a file is, by its first bytes, and what to do. "" for JSONL or lines of text."""
     for magic, name in COMPRESSED.items():
         if start.startswith(magic):
             return f"this is a {name} file; unpack it first"
@@ -149,9 +147,7 @@ def other_format(start: bytes) -> str:
 
 
 def table_format(start: bytes) -> str:
-    """Like other_format, for a file that can only be JSONL: "" if its first line may be a JSON
-    object.
-    """
+    """The same for a file that must be JSONL. "" if its first line may be a JSON object."""
     text = start.decode("utf-8-sig", "replace").lstrip()
     if not text or text.startswith("{"):
         return ""

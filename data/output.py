@@ -1,6 +1,4 @@
-"""The output of extract.py, which is its own state: what is in it is done, however the writer
-ended.
-"""
+"""The output of extract.py, which is its own state: what is in it is done."""
 
 import json
 import os

@@ -232,9 +232,7 @@ def fill(template: str, **values: str) -> str:
 
 
 def load_prompt(path: str) -> Prompt:
-    """The Prompt of a file. Raises ValueError for one that cannot work, OSError for one that
-    cannot be read.
-    """
+    """The Prompt of a file. Raises OSError, or ValueError for a file that cannot work."""
     with open_regular(path) as file:
         content = file.read()
     values = parse_json(content, path)
@@ -278,9 +276,7 @@ def are_texts(values: Any) -> bool:
 
 
 def check_templates(prompt: Prompt) -> None:
-    """Raise ValueError unless the keys fit together and each template has its places and no
-    others.
-    """
+    """Raise ValueError unless keys fit together and templates have the places they need."""
     if prompt.label_type not in LABEL_TYPES:
         known = ", ".join(LABEL_TYPES)
         raise ValueError(f'"label_type" must be one of {known}, got {prompt.label_type!r}')
@@ -305,9 +301,7 @@ def check_templates(prompt: Prompt) -> None:
 
 
 def problem_of(prompt: Prompt, exemplar: Any) -> str:
-    """Why an exemplar is refused, or "". It must read back as itself: so a marker that does not
-    fit is found.
-    """
+    """Why an exemplar is refused, or "". It must be read back as it is."""
     if not isinstance(exemplar, dict) or exemplar.keys() != {"input", "rationale", "label"}:
         return "it must have input, rationale and label"
     if not are_texts(list(exemplar.values())):

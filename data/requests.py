@@ -5,19 +5,22 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from typing import Any
 
+from data.asking import Asked
 from data.jsonl import Record
 from data.prompt import Answer, Prompt
 from data.teacher import Reply, RequestError
 from data.thoughts import split_thoughts
 
+RAW = 20_000  # characters of a reply that the errors file keeps
+
 
 class Requests:
     def __init__(self, prompt: Prompt, settings: dict[str, Any], params: dict[str, Any]) -> None:
-        """settings: model, endpoint, rationalize, keep, reasoning. params: of every request; None
-        is left out.
-
+        """settings: model, endpoint, rationalize, keep, reasoning.
+        params: of every request; one that is None is left out.
         Raises ValueError for settings that do not fit the prompt.
         """
         if settings["rationalize"] and "{hint}" not in prompt.question:
@@ -84,6 +87,43 @@ class Requests:
         elif thoughts and self.settings["reasoning"] == "keep":
             answer = replace(answer, rationale=f"{thoughts}\n{answer.rationale}")
         return answer
+
+    def row(self, record: Record, asked: Asked | None, url: str) -> Record:
+        """The row with its answer or its error, and where it is from.
+
+        asked: None for a row that is kept as it came. url: the teacher's.
+        """
+        if asked is None:
+            return replace(record, teacher=None)
+        answer = asked.answer
+        correct = None
+        if not answer.error and record.label is not None:
+            correct = self.prompt.same(answer.label, record.label, record.input)
+            if self.settings["keep"] == "correct" and not correct:
+                what = f"--keep correct: the label {answer.label!r} is not the gold one"
+                answer = Answer(error="incorrect", detail=what)
+        teacher = self.provenance() | {
+            "base_url": url,
+            "request_sha256": self.sha256(record),
+            "model_served": asked.model or None,
+            "usage": {name: asked.usage[name] for name in ("prompt", "completion", "cached")},
+            "attempts": asked.attempts,
+            "latency_s": round(asked.seconds, 3),
+            "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        other = record.other | {"correct": correct}
+        other.pop("error", None)
+        if answer.error:
+            raw = asked.raw[:RAW]
+            other["error"] = {"kind": answer.error, "message": answer.detail, "raw": raw}
+            answer = Answer()
+        return replace(
+            record,
+            rationale=answer.rationale,
+            teacher_label=answer.label,
+            teacher=teacher,
+            other=other,
+        )
 
 
 def without_echo(text: str, body: dict[str, Any]) -> str:

@@ -36,8 +36,8 @@ HINTS = {
 }
 WRONG_KEY = r"api[ _-]?key|unauthori[sz]ed|authenticat|credential"
 UNSUPPORTED = (
-    r"not support|unsupported|deprecated|unrecogni[sz]ed|unknown|unexpected|not permitted"
-    r"|not allowed|extra inputs|forbidden|invalid"
+    r"not support|unsupported|unavailable|deprecated|unrecogni[sz]ed|unknown|unexpected"
+    r"|not permitted|not allowed|extra inputs|forbidden|invalid"
 )
 MEANT = {  # the status that an error with status 200 means by its words, if it has no number
     429: r"rate.?limit|too many requests",
@@ -100,9 +100,7 @@ class Teacher:
     def __init__(
         self, base_url: str, endpoint: str, headers: Iterable[str], timeout: float
     ) -> None:
-        """The arguments are those of the command line. Raises ValueError, which quotes no
-        secret.
-        """
+        """The arguments are those of extract.py. Raises ValueError, which quotes no secret."""
         self.timeout = timeout
         parts = read_url(base_url)
         self.url = parts._replace(query="").geturl()
@@ -128,12 +126,15 @@ class Teacher:
     def add_header(self, header: str) -> None:
         """Add `NAME: VALUE`, where $VARIABLE in the value is the environment's, and a secret."""
         name, _, text = header.partition(":")
+        for variable in re.findall(r"\$\{?(\w+)", text):
+            if not os.environ.get(variable):
+                what = f"the environment variable {variable} is not set"
+                raise ValueError(f"--header {name}: {what}")
         value = os.path.expandvars(text.strip()).strip()
         if not value or not re.fullmatch(r"[\w-]+", name.strip()):
             raise ValueError("--header must be 'NAME: VALUE' or 'NAME: $VARIABLE'")
-        if "$" in value or not value.isascii() or not value.isprintable():
-            what = "names a variable that is not set, or has a character that cannot be sent"
-            raise ValueError(f"--header {name}: its value {what}")
+        if not value.isascii() or not value.isprintable():
+            raise ValueError(f"--header {name}: its value has a character that cannot be sent")
         self.headers[name.strip().title()] = value
         if "$" in text:  # short words, such as the stand-ins EMPTY or ollama, may be in texts
             self.secrets += [word for word in value.split() if len(word) >= 12]
@@ -286,9 +287,7 @@ def read_url(base_url: str) -> Any:
 
 
 def find_proxy(scheme: str, place: str) -> str:
-    """The proxy for a URL, "" if there is none. Raises ValueError for a proxy that is not
-    HTTP's.
-    """
+    """The proxy for a URL, or "". Raises ValueError for a proxy that is not HTTP's."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get(scheme) or proxies.get("all") or ""
     if not proxy or urllib.request.proxy_bypass(place):
@@ -301,9 +300,7 @@ def find_proxy(scheme: str, place: str) -> str:
 
 
 def read_whole(response: Any, until: float) -> bytes:
-    """The body of a response. Raises TimeoutError after the time `until`, IncompleteRead if it
-    breaks off.
-    """
+    """The body of a response, read before the time `until`. Raises TimeoutError, IncompleteRead."""
     parts = []
     while not parts or parts[-1]:
         parts.append(response.read1(1 << 16))
@@ -315,9 +312,7 @@ def read_whole(response: Any, until: float) -> bytes:
 
 
 def decode(raw: bytes, headers: Mapping[str, str]) -> str:
-    """The text of a body, which some servers compress unasked (gzip, deflate with or without a
-    header).
-    """
+    """The text of a body, which some servers compress unasked."""
     coding = headers.get("Content-Encoding", "").lower()
     if coding in ("gzip", "x-gzip", "deflate"):
         try:
@@ -345,9 +340,7 @@ def read_content(content: Any) -> tuple[str, str]:
 
 
 def read_usage(content: dict) -> dict[str, int]:
-    """{prompt, completion, cached}: the tokens that a server counted, 0 where it says nothing
-    sensible.
-    """
+    """{prompt, completion, cached}: tokens as the server counts them, else 0."""
     counts = {}
     for name, key in USAGE.items():
         value = content
@@ -372,7 +365,10 @@ def refused_parameter(error: dict[str, Any], body: dict) -> str:
     message = error["message"]
     if not re.search(UNSUPPORTED, f"{message} {error.get('code')}", re.IGNORECASE):
         return ""
-    for name in [str(error.get("param")), *re.findall(r"\w+", message.split(". ")[0])]:
+    named = [str(error.get("param")), *re.findall(r"\w+", message.split(". ")[0])]
+    if re.search("json_schema|structured output", message, re.IGNORECASE):
+        named.append("response_format")
+    for name in named:
         if name in body and name not in ("model", "messages", "prompt"):
             return name
     return ""
@@ -399,9 +395,7 @@ def whole_characters(text: Any) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a response asks to wait, by retry-after-ms or Retry-After (seconds or a
-    date).
-    """
+    """The seconds that a response asks to wait; Retry-After may be a date."""
     try:
         if headers.get("retry-after-ms"):
             return float(headers["retry-after-ms"]) / 1000

@@ -21,6 +21,7 @@ from dss.config import TrainConfig
 from dss.methods import BASELINE, METHODS, PREDICT
 from dss.rows import Rows, sample_rows
 from dss.stats import (
+    COVERAGES,
     accuracy_at,
     bag_of_words,
     calibration_error,
@@ -297,7 +298,7 @@ def reliability(student: Student, rows: Rows, right: list[bool], answers: list[A
     confidence = np.array(distributed.share_out(confidences, pairs))
     correct = np.array(right, dtype=float)
     figures["calibration_error"] = calibration_error(confidence, correct)
-    for coverage in (0.5, 0.8, 0.9):
+    for coverage in COVERAGES:
         figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
     return figures
 
@@ -310,7 +311,9 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     the files are."""
     print_table(results)
     label, accuracy = commonest_label([row.label for row in rows.train], rows.asked, rows.metric)
-    print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
+    print(
+        f"always answering {shorten_text(label)!r}, the commonest label in training: {accuracy:.1%}"
+    )
     if results[0]["bag_of_words"] is not None:
         print(f"a bag of words (dss/stats.py): {results[0]['bag_of_words']:.1%}")
     print_differences(out, rows, results)
@@ -353,8 +356,9 @@ def print_table(results: list[dict]) -> None:
 
 def print_reliability(results: list[dict]) -> None:
     """How far each student's probabilities can be trusted, where labels are a closed set."""
-    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE", "accuracy_at_0.5": "at 50 %"}
-    columns |= {"accuracy_at_0.8": "at 80 %", "accuracy_at_0.9": "at 90 % coverage"}
+    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE"}
+    for coverage in COVERAGES:
+        columns[f"accuracy_at_{coverage}"] = f"at {coverage:.0%} coverage"
     shown = [result for result in results if "macro_f1" in result]
     if not shown:
         return
@@ -436,7 +440,7 @@ def print_samples(rows: Rows, config: TrainConfig, results: list[dict]) -> None:
     for sample in samples:
         answer = shorten_text(sample["prediction"]) or "(nothing)"
         print(f"\n  question   {shorten_text(sample['input'])}")
-        print(f"  predicted  {answer}   ({gold}: {sample['label']})")
+        print(f"  predicted  {answer}   ({gold}: {shorten_text(sample['label'])})")
         if sample["rationale"]:
             print(f"  because    {shorten_text(sample['rationale'])}")
 

@@ -22,6 +22,7 @@ from data.answers import choose_label_type, closed_set, merge_labels, same_label
 from data.jsonl import Record, read_jsonl
 
 RESAMPLES = 10_000
+COVERAGES = (0.5, 0.8, 0.9)  # shares of the questions, of which the most confident answers count
 STRENGTHS = (2e-4, 5e-4, 1e-3)  # of the sum of squared weights in the bag of words' loss
 
 

@@ -284,7 +284,7 @@ def read_runs(cells: list[Cell], out: Path) -> list[Run]:
 
 
 def write_report(out: Path, runs: list[Run]) -> str:
-    """Write study.md, study.json and, for several --subsample, study.png, which needs matplotlib.
+    """Write study.md, study.json and, with several --subsample and matplotlib, study.png. Returns
     Returns the text of study.md."""
     groups = summarise(runs)
     command = f"python -m dss.study {shlex.join(sys.argv[1:])}"

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import dropout_mask, dropout_reference, seed_on, threshold_of
-from .launch import INTERPRETED, check_tensors, launch, make_rows_contiguous, tl, triton
+from .dropout import drop, dropout_reference, seed_on, threshold_of
+from .launch import INTERPRETED, check_tensors, launch, load_fp32, make_rows_contiguous, tl, triton
 
 # A tile is 4 rows of 512 numbers: 16 values a thread, and rows long enough for whole cache lines.
 # The interpreter takes as long for a large tile as for a small one.
@@ -78,28 +78,23 @@ def geglu_kernel(
     BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first_column = tl.program_id(1) * BLOCK
+    columns = first_column + tl.arange(0, BLOCK)[None, :]
     row = rows[:, None].to(tl.int64)
     inside = (row < T) & (columns < F)
     here = row * F + columns
-    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    factor = tl.full([ROWS, BLOCK], 1.0, tl.float32)  # the dropout mask
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        keep = dropout_mask(seed, rows, 0, tl.program_id(1) * BLOCK, threshold, BLOCK)
-        factor = tl.where(keep, 256.0 / (256 - threshold), 0.0)
+    gate = load_fp32(gate_ptr + row * gate_stride + columns, inside)
+    up = load_fp32(up_ptr + row * up_stride + columns, inside)
     t = 1 / (1 + tl.exp(-(gate + gate * gate * gate * CUBIC) * TWO_ROOT_2_BY_PI))
     if dy_ptr is None:
-        y = factor * gate * t * up
-        tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=inside)
+        y = drop(gate * t * up, seed_ptr, rows, first_column, threshold, BLOCK)
+        tl.store(y_ptr + here, y, mask=inside)
     else:
-        dy = factor * tl.load(dy_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        dy = load_fp32(dy_ptr + here, inside)
+        dy = drop(dy, seed_ptr, rows, first_column, threshold, BLOCK)
         slope = t + gate * t * (1 - t) * (1 + gate * gate * (3 * CUBIC)) * TWO_ROOT_2_BY_PI
-        d_gate = dy * up * slope
-        d_up = dy * gate * t
-        tl.store(d_gate_ptr + here, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
-        tl.store(d_up_ptr + here, d_up.to(d_up_ptr.dtype.element_ty), mask=inside)
+        tl.store(d_gate_ptr + here, dy * up * slope, mask=inside)
+        tl.store(d_up_ptr + here, dy * gate * t, mask=inside)
 
 
 # ruff: enable[ANN001, ANN201]

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -321,13 +322,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of cases")
     parser.add_argument("--minutes", type=float, default=6.0, help="begin no case later [6]")
-    parser.add_argument("--json", type=argparse.FileType("a"), help="append an object a case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append an object a case")
     args = parser.parse_args(argv)
     if not launch.INSTALLED:
         parser.error("needs Triton")
     cases = [case for case in all_cases() if any(text in case.name for text in args.only)]
     if not cases:
         parser.error(f"--only: no case is named {' or '.join(args.only)}")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such directory")
     gpu = torch.cuda.is_available()
     machine = "no GPU: nothing is timed; the roof is an H200's"
     copy_rate, product_rate = H200
@@ -355,7 +358,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"    {name:<8} {value if isinstance(value, str) else f'{value:.2f}'}")
             row |= times
         if args.json:
-            print(json.dumps(row | dict(machine=machine)), file=args.json, flush=True)
+            with open(args.json, "a", encoding="utf-8") as file:
+                print(json.dumps(row | dict(machine=machine)), file=file)
     return int(failed)
 
 

@@ -80,6 +80,15 @@ def dropout_mask(seed, rows, plane, first_column, threshold, COLUMNS: tl.constex
     return tl.reshape(bytes, (R, COLUMNS)) >= (threshold.to(tl.uint32) << 24)
 
 
+@triton.jit
+def drop(x, seed_ptr, rows, first_column, threshold, COLUMNS: tl.constexpr):
+    """x (R, COLUMNS) after dropout; x itself where seed_ptr is None."""
+    if seed_ptr is not None:
+        keep = dropout_mask(tl.load(seed_ptr), rows, 0, first_column, threshold, COLUMNS)
+        x = tl.where(keep, x * (256.0 / (256 - threshold)), 0.0)
+    return x
+
+
 # ruff: enable[ANN001, ANN201]
 
 

@@ -251,8 +251,9 @@ class Call:
     lut: Tensor | None = None  # the bucket of each distance that `diag` holds
 
 
-# Tokens of the other side that a kernel for long sequences takes at a time: as many as fit into the
-# registers (`python -m kernels.compile`). Half as many for wide heads, for fp32 and on sm_80.
+# Tokens of the other side that a kernel for long sequences takes at a time, where 64 would not fit
+# into the registers: causal. Half as many for wide heads, for fp32 and on sm_80. Found by
+# `python -m kernels.compile`.
 LONG_STEPS = {attention_forward_kernel: 64, attention_dq_kernel: 32, attention_dkdv_kernel: 32}
 
 
@@ -282,9 +283,10 @@ def launch_kernel(
     wide = D > 64
     long = rows == step == 64
     if long and not INTERPRETED:
-        step = LONG_STEPS[kernel]
-        num_stages = stages(q.device)
         wide = wide or fp32 or architecture(q.device) == "sm_80"
+        num_stages = stages(q.device)
+        if wide or call.causal:
+            step = LONG_STEPS[kernel]
     if wide:
         step = max(step // 2, 16)
     if fp32:

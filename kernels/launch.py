@@ -37,6 +37,11 @@ if not INSTALLED:  # enough of Triton to define kernels that are never launched
     tl = SimpleNamespace(constexpr=lambda value: value)
 
 
+@triton.jit
+def load_fp32(ptr, mask):  # noqa: ANN001, ANN201
+    return tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
     """Run kernel[grid](*arguments, **options) on the device of the first argument, a tensor.
 

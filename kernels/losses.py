@@ -33,7 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import autocast_dtype, check_tensors, launch, make_rows_contiguous, tl, triton
+from .launch import (
+    autocast_dtype,
+    check_tensors,
+    launch,
+    load_fp32,
+    make_rows_contiguous,
+    tl,
+    triton,
+)
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk: about 4k tokens of T5's vocabulary in bfloat16
@@ -172,7 +180,7 @@ def cross_entropy_row_kernel(
                 z = load_logits(logits_ptr, here, V)
             of_label = tl.where(here == y, weight, 0.0)
             g = tl.where(ignored, 0.0, tl.exp(z - lse) * weight - of_label)
-            tl.store(gradient_ptr + here, g.to(gradient_ptr.dtype.element_ty), mask=here < V)
+            tl.store(gradient_ptr + here, g, mask=here < V)
 
 
 @triton.jit
@@ -181,8 +189,7 @@ def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + i, mask=i < n).to(tl.float32)
-        tl.store(x_ptr + i, (x * factor).to(x_ptr.dtype.element_ty), mask=i < n)
+        tl.store(x_ptr + i, load_fp32(x_ptr + i, i < n) * factor, mask=i < n)
 
 
 # ruff: enable[ANN001, ANN201]

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import dropout_mask, dropout_reference, seed_on, threshold_of
+from .dropout import drop, dropout_reference, seed_on, threshold_of
 from .launch import (
     INTERPRETED,
     autocast_dtype,
     check_tensors,
     launch,
+    load_fp32,
     make_rows_contiguous,
     tl,
     triton,
@@ -97,19 +98,17 @@ def rms_norm_forward_kernel(
     row = rows[:, None].to(tl.int64)
     column = columns[None, :]
     inside = (row < T) & (column < C)
-    s = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if seed_ptr is not None:
-        keep = dropout_mask(tl.load(seed_ptr), rows, 0, 0, threshold, BLOCK)
-        s = tl.where(keep, s * (256.0 / (256 - threshold)), 0.0)
+    s = load_fp32(x_ptr + row * x_stride + column, inside)
+    s = drop(s, seed_ptr, rows, 0, threshold, BLOCK)
     if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
-        rounded = (s + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
+        s += load_fp32(residual_ptr + row * residual_stride + column, inside)
+        rounded = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + row * C + column, rounded, mask=inside)
         s = rounded.to(tl.float32)  # as backward will read it
     rms = tl.sqrt(tl.sum(s * s, 1) / C + eps)
-    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    weight = load_fp32(weight_ptr + columns, columns < C)
     y = s / rms[:, None] * weight[None, :]
-    tl.store(y_ptr + row * C + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + row * C + column, y, mask=inside)
 
 
 # With n = s / rms, g = weight dy and rms^2 = mean(s^2) + eps, whose derivative by s_i is 2 s_i / C:
@@ -140,7 +139,7 @@ def rms_norm_backward_kernel(
 ):
     columns = tl.arange(0, BLOCK)
     column = columns[None, :]
-    weight = tl.load(weight_ptr + columns, mask=columns < C, other=0.0).to(tl.float32)
+    weight = load_fp32(weight_ptr + columns, columns < C)
     d_weight = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(0) * rows_each
     for start in range(first, tl.minimum(first + rows_each, T), ROWS):
@@ -148,8 +147,8 @@ def rms_norm_backward_kernel(
         row = rows[:, None].to(tl.int64)
         inside = (row < T) & (column < C)
         here = row * C + column
-        s = tl.load(s_ptr + row * s_stride + column, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        s = load_fp32(s_ptr + row * s_stride + column, inside)
+        dy = load_fp32(dy_ptr + here, inside)
         rms = tl.sqrt(tl.sum(s * s, 1) / C + eps)
         n = s / rms[:, None]
         d_weight += tl.sum(n * dy, 0)
@@ -157,13 +156,10 @@ def rms_norm_backward_kernel(
         mean = tl.sum(g * n, 1) / C
         dx = (g - n * mean[:, None]) / rms[:, None]
         if ds_ptr is not None:
-            dx += tl.load(ds_ptr + here, mask=inside, other=0.0).to(tl.float32)
-            rounded = dx.to(d_residual_ptr.dtype.element_ty)
-            tl.store(d_residual_ptr + here, rounded, mask=inside)
-        if seed_ptr is not None:
-            keep = dropout_mask(tl.load(seed_ptr), rows, 0, 0, threshold, BLOCK)
-            dx = tl.where(keep, dx * (256.0 / (256 - threshold)), 0.0)
-        tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            dx += load_fp32(ds_ptr + here, inside)
+            tl.store(d_residual_ptr + here, dx, mask=inside)
+        dx = drop(dx, seed_ptr, rows, 0, threshold, BLOCK)
+        tl.store(dx_ptr + here, dx, mask=inside)
     tl.store(partial_ptr + tl.program_id(0) * C + columns, d_weight, mask=columns < C)
 
 

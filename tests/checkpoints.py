@@ -7,11 +7,17 @@ import torch
 
 from dss.config import SIZES
 from dss.model import T5
-from dss.weights import read_safetensors, save_t5, write_safetensors
+from dss.weights import load_t5, read_safetensors, save_t5, write_safetensors
 from tokenizer import T5Tokenizer
 
 LAYOUTS = ["model.safetensors", "pytorch_model.bin", "legacy pytorch_model.bin"]
 LAYOUTS += ["model.safetensors in shards", "pytorch_model.bin in shards"]
+
+
+def same(model, path_or_hub_id):
+    """Whether a checkpoint is this model."""
+    loaded = load_t5(path_or_hub_id).state_dict()
+    return all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
 def make_student(directory, spiece):

@@ -9,6 +9,7 @@ import torch
 
 import train
 from data.cli import Interrupted
+from data.files import read_json
 from data.jsonl import Record, write_jsonl
 from dss.config import T5Config, parse_args
 from dss.model import T5
@@ -25,8 +26,8 @@ SMALL = dict(
     num_heads=3,
 )
 V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, scale_decoder_outputs=False)
-QUICK = "--batch-size 4 --warmup 2 --max-target-length 12 --max-new-tokens 4".split()
-SIX = [*QUICK, *"--steps 6 --eval-every 2 --log-every 100 --method dss".split()]
+QUICK = "--batch-size 4 --warmup 2 --max-target-length 12 --max-new-tokens 4"
+SIX = f"{QUICK} --steps 6 --eval-every 2 --log-every 100 --method dss"
 
 
 def write_rows(directory, rows, split):
@@ -51,11 +52,12 @@ def counting(n):
 
 
 def run(*arguments):
-    return train.main([str(a) for a in arguments])
+    """train.py on a command line, in one piece or several."""
+    return train.main(" ".join(map(str, arguments)).split())
 
 
 def prepare(*arguments):
-    return train.prepare(parse_args([str(a) for a in arguments]))
+    return train.prepare(parse_args(" ".join(map(str, arguments)).split()))
 
 
 def watched(name, act):
@@ -96,7 +98,7 @@ def json_lines(path):
 
 
 def result(out, method):
-    return json.loads((out / method / "result.json").read_text())
+    return read_json(out / method / "result.json")
 
 
 def weights(directory):

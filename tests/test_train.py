@@ -1,7 +1,5 @@
 """train.py: what a run writes, that settings reach the step, and that a step is the paper's."""
 
-import contextlib
-import json
 import os
 
 import pytest
@@ -21,6 +19,7 @@ from running import (
 
 import tokenizer
 import train
+from data.files import read_json
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
 from dss.config import parse_args
@@ -32,12 +31,8 @@ from dss.weights import save_t5
 def make_files(directory):
     """Rows to train on, two of them without a label and one without a rationale; rows to test."""
     rows = counting(24)
-    bare = [
-        Record("bare", "How many?", "1 + 1"),
-        Record("n1", "x y"),
-        Record("n2", "y", None, "no"),
-    ]
-    return write_rows(directory, [*rows[:20], *bare, *rows[20:]], 23)
+    bare = [Record("b", "How many?", "1 + 1"), Record("n", "x y"), Record("m", "y", None, "no")]
+    return " ".join(write_rows(directory, [*rows[:20], *bare, *rows[20:]], 23))
 
 
 @pytest.fixture
@@ -47,19 +42,12 @@ def files(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The output of a run of all methods; the file `shown` beside it holds what was printed."""
+    """The output of a run of all methods."""
     directory = tmp_path_factory.mktemp("finished")
-    out = directory / "out"
-    settings = [*SIX, *METHODS, "--eval-every", 3, "--log-every", 2]
-    settings.remove("dss")  # it is among METHODS
-    with open(directory / "shown", "w") as shown, contextlib.redirect_stdout(shown):
-        assert run(*make_files(directory), *settings, "--out", out) == 0
-    return out
-
-
-@pytest.fixture
-def pretrained(finished):
-    return finished / "standard" / "student"
+    methods = " ".join(METHODS)
+    settings = f"{QUICK} --steps 6 --eval-every 3 --log-every 2 --method {methods}"
+    assert run(make_files(directory), settings, "--out", directory / "out") == 0
+    return directory / "out"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,43 +55,39 @@ def test_a_run_writes_what_the_contract_names(finished, method):
     out = finished / method
     names = {"config.json", "metrics.jsonl", "result.json", "predictions.jsonl", "student"}
     assert {path.name for path in out.iterdir()} == names
-    figures = result(finished, method)
-    assert figures["metric"] == "equation" and 0 <= figures["test_accuracy"] <= 1
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config["method"] == method and config["learning_rate"] == 0.02
-    lines = json_lines(out / "metrics.jsonl")
-    assert [line["step"] for line in lines][:5] == [2, 3, 4, 6, 6]
-    assert {"loss", "label_loss", "rationale_loss", "tokens_per_second"} <= lines[0].keys()
-    assert lines[1].keys() == {"step", "validation_accuracy", "validation_score"}
-    settings = parse_args(["--steps", str(figures["steps"]), "--warmup", "2"])
-    assert lines[2]["learning_rate"] == train.learning_rate(3, settings)
+    figures = result(finished, method)
     predictions = json_lines(out / "predictions.jsonl")
     assert [p["id"] for p in predictions] == ["r20", "r21", "r22", "r23"]
     assert sum(p["correct"] for p in predictions) / 4 == figures["test_accuracy"]
     explained = [sample["rationale"] is not None for sample in figures["samples"]]
     assert explained == [METHODS[method].learns_rationales] * 3
-    assert method in finished.with_name("shown").read_text()
+    lines = json_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in lines][:5] == [2, 3, 4, 6, 6]
+    assert {"loss", "label_loss", "rationale_loss", "tokens_per_second"} <= lines[0].keys()
+    assert lines[1].keys() == {"step", "validation_accuracy", "validation_score"}
+    settings = parse_args(f"--steps {figures['steps']} --warmup 2".split())
+    assert lines[2]["learning_rate"] == train.learning_rate(3, settings)
 
 
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(files, tmp_path):
     found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run(*files, *SIX, "--seed", seed, "--dropout", 0.1, "--out", tmp_path / name) == 0
+        assert run(files, SIX, f"--seed {seed} --dropout 0.1 --out {tmp_path}/{name}") == 0
         found.append(weights(tmp_path / name / "dss"))
     assert same(found[0], found[1]) and not same(found[0], found[2])
 
 
-def test_finetuning_starts_from_public_weights(files, pretrained, tmp_path):
+def test_finetuning_starts_from_public_weights(files, finished, tmp_path):
     """--weights brings its tokenizer, its shape and its dropout along; --dropout replaces the
     last."""
-    out = tmp_path / "out"
-    assert run(*files, *SIX, "--weights", pretrained, "--lr", 1e-9, "--out", out) == 0
-    before = weights(pretrained.parent)
-    after = weights(out / "dss")
-    for name, tensor in before.items():
-        assert (tensor - after[name]).abs().max() < 1e-6
-    ready = prepare(*files, "--weights", pretrained, "--dropout", 0.25, "--out", tmp_path / "new")
-    model = ready.student.model
+    pretrained = f"--weights {finished}/standard/student"
+    assert run(files, SIX, pretrained, f"--lr 1e-9 --out {tmp_path}/out") == 0
+    after = weights(tmp_path / "out" / "dss")
+    for name, before in weights(finished / "standard").items():
+        assert (before - after[name]).abs().max() < 1e-6
+    model = prepare(f"{files} {pretrained} --dropout 0.25 --out {tmp_path}/new").student.model
     assert model.encoder.layers[0].self_attention.dropout_p == model.config.dropout_rate == 0.25
 
 
@@ -120,7 +104,7 @@ def test_of_free_text_the_student_with_the_lowest_loss_is_kept(tmp_path, monkeyp
     assert train.label_loss(student, rows[:3]) == pytest.approx(total / tokens, rel=1e-4)
     losses = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(train, "label_loss", lambda *_: next(losses))
-    assert run(*files, *SIX, "--out", tmp_path / "out") == 0
+    assert run(*files, SIX, "--out", tmp_path / "out") == 0
     figures = result(tmp_path / "out", "dss")
     assert figures["best_step"] == 4 and figures["validation_score"] == -1.0
     assert 0 <= figures["token_f1"] <= 1 and figures["doubt"] == ""
@@ -128,32 +112,27 @@ def test_of_free_text_the_student_with_the_lowest_loss_is_kept(tmp_path, monkeyp
 
 def test_matched_standard_trains_on_as_many_tokens_as_dss(files, tmp_path):
     out = tmp_path / "out"
-    arguments = [*files, *SIX, "standard-matched", "--steps", 30, "--eval-every", 60]
-    assert run(*arguments, "--out", out) == 0
+    assert run(files, SIX, f"standard-matched --steps 30 --eval-every 60 --out {out}") == 0
     matched = result(out, "standard-matched")
     assert matched["steps"] > 30
     assert matched["tokens"] == pytest.approx(result(out, "dss")["tokens"], rel=0.03)
 
 
-def test_a_level_learning_rate_only_rises():
-    config = parse_args("--steps 10 --warmup 4 --lr 1.0 --schedule constant".split())
-    rates = [train.learning_rate(step, config) for step in range(10)]
-    assert rates == [0.25, 0.5, 0.75, *[1.0] * 7]
+def test_the_learning_rate_rises_and_falls():
+    for schedule, end in (("linear", 1 / 6), ("constant", 1.0)):
+        config = parse_args(f"--steps 10 --warmup 4 --lr 1.0 --schedule {schedule}".split())
+        rates = [train.learning_rate(step, config) for step in range(10)]
+        assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[9] == pytest.approx(end)
 
 
 def test_each_epoch_sees_each_row_once():
     config = parse_args("--batch-size 3 --seed 5".split())
-    n = 7
     seen = []
     for step in range(14):
-        seen += train.rows_of_step(step, n, config)
-    epochs = [tuple(seen[first : first + n]) for first in range(0, 42, n)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert len(set(epochs)) > 1
+        seen += train.rows_of_step(step, 7, config)
+    epochs = [tuple(seen[first : first + 7]) for first in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(epochs)) > 1
     assert len(train.rows_of_step(0, 2, config)) == 3, "a step may be larger than the data"
-
-
-PAPER = "--optimizer adamw --lr 5e-5 --warmup 0 --beta2 0.999 --weight-decay 0 --clip 1".split()
 
 
 def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_does(
@@ -161,7 +140,8 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
 ):
     """The released code's trainer: linear decay without warm-up, AdamW, clipping at 1; a step is
     two padded passes, a mean each."""
-    ready = prepare(*files, *PAPER, "--steps", 30, "--dropout", 0, "--batch-size", 4)
+    paper = "--optimizer adamw --lr 5e-5 --warmup 0 --beta2 0.999 --clip 1 --dropout 0"
+    ready = prepare(f"{files} {paper} --steps 30 --batch-size 4 --out {tmp_path}/out")
     save_t5(ready.student.model, tmp_path / "first")
     model_class = transformers.T5ForConditionalGeneration
     theirs = model_class.from_pretrained(tmp_path / "first").train()
@@ -197,86 +177,67 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
         assert (want - first[name]).norm() > 1e-5 * want.norm(), "the weights have moved"
 
 
-def initial_deviation(name, shape):
-    """As T5's own code draws it, for d_model = 64 and d_kv = 32 of the size tiny."""
-    if "norm" in name or name == "embedding.weight":
-        return 1.0
-    if name.endswith(".q.weight"):
-        return (64 * 32) ** -0.5
-    if name.endswith("bias_table"):
-        return 1 / 8
-    return shape[1] ** -0.5
+def test_scaled_rates_are_relative_to_the_initial_deviation(files, tmp_path):
+    """As T5's own code draws a tensor, for d_model = 64 and d_kv = 32 of the size tiny."""
+    settings = "--optimizer adamw-scaled --weight-decay 0.1 --beta2 0.9"
+    ready = prepare(f"{files} {settings} --out {tmp_path}/out")
+    model = ready.student.model
+    optimizer = train.make_optimizer(model, ready.config)
+    step(ready, optimizer, rate=0.5)
+    layer = model.decoder.layers[1]
+    want = {
+        model.embedding.weight: 1.0,
+        layer.cross_attention_norm.weight: 1.0,
+        model.encoder.bias_table: 64**-0.5,
+        layer.cross_attention.q.weight: (64 * 32) ** -0.5,
+        layer.cross_attention.o.weight: 64**-0.5,
+        layer.feed_forward.down.weight: 128**-0.5,
+    }
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, 0.9) and group["weight_decay"] == 0.1
+        for parameter in want.keys() & set(group["params"]):
+            assert group["lr"] == pytest.approx(0.5 * want.pop(parameter))
+    assert not want
 
 
-def test_thirty_steps_with_scaled_rates_follow_the_formula_in_fp64(tmp_path, measured):
-    settings = ["--lr", "0.02", "--weight-decay", "0.1", "--beta2", "0.9"]
-    files = write_rows(tmp_path, counting(40), 36)
-    ready = prepare(*files, *settings, "--batch-size", "4", "--warmup", "10", "--steps", "30")
-    student = ready.student
-    parameters = dict(student.model.named_parameters())
-    want = {name: p.detach().double() for name, p in parameters.items()}
-    first = {name: torch.zeros_like(w) for name, w in want.items()}
-    second = {name: torch.zeros_like(w) for name, w in want.items()}
-    gradients = {}
-    adamw = train.make_optimizer(student.model, ready.config)
-    adamw.register_step_pre_hook(
-        lambda *_: gradients.update({name: p.grad.double() for name, p in parameters.items()})
-    )
+def step(ready, optimizer, rate=1.0):
+    """The norm of the gradient of one step, before clipping."""
     examples, _ = train.make_examples(ready, "dss")
-    works = train.steps_ahead(0, examples, student, ready.config, "cpu")
-    for step, work in enumerate(works):
-        rate = 0.02 * min((step + 1) / 10, (30 - step) / 20)
-        assert train.learning_rate(step, ready.config) == pytest.approx(rate)
-        train.train_step(student, adamw, work, rate, ready)
-        for name, w in want.items():
-            scale = initial_deviation(name, w.shape)
-            g = gradients[name]
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.9 * second[name] + 0.1 * g**2
-            m = first[name] / (1 - 0.9 ** (step + 1))
-            v = second[name] / (1 - 0.9 ** (step + 1))
-            w -= scale * rate * (0.1 * w + m / (v.sqrt() + 1e-8))
-    difference = max((parameters[name] - w).norm() / w.norm() for name, w in want.items())
-    measured("thirty steps of AdamW with scaled rates", difference.item(), 1e-5)
-
-
-def one_step(ready):
-    """The gradient's norm before clipping, and how far the weights moved, of one step of plain
-    gradient descent with rate 1."""
-    examples, _ = train.make_examples(ready, "dss")
-    parameters = list(ready.student.model.parameters())
-    before = [p.detach().clone() for p in parameters]
     work = next(train.steps_ahead(0, examples, ready.student, ready.config, "cpu"))
-    optimizer = torch.optim.SGD([{"params": parameters, "scale": 1.0}])
-    _, norm = train.train_step(ready.student, optimizer, work, 1.0, ready)
-    moved = torch.stack([(p - b).norm() for p, b in zip(parameters, before)]).norm()
-    return norm.item(), moved.item()
+    _, norm = train.train_step(ready.student, optimizer, work, rate, ready)
+    return norm.item()
+
+
+def plain_descent(model):
+    return torch.optim.SGD([{"params": model.parameters(), "scale": 1.0}])
 
 
 @pytest.mark.parametrize("clip", [0.01, 0.0])
 def test_gradients_are_clipped_to_the_norm_asked_for_or_not_at_all(files, tmp_path, clip):
-    ready = prepare(*files, *SIX, "--clip", clip, "--dropout", 0, "--out", tmp_path / "out")
-    norm, moved = one_step(ready)
-    assert norm > 0.1 and moved == pytest.approx(clip or norm, rel=1e-3)
+    ready = prepare(f"{files} {SIX} --clip {clip} --dropout 0 --out {tmp_path}/out")
+    model = ready.student.model
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    norm = step(ready, plain_descent(model))
+    moved = torch.nn.utils.parameters_to_vector(model.parameters()) - before
+    assert norm > 0.1 and moved.norm().item() == pytest.approx(clip or norm, rel=1e-3)
 
 
 def test_training_begins_targets_with_the_checkpoints_start_token(files, tmp_path):
-    ready = prepare(*files, *SIX, "--out", tmp_path / "out")
+    ready = prepare(f"{files} {SIX} --out {tmp_path}/out")
     object.__setattr__(ready.student.model.config, "decoder_start_token_id", 7)
     examples, _ = train.make_examples(ready, "dss")
     (batch,) = next(train.steps_ahead(0, examples, ready.student, ready.config, "cpu")).batches
-    first = batch.targets.cu_seqlens[:-1].long()
-    assert set(batch.decoder_input_ids[first].tolist()) == {7}
+    assert set(batch.decoder_input_ids[batch.targets.cu_seqlens[:-1].long()].tolist()) == {7}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, dtype):
-    ready = prepare(*files, *SIX, "--dtype", dtype, "--out", tmp_path / "out")
+    ready = prepare(f"{files} {SIX} --dtype {dtype} --out {tmp_path}/out")
     model = ready.student.model
     found = []
-    attention = model.decoder.layers[0].self_attention
-    attention.q.register_forward_hook(lambda _, __, output: found.append(output.dtype))
-    one_step(ready)
+    query = model.decoder.layers[0].self_attention.q
+    query.register_forward_hook(lambda _, __, output: found.append(output.dtype))
+    step(ready, plain_descent(model))
     ready.student.write("predict", [ready.rows.test[0].input], 1)
     assert found == [getattr(torch, dtype)] * 2
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -296,38 +257,34 @@ def test_the_weights_that_were_best_on_validation_are_tested_and_saved(
     def evaluate(student, rows, stop, what):
         right, answers = original(student, rows, stop, what)
         if what == "validation":
-            share = next(left)
-            right = [i < 10 * share for i in range(10)]
-        tensors = student.model.state_dict().items()
-        seen.append({name: tensor.clone() for name, tensor in tensors})
+            right = torch.arange(10) < 10 * next(left)
+            right = right.tolist()
+        seen.append(torch.nn.utils.parameters_to_vector(student.model.parameters()).detach())
         return right, answers
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    assert run(*files, *SIX, "--out", tmp_path / "out") == 0
+    assert run(files, SIX, "--out", tmp_path / "out") == 0
     figures = result(tmp_path / "out", "dss")
     assert figures["best_step"] == 2 * (best + 1)
     assert figures["validation_accuracy"] == accuracies[best]
-    assert len(seen) == 4 and same(seen[3], seen[best])
-    assert same(weights(tmp_path / "out" / "dss"), seen[best])
-    assert not same(seen[0], seen[1]) and not same(seen[1], seen[2])
+    *validated, tested = seen
+    assert [torch.equal(tested, vector) for vector in validated] == [i == best for i in range(3)]
 
 
 def test_a_student_that_does_not_fit_into_memory_is_refused(files, tmp_path, monkeypatch, refused):
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 500}  # 2 MB
     monkeypatch.setattr(os, "sysconf", sizes.get)
-    said = refused(train.main, *files, *QUICK, "--device", "cpu", "--out", tmp_path / "out")
+    said = refused(train.main, *f"{files} --device cpu --out {tmp_path}/out".split())
     assert "the cpu has 0.0 GB: take a smaller student, or --shard" in said
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_too_large_for_the_weights_is_refused(spiece, tmp_path, capsys):
     rows = [Record(f"r{i}", "how many", ("one", "two")[i % 2], "why") for i in range(20)]
-    files = write_rows(tmp_path, rows, 16)
+    files = " ".join(write_rows(tmp_path, rows, 16))
     small = tmp_path / "small"
     small.mkdir()
     tokenizer.train(["one two"], small / "spiece.model", 14).save(small)
-    ready = prepare(*files, "--spiece", small, "--out", tmp_path / "out")
-    save_t5(ready.student.model, small)
-    arguments = ["--weights", small, "--spiece", spiece, "--out", tmp_path / "new"]
-    assert run(*files, *arguments) == 2 and not (tmp_path / "new").exists()
+    save_t5(prepare(f"{files} --spiece {small} --out {tmp_path}/out").student.model, small)
+    assert run(files, f"--weights {small} --spiece {spiece} --out {tmp_path}/new") == 2
     assert "give the --spiece that belongs to it" in capsys.readouterr().err

@@ -75,8 +75,6 @@ dss.predict student bad.jsonl --output made | bad.jsonl:2: there is no "input"; 
 dss.predict student rows.jsonl --batch_size 0 | --batch-size must be from 1 to
 dss.predict student rows.jsonl --max-new-tokens 0 | --max-new-tokens must be from 1 to
 dss.predict student rows.jsonl --max-input-length 1 | --max-input-length must be from 2 to
-dss.predict student rows.jsonl --scores | --scores
-dss.predict student rows.jsonl --labels a a | --labels
 dss.study --nonsense 1 | --nonsense
 dss.study --data none.jsonl | none.jsonl: No such file
 dss.study --data rows.jsonl --method finetune | finetune

@@ -14,144 +14,146 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
-
-from .files import CONFIG, SPIECE, AddedToken, TokenizerFiles, read_files
 
 PAD = 0
 EOS = 1
 UNK = 2
-TOKENS = {"pad_token": PAD, "eos_token": EOS, "unk_token": UNK}  # names in tokenizer_config.json
+SPIECE = "spiece.model"
+CONFIG = "tokenizer_config.json"
+FAST = "tokenizer.json"
+CLASSES = ("T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast")
+CLASSES += (None, "PreTrainedTokenizerFast", "TokenizersBackend")  # these may be of any kind
+LISTS = ("added_tokens", "additional_special_tokens", "extra_special_tokens")  # of tokens
 LONGEST_TEXT = 20_000  # characters of a text that `train` looks at
-LONGEST_WORD = 100  # characters of a word; one of a million letters would take minutes
+LONG_WORD = r"(\S{100})\S+"  # its beginning is enough; a million letters would take minutes
 
 
 class T5Tokenizer:
-    """path: a spiece.model, or a directory that holds one or a tokenizer.json.
+    """path: a spiece.model, or a directory that holds one.
 
-    What files.py lists beside it is read, too. Raises FileNotFoundError if there is no tokenizer,
-    ValueError, naming the file, if it is not one of T5's.
+    A tokenizer_config.json beside it may set `extra_ids`. Raises FileNotFoundError if there is no
+    such file, ValueError, naming the file, if the tokenizer is not one of T5's or has added tokens.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        files = read_files(Path(path))
-        self.model = files.model  # the content of spiece.model
-        self.pieces = load_pieces(files)
-        self.extra_ids = files.extra_ids
-        texts = self.pieces.id_to_piece(list(range(self.pieces.vocab_size())))
-        first_sentinel = len(texts)
-        for k in reversed(range(files.extra_ids)):
-            texts.append(f"<extra_id_{k}>")
-        self.texts = dict(enumerate(texts))  # {id: text} of all tokens
-        self.hidden = {
-            PAD,
-            EOS,
-            UNK,
-            *range(first_sentinel, len(texts)),
-        }  # left out of decoded text
-        self.special = {texts[i]: i for i in self.hidden}  # tokens found in a text as it is written
-        self.normalized = {}  # {text: id} of tokens that are found in the normalized text
-        self.normalizer = sentencepiece.SentencePieceNormalizer(
-            model_proto=files.model,  # of which the rules for characters are taken alone
-            add_dummy_prefix=False,
-            escape_whitespaces=False,
-            remove_extra_whitespaces=False,
-        )
-        self.added = [token for token in files.added if token.text not in self.special]
-        for token in files.added:
-            self.add(token, files.path)
-        self.vocab_size = max(self.texts) + 1
-        self.special_pattern = any_of(self.special)
-        self.normalized_pattern = any_of(self.normalized)
-
-    def add(self, token: AddedToken, path: Path) -> None:
-        """Add a token, unless it is one of T5's. Raises ValueError if its id is another token's."""
-        usual_id = self.special.get(token.text, token.id)
-        if token.id != usual_id or self.texts.get(token.id, token.text) != token.text:
-            raise ValueError(f"{path}: the added token {token.text!r} has the id of another token")
-        if token.text in self.special:
-            return
-        text = token.text
-        if token.normalized:
-            text = self.normalizer.normalize(text)
-            self.normalized[text] = token.id
-        else:
-            self.special[text] = token.id
-        self.texts[token.id] = text
-        if token.special:
-            self.hidden.add(token.id)
+        path = Path(path)
+        if path.is_dir():
+            check_kind(path)
+            path = path / SPIECE
+        self.model = read_bytes(path)  # the content of spiece.model
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except RuntimeError:
+            raise ValueError(f"{path}: not a SentencePiece model") from None
+        ids = (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id())
+        if ids != (PAD, EOS, UNK):
+            raise ValueError(f"{path}: pad, </s> and unknown are {ids}; T5's are {(PAD, EOS, UNK)}")
+        if not self.pieces.normalize("①").endswith("1"):  # by rules at the end of the file
+            raise ValueError(
+                f"{path}: trained with another normalization than T5's NFKC, or cut short"
+            )
+        config = path.with_name(CONFIG)
+        self.extra_ids = read_json(config).get("extra_ids", 100)
+        if self.extra_ids not in range(1001):
+            raise ValueError(f"{config}: extra_ids is {self.extra_ids!r}, not from 0 to 1000")
+        self.vocab_size = self.pieces.vocab_size() + self.extra_ids
+        self.special = {}  # {text: id} of all special tokens
+        for k in range(self.extra_ids):
+            self.special[f"<extra_id_{k}>"] = self.vocab_size - 1 - k
+        for i in (PAD, EOS, UNK):
+            self.special[self.pieces.id_to_piece(i)] = i
+        self.pattern = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
+        for token in listed_tokens(path.parent):
+            is_piece = self.pieces.piece_to_id(token) != UNK  # mT5's sentinels are pieces
+            if token not in self.special and not (is_piece and "<extra_id_" in token):
+                raise ValueError(
+                    f"{path.parent}: this tokenizer has added tokens such as {token!r}, "
+                    "which this code does not read"
+                )
 
     def encode(self, text: str) -> list[int]:
         """text -> ids, ending in </s>."""
         text = text.replace("\x85", " ")  # white space to transformers, unknown to SentencePiece
         ids = []
-        for part in self.special_pattern.split(text):
+        for part in self.pattern.split(text):
             if part in self.special:
                 ids.append(self.special[part])
-            elif self.normalized:
-                ids += self.encode_normalized(self.normalizer.normalize(part))
             else:
                 ids += self.pieces.encode(part)
         return [*ids, EOS]
 
-    def encode_normalized(self, text: str) -> list[int]:
-        """The ids of a normalized text, in which added tokens are found."""
-        ids = []
-        for part in self.normalized_pattern.split(text):
-            if part in self.normalized:
-                ids.append(self.normalized[part])
-            else:
-                ids += self.pieces.encode(part)
-        return ids
-
     def decode(self, ids: Iterable[int]) -> str:
         """ids -> text, without special tokens."""
-        kept = [self.texts[i] for i in ids if i in self.texts and i not in self.hidden]
-        return self.pieces.decode(kept)
+        first_sentinel = self.vocab_size - self.extra_ids
+        return self.pieces.decode([i for i in ids if UNK < i < first_sentinel])
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write spiece.model and tokenizer_config.json, by which transformers loads it, to an
         existing directory."""
         config = {"tokenizer_class": "T5Tokenizer", "extra_ids": self.extra_ids}
-        for name, i in TOKENS.items():
-            config[name] = self.pieces.id_to_piece(i)
-        added = {}
-        for token in self.added:
-            flags = {"normalized": token.normalized, "special": token.special}
-            added[str(token.id)] = {"content": token.text} | flags
-        if added:
-            config["added_tokens_decoder"] = added
         write(Path(directory) / SPIECE, self.model)
         write(Path(directory) / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def load_pieces(files: TokenizerFiles) -> sentencepiece.SentencePieceProcessor:
-    """SentencePiece's own tokenizer. Raises ValueError if its ids or normalization are not T5's."""
-    path = files.path
+def check_kind(directory: Path) -> None:
+    """Raise ValueError for a directory with another kind of tokenizer, or with T5's as a
+    tokenizer.json alone."""
+    if (directory / SPIECE).exists():
+        return
+    kind = read_json(directory / CONFIG).get("tokenizer_class")
+    model = read_json(directory / FAST).get("model", {})
+    if kind not in CLASSES or model.get("type", "Unigram") != "Unigram":
+        raise ValueError(
+            f"{directory / CONFIG}: this tokenizer ({kind}) is of another kind than T5's"
+        )
+    if (directory / FAST).exists():
+        raise ValueError(
+            f"{directory / FAST} is not read; copy the {SPIECE} of the model that it was "
+            "fine-tuned from"
+        )
+
+
+def listed_tokens(directory: Path) -> list[str]:
+    """The special and added tokens that the files beside a spiece.model name.
+
+    Raises ValueError if they are not written as transformers writes them.
+    """
+    content = read_json(directory / CONFIG)
+    content |= read_json(directory / "special_tokens_map.json")
+    content |= read_json(directory / FAST)
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=files.model)
-    except RuntimeError:
-        raise ValueError(f"{path}: not a SentencePiece model") from None
-    ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
-    if ids != (PAD, EOS, UNK):
-        raise ValueError(f"{path}: pad, </s> and unknown are {ids}; T5's are {(PAD, EOS, UNK)}")
-    if not pieces.normalize("①").endswith("1"):  # by rules at the end of the file
-        raise ValueError(f"{path}: trained with another normalization than T5's NFKC, or cut short")
-    for name, i in TOKENS.items():
-        token = files.config.get(name, pieces.id_to_piece(i))
-        if isinstance(token, dict):
-            token = token.get("content")
-        if token != pieces.id_to_piece(i):
-            where = path.with_name(CONFIG)
-            raise ValueError(f"{where}: {name} is {token!r}, not {pieces.id_to_piece(i)!r}")
-    return pieces
+        entries = list(read_json(directory / "added_tokens.json"))
+        entries += content.get("added_tokens_decoder", {}).values()
+        for name in LISTS:
+            entries += content.get(name) or []
+        return [entry["content"] if isinstance(entry, dict) else entry for entry in entries]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{directory}: it has added tokens that cannot be read") from None
 
 
-def any_of(texts: Iterable[str]) -> re.Pattern:
-    """A pattern that splits a text at each of these, of which the longest counts."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("(" + "|".join(re.escape(text) for text in longest_first) + ")")
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no such file."""
+    if not path.exists():
+        return {}
+    content = read_bytes(path)
+    try:
+        return dict(json.loads(content))
+    except (RecursionError, TypeError, ValueError):
+        raise ValueError(f"{path}: not a JSON object") from None
+
+
+def read_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such SentencePiece model")
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path}: a git-lfs pointer, not the file itself; `git lfs pull` fetches it"
+        )
+    return content
 
 
 def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8000) -> T5Tokenizer:
@@ -160,7 +162,7 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8000)
     vocab_size is the most pieces it may have; a small text gives fewer. The same texts give the
     same model. Raises ValueError if the texts are empty or have more characters than vocab_size.
     """
-    texts = [shorten(text) for text in texts]
+    texts = [re.sub(LONG_WORD, r"\1", text[:LONGEST_TEXT]) for text in texts]
     # SentencePiece proposes as pieces what two different words share, so that in a small text a
     # word always written alike ("How") falls into letters. Each repeated word is shown in a second
     # form.
@@ -173,7 +175,6 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8000)
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts + second_forms),
             model_writer=model,
-            model_type="unigram",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             pad_id=PAD,
@@ -187,24 +188,13 @@ def train(texts: Iterable[str], path: str | os.PathLike, vocab_size: int = 8000)
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError as problem:
-        # SentencePiece says "... 5 vs 30": what it was given and what it needs
-        needed = re.search(r"\d+ vs (\d+)", str(problem))
-        reason = "too few for pad, </s> and unknown"
-        if not any(text.strip() for text in texts):
-            reason = "they are all blank"
-        elif needed:
-            reason = f"their characters alone need {needed[1]}"
+    except RuntimeError:
         raise ValueError(
-            f"no tokenizer of {vocab_size} pieces can be trained on these texts: {reason}"
+            f"no tokenizer of {vocab_size} pieces can be trained on these texts: "
+            "they are blank, or have more characters than that"
         ) from None
     write(Path(path), model.getvalue())
     return T5Tokenizer(path)
-
-
-def shorten(text: str) -> str:
-    """The beginning of a text, with the beginning of each word."""
-    return re.sub(rf"(\S{{{LONGEST_WORD}}})\S+", r"\1", text[:LONGEST_TEXT])
 
 
 def write(path: Path, content: bytes) -> None:

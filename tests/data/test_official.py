@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data import official, report
 from data.jsonl import read_jsonl
@@ -18,10 +16,7 @@ OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
         "It burns.",
         "a wood",
     ),
-    ("cqa", "Both. So the answer is either (a) sea or (b) ocean.\n\nQ:", "Both.", None),
-    ("cqa", "So the answer is (b) U.S.", None, "U.S"),
     ("svamp", "84 / 2 = 42. The answer is (84 / 2).\n\nQ: There are", "84 / 2 = 42.", "(84 / 2)"),
-    ("svamp", "Nested. The answer is ((1 + 2) * 3).", "Nested.", "((1 + 2) * 3)"),
     ("svamp", "Unknown. The answer is (23 + x).", "Unknown.", None),
     ("svamp", "It never says.\n\nQ: Next? The answer is (1 + 1).", None, None),
     (
@@ -42,7 +37,6 @@ OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
         "Same thing.",
         "entailment",
     ),
-    ("esnli", "Same thing.\n", None, None),
 ]
 
 
@@ -51,16 +45,6 @@ def test_outputs_are_cut_at_the_answer_and_before_the_invented_example(
     name, output, rationale, label
 ):
     assert official.parse_output(output, official.FORMATS[name]) == (rationale, label)
-
-
-@given(st.sampled_from(list(official.FORMATS)), st.text())
-def test_any_output_parses_to_a_rationale_that_holds_no_next_example(name, output):
-    rationale, _ = official.parse_output(output, official.FORMATS[name])
-    assert (
-        rationale is None
-        or rationale.strip()
-        and official.FORMATS[name].next_example not in rationale
-    )
 
 
 CHOICES = "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1"
@@ -118,13 +102,6 @@ def test_each_dataset_is_imported_with_both_teachers(tmp_path, capsys, name):
     "path, content, words",
     [
         ("svamp/llm/train_CoT_0.json", '["a", "b"]', "1 rows, but 2 teacher outputs"),
-        (
-            "svamp/llm/train_CoT_1.json",
-            "[]",
-            "train_CoT_0.json is missing, and train_CoT_1.json is there",
-        ),
-        ("svamp/llm/train_CoT_00.json", "[]", "train_CoT_0.json is missing"),
-        ("svamp/llm/train_CoT (2).json", "[]", "must be numbered 0, 1, 2"),
         ("svamp/llm/train_CoT_0.json", "[1]", "not a JSON list of texts"),
         ("svamp/svamp_train.json", '{"input": "x"}', "svamp_train.json:1: not a row"),
         (

@@ -6,8 +6,6 @@ import json
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from running import ROOT
 
 from data.prompt import load_prompt
@@ -139,12 +137,6 @@ def test_an_answer_that_names_two_classes_or_none_is_rejected(text):
     assert "entailment, neutral, contradiction" in read.detail or "two different" in read.detail
 
 
-@given(st.sampled_from(NAMES), st.text(), st.booleans())
-def test_any_text_is_either_a_whole_answer_or_a_problem(name, text, short):
-    read = prompt(name).parse(text, Q, short)
-    assert read.error or read.rationale.strip() and read.label.strip()
-
-
 FINE = dict(question="Q: {input}\nA:", answer=" {rationale} It is {label}.", answer_marker="It is")
 FINE |= dict(
     exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}], label_type="equation"
@@ -155,15 +147,6 @@ def write(tmp_path, content):
     path = tmp_path / "p.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
-
-
-def test_the_smallest_file(tmp_path):
-    p = load_prompt(write(tmp_path, FINE))
-    assert (
-        p.completion("2 and 2?") == "Q: 1 and 1?\nA: One more. It is 2.\n\nQ: 2 and 2?\nA:"
-        and len(p.sha256) == 64
-    )
-    assert len(load_prompt(write(tmp_path, FINE | {"exemplars": []})).chat("x")) == 1
 
 
 @pytest.mark.parametrize(
@@ -202,12 +185,6 @@ def test_a_file_that_cannot_work_is_one_line(tmp_path, change, words):
         and str(error.value).startswith(f"{path}: ")
         and "\n" not in str(error.value)
     )
-
-
-def test_a_missing_key_is_named(tmp_path):
-    for name in FINE:
-        with pytest.raises(ValueError, match=f'"{name}" is missing'):
-            load_prompt(write(tmp_path, {key: value for key, value in FINE.items() if key != name}))
 
 
 LABEL_FIRST = FINE | {

@@ -12,7 +12,7 @@ SAID = "It is late.\nAnswer: neutral"
 
 
 def read(text, field="", cut_short=False, endpoint="chat", reasoning="drop"):
-    """(the Answer, the kinds of warnings) of a reply on e-SNLI. {all} and {last} quote what was sent."""
+    """(the Answer, the kinds of warnings) of a reply. {all}, {last}: what was sent."""
     prompt = load_prompt(ROOT / "data" / "prompts" / "esnli.json")
     settings = {"model": "m", "endpoint": endpoint, "rationalize": False, "keep": "all"}
     requests = Requests(prompt, settings | {"reasoning": reasoning}, {})

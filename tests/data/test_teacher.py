@@ -13,7 +13,14 @@ from teacher_stub import Stub, completed, error
 
 from data.teacher import RequestError, Teacher, retry_after
 
-BODY = {"model": "m", "messages": [], "temperature": 0.0, "max_tokens": 9, "stop": ["x"]}
+BODY = {
+    "model": "m",
+    "messages": [],
+    "temperature": 0.0,
+    "max_tokens": 9,
+    "stop": ["x"],
+    "response_format": {},
+}
 
 
 def read(content, status=200, headers={}, endpoint="chat"):  # noqa: B006
@@ -129,6 +136,7 @@ REFUSALS = [  # (status, content, then, words)
         "row",
         "context",
     ),
+    (400, error("json_schema is unavailable for this model"), "run", "refuses response_format"),
     (413, "too large", "row", "413"),
     (400, error("Blocked", code="content_policy_violation"), "row", "Blocked"),
     (403, error("no"), "unclear", "is the key right?"),

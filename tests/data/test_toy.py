@@ -1,11 +1,11 @@
 """The embedded task is honest, and depends on its seed alone."""
 
 from data import toy
-from data.jsonl import read_jsonl
 
 
 def test_the_rationale_names_the_kinds_in_order_and_the_label_is_their_mode():
     parts = toy.make_rows(3)
+    assert parts == toy.make_rows(3) != toy.make_rows(2), "they depend on the seed alone"
     assert [len(part) for part in parts] == list(toy.SIZES.values())
     questions = [row.input for part in parts for row in part]
     assert len(set(questions)) == len(questions), "no question twice"
@@ -19,10 +19,3 @@ def test_the_rationale_names_the_kinds_in_order_and_the_label_is_their_mode():
             kinds.count(row.label) > kinds.count(other) for other in set(kinds) - {row.label}
         )
         assert row.teacher_label == row.label
-
-
-def test_the_rows_depend_on_the_seed_alone(tmp_path, capsys):
-    assert toy.make_rows(1) == toy.make_rows(1) != toy.make_rows(2)
-    assert toy.main(["--out", str(tmp_path), "--seed", "1"]) == 0
-    assert list(read_jsonl(tmp_path / "toy_train.jsonl")) == toy.make_rows(1)[0]
-    assert "toy_test.jsonl: 1,000 rows" in capsys.readouterr().out

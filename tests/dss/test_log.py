@@ -1,7 +1,6 @@
 """What a run says: counts, speed, and a report that claims no more than it knows."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,27 +12,26 @@ from data.jsonl import Record, write_jsonl
 from dss.log import read_correct, reason_to_doubt, reliability
 from dss.student import Answer
 
-ONE = [*QUICK, "--steps", "1"]
-
 
 @pytest.fixture
 def files(tmp_path):
-    return write_rows(tmp_path, counting(20), 16)
+    return " ".join(write_rows(tmp_path, counting(20), 16))
 
 
-def test_inputs_in_two_places_and_texts_that_were_cut_are_counted(files, tmp_path, capsys):
-    training = Path(files[1])
-    test = Path(files[3])
-    test.write_text(training.read_text().split("\n")[0] + "\n" + test.read_text())
-    limits = "--max-input-length 6 --max-target-length 5 --vocab-size 100 --method dss".split()
-    arguments = [*files, *ONE, *limits, "--eval-data", training, "--out", tmp_path / "out"]
-    assert run(*arguments) == 0
+@pytest.fixture
+def one_step(files, tmp_path):
+    return f"{files} {QUICK} --steps 1 --out {tmp_path}/out"
+
+
+def test_inputs_in_two_places_and_texts_that_were_cut_are_counted(one_step, tmp_path, capsys):
+    write_jsonl(tmp_path / "test.jsonl", counting(20)[15:])
+    limits = "--max-input-length 6 --max-target-length 5 --vocab-size 100 --method dss"
+    assert run(one_step, limits, f"--eval-data {tmp_path}/rows.jsonl") == 0
     said = capsys.readouterr().err
     assert "16 of 16 validation inputs and 1 of 5 test inputs are training inputs too" in said
     found = result(tmp_path / "out", "dss")
     assert found["inputs_cut"] == 32 and 16 <= found["targets_cut"] <= 32
-    cut = f"32 inputs cut at 6 tokens, {found['targets_cut']} targets cut at 5 tokens; see"
-    assert cut in said
+    assert f"32 inputs cut at 6 tokens, {found['targets_cut']} targets cut at 5 tokens;" in said
 
 
 def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
@@ -42,50 +40,52 @@ def test_a_runs_speed_leaves_its_evaluations_out(files, tmp_path, monkeypatch):
     monkeypatch.setattr("dss.log.time", clock)
     monkeypatch.setattr(train, "evaluate", watched("evaluate", lambda *_: passed.append(1000.0)))
     monkeypatch.setattr(train, "train_step", watched("train_step", lambda *_: passed.append(1.0)))
-    assert run(*files, *SIX, "--out", tmp_path / "out") == 0
+    assert run(files, SIX, f"--out {tmp_path}/out") == 0
     line = json_lines(tmp_path / "out" / "dss" / "metrics.jsonl")[-2]
     assert line["tokens_per_second"] == round(result(tmp_path / "out", "dss")["tokens"] / 6)
 
 
-def test_the_report_shows_three_answers_and_what_to_run_next(files, tmp_path, capsys):
-    out = tmp_path / "out"
-    arguments = [*files, *ONE, "--out", out, "--method", "standard"]
-    assert run(*arguments) == 0
+def test_the_report_shows_three_answers_and_what_to_run_next(one_step, tmp_path, capsys):
+    assert run(one_step, "--method standard") == 0
     shown = capsys.readouterr().out
+    assert "14 training rows, 14 with a rationale; 2 validation, 4 test" in shown
+    assert "weights, gradients and optimiser state take" in shown
     assert shown.count("  question   ") == 3 and "(nothing)   (gold: 16 + 1)" in shown
     assert "with --resume --method standard NAME adds a student" in shown
-    finished = result(out, "standard")
-    assert len(finished["samples"]) == 3
+    finished = result(tmp_path / "out", "standard")
     finished["samples"][0]["input"] = "字" * 500
-    write_json(out / "standard" / "result.json", finished)
-    assert run(*arguments, "--resume") == 0
+    write_json(tmp_path / "out" / "standard" / "result.json", finished)
+    assert run(one_step, "--method standard dss --resume") == 0
+    shown = capsys.readouterr().out
+    assert "dss - standard:" in shown and "as the dss student answers them" in shown
+    assert run(one_step, "--method standard --resume") == 0
     assert "字" * 96 + " ...\n" in capsys.readouterr().out, "a text without spaces is cut, too"
-    assert run(*arguments, "dss", "--resume") == 0
-    assert "dss - standard:" in capsys.readouterr().out
 
 
-def test_labels_of_the_teacher_are_not_called_gold(files, tmp_path, capsys):
-    teacher = ["--method", "standard", "--labels", "teacher", "--out", tmp_path / "out"]
-    assert run(*files[:2], *ONE, *teacher) == 0
+def test_labels_of_the_teacher_are_not_called_gold(tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", counting(20))
+    data = f"--data {tmp_path}/rows.jsonl --labels teacher --method standard"
+    assert run(data, QUICK, f"--steps 1 --out {tmp_path}/out") == 0
     shown = capsys.readouterr().out
     assert "(teacher's: " in shown and "gold" not in shown
 
 
 @pytest.mark.parametrize(
-    "losses, commonest, reason",
+    "losses, commonest, bag, reason",
     [
-        ([2.0, 1.0], 0.5, "its loss was falling fast"),
-        ([0.038, 0.030], 0.5, ""),  # fast for its size, but at its end
-        ([2.0, 1.0], 0.9, "no better than the commonest label"),
+        ([2.0, 1.0], 0.5, 0.5, "its loss was falling fast"),
+        ([0.038, 0.030], 0.5, None, ""),  # fast for its size, but at its end
+        ([2.0, 1.0], 0.9, None, "no better than the commonest label"),
+        ([1.0, 1.0], 0.5, 0.95, "less accurate than a bag of words"),
     ],
 )
-def test_a_run_is_doubted_that_was_too_short_or_no_better_than_a_constant(
-    tmp_path, losses, commonest, reason
+def test_a_run_is_doubted_that_was_too_short_or_no_better_than_what_is_simple(
+    tmp_path, losses, commonest, bag, reason
 ):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps({"label_loss": loss}) + "\n" for loss in losses))
-    figures = dict(validation_accuracy=0.9, commonest_label=commonest, best_step=9, steps=9)
-    figures |= dict(test_accuracy=None, bag_of_words=None)
+    figures = dict(validation_accuracy=0.9, test_accuracy=None, best_step=9, steps=9)
+    figures |= dict(commonest_label=commonest, bag_of_words=bag)
     said = reason_to_doubt(figures, metrics)
     assert reason in said and bool(said) == bool(reason)
     assert "commonest" not in reason_to_doubt(figures | {"token_f1": 0.3}, metrics), "free text"

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 from running import SIX, counting, json_lines, result, run, write_rows
 
-import train
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
 from dss.methods import METHODS, SEPARATOR, Method, Target, label_ids, sequences
@@ -114,8 +113,8 @@ def test_a_new_entry_is_a_method_that_trains_tests_and_reports(tmp_path, monkeyp
 
     asking = Method(label_and_question)
     monkeypatch.setitem(METHODS, "asking", asking)
-    files = write_rows(tmp_path, counting(20), 16)
-    assert run(*files, *SIX, "standard", "asking", "--out", tmp_path / "out") == 0
+    files = " ".join(write_rows(tmp_path, counting(20), 16))
+    assert run(files, SIX, f"standard asking --out {tmp_path}/out") == 0
     shown = capsys.readouterr().out
     assert "dss - standard:" in shown and "asking - standard:" in shown
     assert result(tmp_path / "out", "asking")["test_accuracy"] is not None
@@ -123,6 +122,7 @@ def test_a_new_entry_is_a_method_that_trains_tests_and_reports(tmp_path, monkeyp
     assert line["rationale_loss"] > 0
 
 
-def test_an_unknown_method_is_refused_with_the_list_of_methods(refused):
-    said = refused(train.main, "--method", "finetune")
-    assert f"--method finetune: no such method; known: {', '.join(METHODS)}" in said
+def test_an_unknown_method_is_refused_with_the_list_of_methods(capsys):
+    assert run("--method finetune") == 2
+    words = f"--method finetune: no such method; known: {', '.join(METHODS)}"
+    assert words in capsys.readouterr().err

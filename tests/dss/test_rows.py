@@ -3,10 +3,9 @@
 import shutil
 
 import pytest
-from running import counting, prepare, write_rows
+from running import counting, prepare, run, write_rows
 
 import tokenizer
-import train
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows
@@ -19,64 +18,57 @@ def files(tmp_path):
     """20 rows with both labels, one with gold alone, three with the teacher's alone, two with
     neither; and 4 test rows."""
     rows = counting(24)
-    gaps = [
-        Record("bare", "How many?", "1 + 1"),
-        Record("n1", "x y"),
-        Record("n2", "y", None, "no"),
-    ]
+    gaps = [Record("b", "How many?", "1 + 1"), Record("n", "x y"), Record("m", "y", None, "no")]
     for i in range(3):
-        gaps.append(
-            Record(f"t{i}", f"How many pears are {i}?", None, f"Count {i}.", f"teacher {i}")
-        )
-    return write_rows(tmp_path, [*rows[:20], *gaps, *rows[20:]], 26)
+        gaps.append(Record(f"t{i}", f"Of {i}?", None, f"Count {i}.", f"teacher {i}"))
+    return " ".join(write_rows(tmp_path, [*rows[:20], *gaps, *rows[20:]], 26))
 
 
-def load(*arguments):
-    return load_rows(parse_args([str(a) for a in arguments]))
+def load(line):
+    return load_rows(parse_args(line.split()))
 
 
-def ids(rows):
-    return [row.id for row in rows]
+def ids(*rows):
+    return [row.id for some in rows for row in some]
 
 
-def test_rows_are_divided_by_seed_without_overlap(files):
-    rows = load(*files)
+def test_rows_are_divided_by_seed_without_overlap(files, tmp_path):
+    rows = load(files)
     assert len(rows.train) == 19 and len(rows.validation) == 2
     assert not set(ids(rows.train)) & set(ids(rows.validation))
-    assert load(*files) == rows and load(*files, "--seed", 1).train != rows.train
+    assert load(files) == rows and load(f"{files} --seed 1").train != rows.train
     assert rows.unlabelled == 5 and rows.metric == "equation" and rows.labels == []
-    given = load(*files, "--eval-data", files[-1])
+    given = load(f"{files} --eval-data {tmp_path}/test.jsonl")
     assert len(given.train) == 21
     assert ids(given.validation) == ids(given.test) == ["r20", "r21", "r22", "r23"]
 
 
 def test_a_larger_share_adds_rows_to_a_smaller(files):
-    few = load(*files, "--subsample", 0.25)
-    many = load(*files, "--subsample", 0.5)
-    few_ids = {*ids(few.train), *ids(few.validation)}
-    many_ids = {*ids(many.train), *ids(many.validation)}
-    assert len(few_ids) == 5 and len(many_ids) == 10 and few_ids < many_ids
+    few = load(f"{files} --subsample 0.25")
+    many = load(f"{files} --subsample 0.5")
+    assert len(ids(many.train, many.validation)) == 10
+    assert set(ids(few.train, few.validation)) < set(ids(many.train, many.validation))
 
 
 def test_teacher_labels_train_and_select_and_gold_labels_test(files):
-    rows = load(*files, "--labels", "teacher")
+    rows = load(f"{files} --labels teacher")
     assert all(row.label == row.teacher_label for row in rows.train + rows.validation)
     assert len(rows.train + rows.validation) == 23 and rows.unlabelled == 3
     assert all(row.label != row.teacher_label for row in rows.test)
 
 
 def test_gold_or_teacher_keeps_gold_where_subsample_leaves_it(files):
-    rows = load(*files, "--labels", "gold-or-teacher", "--subsample", 0.5)
-    gold = load(*files, "--labels", "gold", "--subsample", 0.5)
+    rows = load(f"{files} --labels gold-or-teacher --subsample 0.5")
+    gold = load(f"{files} --labels gold --subsample 0.5")
     assert rows.validation == gold.validation
     assert rows.train[: len(gold.train)] == gold.train
     added = rows.train[len(gold.train) :]
     assert all(row.label == row.teacher_label for row in added)
     assert {"t0", "t1", "t2"} < set(ids(added))
-    everyone = ids(rows.train + rows.validation)
+    everyone = ids(rows.train, rows.validation)
     assert len(set(everyone)) == len(everyone) == 26 - rows.unlabelled
-    full = load(*files, "--labels", "gold-or-teacher")
-    assert len(full.train + full.validation) == 24 and full.unlabelled == 2
+    full = load(f"{files} --labels gold-or-teacher")
+    assert len(ids(full.train, full.validation)) == 24 and full.unlabelled == 2
 
 
 @pytest.mark.parametrize(
@@ -85,27 +77,25 @@ def test_gold_or_teacher_keeps_gold_where_subsample_leaves_it(files):
 def test_a_method_without_the_rationales_it_needs_is_refused(tmp_path, method, least):
     """It would train as another method, under its own name in the table."""
     path = tmp_path / "rows.jsonl"
-    arguments = ["--data", path, "--eval-data", path, "--method", method]
+    line = f"--data {path} --eval-data {path} --method {method}"
     for number in range(3):
-        rows = [Record(f"r{i}", f"q {i}", "x", "why" if i < number else None) for i in range(9)]
-        write_jsonl(path, rows)
+        explained = [Record("r", "q", "x", "why")] * number
+        write_jsonl(path, [Record("r", "q", "x"), *explained])
         if number >= least:
-            load(*arguments)
+            load(line)
         else:
             with pytest.raises(ValueError, match=f"rows.jsonl: .* too few for --method {method};"):
-                load(*arguments)
+                load(line)
 
 
-def test_a_method_with_a_separator_is_refused_where_the_tokenizer_has_none(
-    files, spiece, tmp_path, refused
+@pytest.mark.parametrize("method", ["single_task", "label_first"])
+def test_a_method_with_a_separator_needs_a_tokenizer_that_has_one(
+    files, spiece, tmp_path, capsys, method
 ):
     shutil.copytree(spiece, tmp_path / "none")
     (tmp_path / "none" / "tokenizer_config.json").write_text('{"extra_ids": 0}')
-    for path in (tmp_path / "none", tmp_path / "none" / "spiece.model"):
-        for method in ("single_task", "label_first"):
-            flags = ["--spiece", path, "--method", method, "--out", tmp_path / "out"]
-            said = refused(train.main, *files, *flags)
-            assert f"--method {method} needs the token <extra_id_0>" in said
+    assert run(files, f"--spiece {tmp_path}/none --method {method} --out {tmp_path}/out") == 2
+    assert f"--method {method} needs the token <extra_id_0>" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -127,9 +127,9 @@ def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tm
         [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
     ):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_until(lambda seen=number: len(times(out)) > seen)
+        wait_until(lambda seen=number: len(times(out)) > seen, seconds=400)
         process.send_signal(stop)
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
         assert process.returncode == status
         wait_until(lambda: str(out) not in commands())
         assert str(out) not in commands()
