@@ -311,7 +311,9 @@ def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> N
     the files are."""
     print_table(results)
     label, accuracy = commonest_label([row.label for row in rows.train], rows.asked, rows.metric)
-    print(f"always answering {label!r}, the commonest label in training: {accuracy:.1%}")
+    print(
+        f"always answering {shorten_text(label)!r}, the commonest label in training: {accuracy:.1%}"
+    )
     if results[0]["bag_of_words"] is not None:
         print(f"a bag of words (dss/stats.py): {results[0]['bag_of_words']:.1%}")
     print_differences(out, rows, results)
@@ -438,7 +440,7 @@ def print_samples(rows: Rows, config: TrainConfig, results: list[dict]) -> None:
     for sample in samples:
         answer = shorten_text(sample["prediction"]) or "(nothing)"
         print(f"\n  question   {shorten_text(sample['input'])}")
-        print(f"  predicted  {answer}   ({gold}: {sample['label']})")
+        print(f"  predicted  {answer}   ({gold}: {shorten_text(sample['label'])})")
         if sample["rationale"]:
             print(f"  because    {shorten_text(sample['rationale'])}")
 
