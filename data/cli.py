@@ -5,6 +5,7 @@ A command line is made from a dataclass, one flag per field. A field is written 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -118,6 +119,8 @@ def run(program: str, main: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the terminal lacks is no error
+    sys.stderr.write = ignore_errors(sys.stderr.write)
+    sys.stderr.flush = ignore_errors(sys.stderr.flush)
     try:
         status = main()
         sys.stdout.flush()
@@ -134,12 +137,25 @@ def run(program: str, main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
+def ignore_errors(write: Callable[..., Any]) -> Callable[..., Any]:
+    """A stream's method that does nothing where the disk is full or the terminal is gone."""
+
+    def write_if_possible(*text: str) -> Any:
+        try:
+            return write(*text)
+        except OSError:
+            return 0
+
+    return write_if_possible
+
+
 class Interrupted(Exception):
     """The run ends now and keeps what it has: after Ctrl-C or SIGTERM."""
 
 
 class Stop:
-    """In a `with` block the first SIGINT or SIGTERM sets `requested`; a later one ends the program.
+    """In a `with` block the first SIGINT, SIGTERM or SIGHUP sets `requested`; a later one ends the
+    program.
 
     Signals within a second count as one, because torchrun passes on the Ctrl-C that its processes
     have already had from the terminal. notice: a line to print at the first signal.
@@ -152,7 +168,10 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        heard = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            heard.append(signal.SIGHUP)  # a closed terminal; nohup has it ignored
+        for number in heard:
             self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -165,7 +184,8 @@ class Stop:
             self.requested = True
             self.since = time.monotonic()
             if self.notice:
-                os.write(2, f"\n{self.notice}\n".encode())  # print() may be interrupted in itself
+                with contextlib.suppress(OSError):  # print() may be interrupted in itself
+                    os.write(2, f"\n{self.notice}\n".encode())
         elif time.monotonic() > self.since + 1:
             raise KeyboardInterrupt
 

@@ -1,5 +1,6 @@
 """The command line of a dataclass, and how programs end."""
 
+import contextlib
 import io
 import os
 import signal
@@ -100,3 +101,28 @@ def test_the_first_signal_asks_and_a_later_one_ends(monkeypatch, capfd):
             os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err == "\nstopping\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("handler, heard", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_closed_terminal_asks_to_stop_unless_nohup_has_it_ignored(handler, heard):
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested == heard
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_full_log_costs_the_display_and_not_the_run(monkeypatch):
+    def main():
+        for _ in range(3):
+            print("x" * 10_000, file=sys.stderr, flush=True)
+        return 0
+
+    monkeypatch.setattr(sys, "stderr", open("/dev/full", "w", buffering=1))
+    with pytest.raises(SystemExit) as end:
+        cli.run("program", main)
+    assert end.value.code == 0
+    with contextlib.suppress(OSError):  # of what could not be written
+        sys.stderr.close()
