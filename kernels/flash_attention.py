@@ -13,7 +13,7 @@ after another, and sequence b owns the rows cu_seqlens_q[b] : cu_seqlens_q[b + 1
 have their own cu_seqlens, so that cross-attention (other lengths, no bias) and decoding (one query,
 many keys) are the same call.
 
-The **reference** is the formula in PyTorch, one sequence at a time. Tests compare with it, and CPUs
+The **reference** is the formula in PyTorch, on padded sequences. Tests compare with it, and CPUs
 use it. The **Triton kernels** (attention_kernels.py) store no scores:
 
     forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)
@@ -162,26 +162,34 @@ def attention_reference(
     Returns (Tq, H, D) in q's dtype. Raises ValueError for shapes that do not fit together.
     """
     check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance)
-    M = cu_seqlens_q.diff().tolist()
-    N = cu_seqlens_k.diff().tolist()
-    if dropout_p > 0:
-        seed = seed_on(q.device, seed)
-    outputs = []
-    for i, (queries, keys, values) in enumerate(zip(q.split(M), k.split(N), v.split(N))):
-        scores = (queries.transpose(0, 1) @ keys.permute(1, 2, 0)).float()  # (H, M, N)
-        offset = N[i] - M[i] if causal else 0
-        position = torch.arange(offset, offset + M[i], device=q.device)[:, None]
-        distance = torch.arange(N[i], device=q.device) - position
-        if table is not None:
-            bucket = relative_position_bucket(distance, len(table), max_distance, not causal)
-            scores = scores + F.embedding(bucket, table.float()).movedim(-1, 0)
-        if causal:
-            scores = scores + torch.where(distance > 0, float("-inf"), 0.0)
-        weights = scores.softmax(-1)
-        if dropout_p > 0:
-            weights = dropout_reference(weights, dropout_p, seed + i)
-        outputs.append((weights.to(v.dtype) @ values.transpose(0, 1)).transpose(0, 1))
-    return torch.cat(outputs)
+    len_q = cu_seqlens_q.diff()[:, None]  # (B, 1)
+    len_k = cu_seqlens_k.diff()[:, None]
+    i = torch.arange(int(len_q.max()), device=q.device)  # (M,)
+    j = torch.arange(int(len_k.max()), device=q.device)  # (N,)
+    is_query = i < len_q  # (B, M)
+    is_key = j < len_k  # (B, N)
+
+    scores = (pad(q, is_query) @ pad(k, is_key).mT).float()  # (B, H, M, N)
+    distance = j - i[:, None]  # (M, N)
+    if causal and cu_seqlens_q is not cu_seqlens_k:
+        distance = distance - (len_k - len_q)[:, None]  # (B, M, N): queries are the last positions
+    if table is not None:
+        bucket = relative_position_bucket(distance, len(table), max_distance, not causal)
+        scores += F.embedding(bucket, table.float()).movedim(-1, -3)
+    hidden = ~is_key[:, None]  # (B, 1, N)
+    if causal:
+        hidden = hidden | (distance > 0)
+    scores += torch.where(hidden, float("-inf"), 0.0)[:, None]
+    weights = dropout_reference(scores.softmax(-1), dropout_p, seed)
+    outputs = weights.to(v.dtype) @ pad(v, is_key)  # (B, H, M, D)
+    return outputs.transpose(1, 2)[is_query]
+
+
+def pad(x: Tensor, is_token: Tensor) -> Tensor:
+    """(T, H, D) packed -> (B, H, N, D), 0 where is_token (B, N) is false."""
+    B, N = is_token.shape
+    padded = x.new_zeros(B, N, *x.shape[1:])
+    return padded.index_put((is_token,), x).transpose(1, 2)
 
 
 def check_arguments(
