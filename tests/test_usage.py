@@ -67,7 +67,7 @@ extract --prompt empty | empty:
 extract --output nowhere/out.jsonl | nowhere/out.jsonl
 dss.predict --nonsense 1 | --nonsense
 dss.predict | required: student
-dss.predict nowhere rows.jsonl | nowhere: 
+dss.predict no/such/student rows.jsonl | no/such/student: no such directory of weights
 dss.predict folder rows.jsonl | folder
 dss.predict student rows.jsonl | student
 dss.predict student none.jsonl | none.jsonl: No such file
