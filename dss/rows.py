@@ -118,8 +118,10 @@ def require_rationales(files: str, rows: list[Record], methods: tuple[str, ...])
     for method in methods:
         if having < METHODS[method].rationales_needed:
             few = "only one training row has" if having else "no training row has"
+            unread = sorted({key for record in rows for key in record.other})
+            keys = f" (keys that are not read: {', '.join(unread[:5])})" if unread else ""
             raise ValueError(
-                f"{files}: {few} a rationale, too few for --method {method}; "
+                f"{files}: {few} a rationale{keys}, too few for --method {method}; "
                 f"--method {BASELINE} needs none"
             )
 

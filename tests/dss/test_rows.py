@@ -147,3 +147,10 @@ def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(spiece, tmp_path, 
             *files, "--weights", tmp_path / "weights", "--spiece", path, "--out", tmp_path / "b"
         )
         assert ("warning: --spiece" in capsys.readouterr().err) != own
+
+
+def test_keys_that_hold_no_rationale_are_named(tmp_path):
+    rows = [dict(input=f"q {i}", label="x", llm_rationale="why") for i in range(9)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"a rationale \(keys that are not read: llm_rationale\)"):
+        load(f"--data {tmp_path}/rows.jsonl --method dss")
