@@ -35,6 +35,7 @@ from data import cli
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
 from dss import distributed
+from dss.aids import Renaming, look_alike
 from dss.batch import Batch, Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
@@ -304,9 +305,13 @@ def steps_ahead(
     start_token = student.model.config.decoder_start_token_id
     rank = distributed.rank()
     size = distributed.size()
+    renaming = Renaming(student.tokenizer, student.labels, config.rename_words)
 
     def make(step: int) -> Step:
         rows = [examples[i] for i in rows_of_step(step, len(examples), config)]
+        if config.rename_words:
+            generator = np.random.default_rng((config.seed, step))
+            rows = [renaming.rename(row, generator) for row in rows]
         return make_step(rows, config.micro_batch, device, start_token, rank, size)
 
     return ahead(make, range(first, config.steps))
@@ -423,7 +428,10 @@ def make_model(config: TrainConfig, shape: T5Config) -> T5:
     if config.weights:
         return load_t5(config.weights, shape.dropout_rate)
     torch.manual_seed(config.seed)
-    return T5(shape)
+    model = T5(shape)
+    if config.look_alike:
+        look_alike(model)
+    return model
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ SHAPES = {  # of T5 1.1 and mT5; Flan-T5 and the LM-adapted T5 have those of T5 
 SIZES = {
     # For random weights on a CPU; vocab_size is the tokenizer's.
     "tiny": t5(64, 128, 2, 2, d_kv=32, vocab_size=0),
+    "tiny-wide": T5Config(0, 64, 64, 128, num_layers=2, num_decoder_layers=1, num_heads=4),
     "mini": t5(128, 256, 3, 4, d_kv=32, vocab_size=0),
     "t5-small": t5(512, 2048, 6, 8),
     "t5-base": t5(768, 3072, 12, 12),
@@ -103,6 +104,10 @@ class TrainConfig:
     # student
     weights: str = ""  # public T5 weights, directory or hub id; default: random weights of --size
     size: Literal[tuple(SIZES)] = "tiny"  # shape of a student with random weights
+    look_alike: bool = (
+        False  # random weights: start with heads that find equal tokens (dss/aids.py)
+    )
+    rename_words: float = 0.0  # random weights: rename up to this share of a row's tokens, 0: none
     spiece: str = ""  # SentencePiece model; default: that of --weights, else trained on the rows
     vocab_size: int = 4000  # most pieces of a tokenizer trained on the training rows
     dropout: float | None = None  # dropout rate; default: the student's own
@@ -176,12 +181,15 @@ class TrainConfig:
         require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)
         require(self.learning_rate > 0, "lr", "more than 0", self)
+        require(0 <= self.rename_words < 1, "rename_words", "at least 0 and less than 1", self)
         dropout = self.dropout or 0.0
         require(0 <= dropout < 1, "dropout", "at least 0 and less than 1", self)
         require(self.seed < 2**63, "seed", "below 2**63", self)
         cpus = os.cpu_count() or 1
         require(self.threads <= cpus, "threads", f"at most {cpus}, the CPUs here", self)
         require(not (self.resume and self.overwrite), "resume", "left out beside --overwrite", self)
+        random = not self.weights
+        require(random or not self.look_alike, "look_alike", "left out beside --weights", self)
         require(len(set(self.method)) == len(self.method), "method", "named once each", self)
 
 
