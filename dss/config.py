@@ -104,10 +104,8 @@ class TrainConfig:
     # student
     weights: str = ""  # public T5 weights, directory or hub id; default: random weights of --size
     size: Literal[tuple(SIZES)] = "tiny"  # shape of a student with random weights
-    look_alike: bool = (
-        False  # random weights: start with heads that find equal tokens (dss/aids.py)
-    )
-    rename_words: float = 0.0  # random weights: rename up to this share of a row's tokens, 0: none
+    look_alike: bool = False  # start random weights with heads that find equal tokens
+    rename_words: float = 0.0  # rename at random up to this share of a row's tokens: dss/aids.py
     spiece: str = ""  # SentencePiece model; default: that of --weights, else trained on the rows
     vocab_size: int = 4000  # most pieces of a tokenizer trained on the training rows
     dropout: float | None = None  # dropout rate; default: the student's own
