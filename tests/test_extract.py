@@ -3,9 +3,7 @@
 import json
 import re
 import signal
-import threading
 import time
-from collections import Counter
 
 import pytest
 from extracting import (
@@ -37,44 +35,46 @@ def ids(found):
     return [row["id"] for row in found]
 
 
+def kinds(folder):
+    return {row["id"]: row["error"]["kind"] for row in errors(folder)}
+
+
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": 7, "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}}
-    (files / "in.jsonl").write_text(json.dumps(line) + '\n{"input": "What is 1 + 2?"}\n')
+    (files / "in.jsonl").write_text(json.dumps(line))
     extra = '{"top_k":3,"stop":null,"max_tokens":null,"max_completion_tokens":9}'
     stub = ask(files, line=f"--endpoint {endpoint} --extra-body {extra}")
-    first, second = rows(files)
-    teacher = first.pop("teacher")
+    (row,) = rows(files)
+    teacher = row.pop("teacher")
     answered = {"rationale": "7 and 2 more.", "teacher_label": "(7 + 2)", "correct": True}
-    assert first == line | {"id": "7"} | answered
-    assert second["id"] == "in-2" and second["correct"] is None
+    assert row == line | {"id": "7"} | answered
     params = {"temperature": 0.0, "stream": False, "top_k": 3, "max_completion_tokens": 9}
     assert teacher["params"] == params, "null leaves a parameter out"
     assert teacher["usage"] == {"prompt": 200, "completion": 20}
     assert (teacher["model_served"], teacher["base_url"]) == ("stub-1", stub.url)
-    for question, body, headers, _ in stub.requests:
-        del body["messages" if endpoint == "chat" else "prompt"]
-        assert question.endswith("?\nA:") and "Authorization" not in headers
-        assert body == {"model": "stub-1", **params}
+    question, body, headers, _ = stub.requests[0]
+    del body["messages" if endpoint == "chat" else "prompt"]
+    assert question.endswith("?\nA:") and "Authorization" not in headers
+    assert body == {"model": "stub-1", **params}
 
 
 def test_what_is_printed(files, capsys):
-    stub = ask(files, always(SEVEN, R4), "--price-in 2 --price-out 50", 1)
+    same = lambda question, attempt: (
+        SEVEN if R4 in question else completed("So. The answer is (1).")
+    )
+    stub = ask(files, same, "--price-in 2 --price-out 50", 1)
     said = capsys.readouterr().err
     for words in (
         f"teacher: {stub.url}, chat, stub-1",
         f"rows: 6 in {files / 'in.jsonl'}",
         "warning: row 'r4': unparsed: the reply does not say 'The answer is'",
         "asked now: 5 ok, 1 left out",
+        "5 of 5 rows have the same rationale",
         "tokens: 1,200 in, 120 out; $0.01",
         "errors.jsonl: {'unparsed': 1}; --retry-failed asks failed rows again",
     ):
         assert said.count(words) == 1, words
-
-
-def test_one_answer_for_all_is_said(files, capsys):
-    ask(files, always(completed("It is so. The answer is (1 + 1).")))
-    assert "6 of 6 rows have the same rationale" in capsys.readouterr().err
 
 
 def test_dry_run_sends_and_writes_nothing(files, capsys):
@@ -86,7 +86,7 @@ def test_dry_run_sends_and_writes_nothing(files, capsys):
 def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files):
     stub = ask(files, line="--keep correct")
     assert ids(rows(files)) == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
-    assert [e["error"]["kind"] for e in errors(files)] == ["incorrect"] * 2
+    assert kinds(files) == {"r0": "incorrect", "r3": "incorrect"}
     assert run(files, stub.url, "--keep correct --retry-failed") == 0, "though the teacher is gone"
 
 
@@ -108,27 +108,25 @@ def test_the_rows_of_an_errors_file_can_be_asked_anew(files):
 
 
 def test_batch_files_give_the_rows_that_asking_gives(files, refused):
-    context = {"status_code": 400, "body": error("maximum context length")}
-
-    def answer_all(**faulty):
-        lines = []
-        for request in json_lines(files / "b.jsonl"):
-            body = completed(answer(request["body"]["messages"][-1]["content"]))
-            reply = {"custom_id": request["custom_id"], "response": {"body": body}}
-            lines.append(json.dumps(reply | faulty.get(reply["custom_id"][:2], {})) + "\n")
-        (files / "c.jsonl").write_text("".join(reversed(lines)))
-
+    refusal = {"error": {"message": "maximum context length"}}
     write, read = f"--batch-requests {files}/b.jsonl", f"--batch-replies {files}/c.jsonl"
     assert run(files, NOWHERE, write) == 0
-    answer_all(r1={"response": None, "error": {"message": "expired"}}, r4={"response": context})
+    lines = []
+    for request in json_lines(files / "b.jsonl"):
+        question = request["body"]["messages"][-1]["content"]
+        response = {"body": completed(answer(question))}
+        if R4 in question:
+            response = {"status_code": 400, "body": refusal}
+        reply = {"custom_id": request["custom_id"], "response": response}
+        lines.insert(0, json.dumps(reply) + "\n")
+    expired = json.dumps({"custom_id": json.loads(lines[0])["custom_id"], "response": None})
+    (files / "c.jsonl").write_text("".join([expired + "\n", *lines[1:]]))
     other = arguments(files, NOWHERE, f"{read} --temperature 1")
     assert "a request that these settings and rows do not make" in refused(extract.main, *other)
-    assert run(files, NOWHERE, read) == 1 and ids(rows(files)) == ["r0", "r2", "r3", "r5"]
-    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [("r4", "http_400")]
-    assert run(files, NOWHERE, write) == 0
-    answer_all()
-    assert run(files, NOWHERE, read) == 1, "r4 has failed"
-    ask(make_files(files / "asked"), always((400, context["body"], {}), R4), status=1)
+    assert run(files, NOWHERE, read) == 1 and ids(rows(files)) == ["r0", "r1", "r2", "r3"]
+    (files / "c.jsonl").write_text("".join(lines))
+    assert run(files, NOWHERE, read) == 1 and kinds(files) == {"r4": "http_400"}
+    ask(make_files(files / "asked"), always((400, refusal, {}), R4), status=1)
     assert [lasting(row) for row in rows(files / "asked")] == [lasting(row) for row in rows(files)]
 
 
@@ -171,8 +169,7 @@ def test_a_failure_of_the_moment_is_asked_again(files, action):
 @pytest.mark.parametrize("workers, action", [(1, 503), (4, "disconnect"), (4, completed(None))])
 def test_a_row_that_outlasts_its_retries_fails_and_the_others_go_on(files, action, workers):
     ask(files, always(action, R4), f"--max-retries 1 --concurrency {workers}", 1)
-    assert ids(rows(files)) == ["r0", "r1", "r2", "r3", "r5"]
-    assert [(e["id"], e["teacher"]["attempts"]) for e in errors(files)] == [("r4", 2)]
+    assert len(rows(files)) == 5 and [e["teacher"]["attempts"] for e in errors(files)] == [2]
 
 
 def test_a_failed_row_is_asked_again_only_with_retry_failed_and_has_its_raw_text(files):
@@ -186,10 +183,8 @@ def test_a_failed_row_is_asked_again_only_with_retry_failed_and_has_its_raw_text
     assert ids(rows(files)) == [f"r{i}" for i in range(6)] and not errors(files)
 
 
-@pytest.mark.parametrize("headers", [{}, {"Retry-After": "1"}])
-def test_a_429_is_waited_for_and_is_no_attempt(tmp_path, headers):
-    busy = (429, error("slow down"), headers)
-    ask(make_files(tmp_path, 20), once(busy, busy), "--max-retries 0")
+def test_a_429_is_waited_for_and_is_no_attempt(tmp_path):
+    ask(make_files(tmp_path, 20), once(429, 429), "--max-retries 0")
     assert [r["teacher"]["attempts"] for r in rows(tmp_path)] == [1] * 20
 
 
@@ -213,24 +208,6 @@ def test_while_nobody_is_answered_no_row_fails_and_patience_ends(tmp_path, capsy
         assert run(tmp_path, stub.url) == 0 and len(rows(tmp_path)) == 40
 
 
-def test_a_teacher_that_is_gone_for_a_while_is_waited_for(tmp_path, capsys):
-    make_files(tmp_path, 60)
-    with Stub(latency=0.01) as stub:
-
-        def restart():
-            wait_for_rows(tmp_path, 20)
-            stub.__exit__()
-            time.sleep(0.5)
-            stub.__enter__()
-
-        thread = threading.Thread(target=restart)
-        thread.start()
-        assert run(tmp_path, stub.url, "--max-retries 2") == 0 and not errors(tmp_path)
-        thread.join()
-    assert "the teacher answers nobody; waiting for it" in capsys.readouterr().err
-    assert len(rows(tmp_path)) == 60
-
-
 ENDS = [  # (reply, requests, words); 2 requests: whether others are answered, an exemplar shows
     ((401, error("bad key"), {}), 1, "$OPENAI_API_KEY"),
     ((429, error("later"), {"Retry-After": "3600"}), 1, "a pause of 3600 s"),
@@ -250,7 +227,7 @@ def test_what_cannot_pass_ends_the_run_at_once(files, capsys, reply, requests, w
 
 def test_an_unknown_4xx_is_the_rows_if_others_are_answered(files):
     ask(files, always((418, error("I am a teapot"), {}), "0 + 2"), "--concurrency 1", 1)
-    assert [e["error"]["kind"] for e in errors(files)] == ["http_418"] and len(rows(files)) == 5
+    assert kinds(files) == {"r0": "http_418"} and len(rows(files)) == 5
 
 
 def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys):
@@ -261,14 +238,6 @@ def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys):
         assert 10 <= len(stub.requests) == len(rows(tmp_path)) <= 13 and not errors(tmp_path)
         assert "has reached --max-cost" in capsys.readouterr().err
         assert run(tmp_path, stub.url, line) == 0 and len(stub.requests) == 50
-
-
-def test_answers_under_a_schema_are_asked_for_and_read(files):
-    task = {key: PROMPT[key] for key in ("exemplars", "question", "label_type")}
-    (files / "p.json").write_text(json.dumps(task | {"schema": True}))
-    stub = ask(files, always(completed('{"rationale": "So.", "label": "(4 + 2)"}')))
-    assert all(b["response_format"]["type"] == "json_schema" for _, b, _, _ in stub.requests)
-    assert {(r["rationale"], r["teacher_label"]) for r in rows(files)} == {("So.", "(4 + 2)")}
 
 
 # Continuing.
@@ -303,7 +272,7 @@ def test_what_changes_a_request_is_refused_and_nothing_is_touched(files, refused
 
 def test_failed_rows_are_asked_again_under_other_settings(files):
     ask(files, always(completed("It is", "length")), status=1)
-    assert {e["error"]["kind"] for e in errors(files)} == {"truncated"}
+    assert set(kinds(files).values()) == {"truncated"}
     ask(files, line="--max-tokens 999")
     assert len(rows(files)) == 6 and not errors(files)
 
@@ -353,41 +322,36 @@ def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(tmp_path):
     assert ids(rows(tmp_path)) == [f"r{i}" for i in range(60)]
 
 
-BAD = [429, 500, 503, "disconnect", "cut off", "late", completed(" ")]
-BAD += [(200, "<html>proxy</html>", {}), (200, {"choices": []}, {})]
+BAD = [429, 500, 503, "disconnect", "cut off", "late", completed(" "), (200, "<html>", {})]
 DEAD = [completed(None), 500, (200, "{'choices'", {}), completed("3 more. The answer", "length")]
 
 
 def test_150_rows_a_teacher_that_fails_40_percent_and_two_kills(tmp_path):
     """Every answerable row once, in order, with its own rationale; the key nowhere."""
     make_files(tmp_path, 150)
+    dead = [7, 32, 57, 82, 107, 132]
 
     def behave(question, attempt):
         i = int(re.findall(r"\d+", question)[-2])
-        if i % 25 == 7:
+        if i in dead:
             return DEAD[i // 25 % len(DEAD)]
         draw = (i * 2654435761 + attempt * 40503) % 1000
         return BAD[draw % len(BAD)] if draw < 480 and attempt < 5 else "ok"
 
     said = []
     with Stub(behave, latency=0.01) as stub:
-        for target in (40, 90):
+        for target in (40, 90, 1000):
             process = start(tmp_path, stub.url, "--timeout 0.8")
             wait_for_rows(tmp_path, target, process)
             process.kill()
             said.append(process.communicate()[1])
-            assert process.returncode == -signal.SIGKILL
-        process = start(tmp_path, stub.url, "--timeout 0.8")
-        said.append(process.communicate(timeout=120)[1])
         assert process.returncode == 1, said[-1]
         asked = len(stub.requests)
         assert run(tmp_path, stub.url) == 1 and len(stub.requests) == asked, "nothing left to ask"
-    dead = [i for i in range(150) if i % 25 == 7]
     assert ids(rows(tmp_path)) == [f"r{i}" for i in range(150) if i not in dead]
     for row in rows(tmp_path):
         assert f"{row['rationale']} The answer is {row['teacher_label']}." == answer(row["input"])
-    assert ids(errors(tmp_path)) == [f"r{i}" for i in dead]
-    kinds = Counter(e["error"]["kind"] for e in errors(tmp_path))
-    assert kinds == {"empty": 2, "http_500": 2, "bad_reply": 1, "truncated": 1}
+    assert list(kinds(tmp_path)) == [f"r{i}" for i in dead]
+    assert set(kinds(tmp_path).values()) == {"empty", "http_500", "bad_reply", "truncated"}
     for text in [*said, *(path.read_text("utf-8") for path in tmp_path.iterdir())]:
         assert KEY not in text

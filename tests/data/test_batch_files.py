@@ -1,25 +1,23 @@
 """Batch files are accepted by those who read them, and replies in any form of the API are read.
-test_extract.py compares the rows with those that asking gives.
+What follows from a reply is in test_extract.py.
 """
 
 import json
 
 import pytest
 from running import ROOT, json_lines
-from teacher_stub import completed, error
+from teacher_stub import completed
 
-from data.asking import Asker
-from data.batch_files import answers, read_replies, write_batch
+from data.batch_files import read_replies, write_batch
 from data.jsonl import Record
 from data.prompt import load_prompt
 from data.requests import Requests
-from data.teacher import Teacher
 
 SETTINGS = {"model": "m", "endpoint": "chat", "rationalize": False, "keep": "all"}
 PROMPT = load_prompt(ROOT / "data" / "prompts" / "toy.json")
 REQUESTS = Requests(PROMPT, SETTINGS | {"reasoning": "drop"}, {})
 ROWS = [Record("é" * 90 + str(i), f"Mia drew {i} plums. Mostly what?") for i in range(4)]
-BODY = completed(PROMPT.reply(PROMPT.exemplars[0]))
+BODY = completed("It is late.")
 
 
 @pytest.fixture
@@ -37,13 +35,9 @@ def test_a_request_is_the_apis_and_an_id_has_at_most_64_characters(tmp_path, nam
 
 
 def read(tmp_path, *lines, start=""):
-    """{the row's number: the row} of replies."""
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     (tmp_path / "c.jsonl").write_text(start + text)
-    replies = read_replies([str(tmp_path / "c.jsonl")], REQUESTS, ROWS)
-    quiet = lambda *_: ""
-    asker = Asker(Teacher("", "chat", [], 1), {}, 0, 0, quiet, quiet)
-    return {int(row.id[-1]): row for row in answers(replies, REQUESTS, asker, ROWS)}
+    return read_replies([str(tmp_path / "c.jsonl")], REQUESTS, ROWS)
 
 
 RESPONSES = [{"status_code": 200, "body": BODY}, {"body": BODY}]
@@ -52,17 +46,11 @@ RESPONSES.append({"status_code": 200, "body": json.dumps(BODY)})
 
 @pytest.mark.parametrize("response", RESPONSES)
 def test_a_reply_is_read_past_blank_lines_and_a_byte_order_mark(tmp_path, names, response):
-    line = {"custom_id": names[1], "response": response, "error": None}
-    rows = read(tmp_path, line, "", "  ", line, start="\ufeff")
-    assert list(rows) == [1] and rows[1].rationale == PROMPT.exemplars[0].rationale
-
-
-def test_an_error_of_the_row_fails_it_and_one_of_the_batch_is_no_reply(tmp_path, names):
-    context = {"status_code": 400, "body": error("maximum context length is 9")}
-    responses = [context, {"status_code": 500, "body": error("busy")}, None]
-    lines = [{"custom_id": n, "response": r} for n, r in zip(names, responses)]
-    rows = read(tmp_path, *lines)
-    assert list(rows) == [0] and rows[0].other["error"]["kind"] == "http_400"
+    line = {"custom_id": names[1], "response": response}
+    failed = {"custom_id": names[1], "response": {"status_code": 500, "body": {}}}
+    replies = read(tmp_path, line, "", "  ", failed, start="\ufeff")
+    (status, body) = replies.pop(names[1])
+    assert (status, json.loads(body)) == (200, BODY) and not replies
 
 
 FOREIGN = ['{"custom_id": "a", "result": {"type": "succeeded"}}', '{"id": 1}', "[1]"]

@@ -8,7 +8,7 @@ from running import ROOT
 
 from data import official, report
 from data.jsonl import read_jsonl
-from data.official import main as import_main
+from data.official import import_all
 
 OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
     ("cqa", "It burns. So the answer is (c) a wood.\n\nQ: Next? So the answer is (a) x.",
@@ -74,7 +74,6 @@ def test_each_dataset_is_imported_with_its_teachers_outputs(tmp_path, capsys, na
         ("svamp", SVAMP, {"train_CoT_0.json": ["a", "b"]}, "1 rows, but 2 teacher outputs"),
         ("svamp", SVAMP, {"train_CoT_0.json": [1]}, "not a JSON list of texts"),
         ("svamp", {"input": "x"}, {}, "svamp_train.json:1: not a row"),
-        ("svamp", {"input": "x", "label": [3]}, {}, '_train.json:1: "label" must be a text'),
         ("cqa", CQA | {"answer": ["c1"]}, {}, 'cqa_train.json:1: "label" must be'),
         ("other", {}, {}, "none of cqa/cqa_SPLIT.json"),
     ],
@@ -95,18 +94,12 @@ def test_a_file_among_the_outputs_that_is_not_the_next_is_refused(tmp_path, refu
     assert "train_CoT_1.json is missing among " in said and name in said
 
 
-def test_the_real_release_has_its_published_counts_and_accuracies(official, tmp_path, capsys):
-    """As data/README.md has them, of the smaller files."""
+def test_the_real_release_has_its_published_counts_and_accuracy(official, tmp_path, capsys):
+    """As data/README.md has them, of the smallest dataset."""
     text = " ".join((ROOT / "data" / "README.md").read_text("utf-8").split())
     (tmp_path / "svamp").symlink_to(official / "svamp")
-    (tmp_path / "cqa").mkdir()
-    for name in ("cqa_test.json", "llm"):
-        (tmp_path / "cqa" / name).symlink_to(official / "cqa" / name)
-    assert import_main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    for line in lines:
+    for line in import_all(tmp_path, tmp_path):
         name = line.split(".")[0]
-        assert line in text and report.main([str(tmp_path / "out" / f"{name}.jsonl")]) == 0
+        assert line in text and report.main([str(tmp_path / f"{name}.jsonl")]) == 0
         accuracy = re.search(r"teacher right on .* (\S+%)", capsys.readouterr().out)[1]
         assert f"{accuracy} of {name}" in text
