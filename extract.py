@@ -83,8 +83,7 @@ class ExtractConfig:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         for name in ("input", "output", "prompt", "model"):
             require(getattr(self, name), name, "given", self)
-        for name in ("max_tokens", "concurrency"):
-            require(getattr(self, name) >= 1, name, "at least 1", self)
+        require(self.concurrency >= 1, "concurrency", "at least 1", self)
         priced = (self.price_in > 0 and self.price_out > 0) or not self.max_cost
         require(priced, "max_cost", "given with --price-in and --price-out", self)
         batch = self.batch_requests and self.batch_replies
@@ -127,13 +126,14 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
 def read_rows(config: ExtractConfig, prompt: Prompt) -> dict[str, Record]:
     """{id: row} of the input. Raises ValueError for a row that cannot be asked about."""
     rows: dict[str, Record] = {}
+    needs_gold = config.rationalize or config.keep == "correct"
     for record in read_jsonl(config.input):
         if len(rows) == config.limit > 0:
             break
         where = f"{config.input}: row {record.id!r}"
         if record.id in rows:
             raise ValueError(f"{where}: another row has this id; give each its own")
-        if record.label is None and (config.rationalize or config.keep == "correct"):
+        if record.label is None and needs_gold:
             raise ValueError(f"{where} has no gold label, which --rationalize and --keep need")
         try:
             prompt.ask(record.input)
@@ -161,8 +161,7 @@ def extract(
     todo = rows_to_ask(config, requests, rows, state)
     if config.batch_requests:
         number = write_batch(config.batch_requests, requests, todo)
-        print_line(f"{config.batch_requests}: {number:,} requests")
-        print_line("next: the same command with --batch-replies FILE, not --batch-requests")
+        print_line(f"{config.batch_requests}: {number:,} requests; next: --batch-replies FILE")
         return 0
     probe = requests.body([*requests.prompt.exemplars, *rows.values()][0])
     asker = Asker(teacher, probe, config.max_retries, config.patience, tally.warn, tally.pay, scale)
@@ -275,8 +274,7 @@ def finish(
         return cli.fail("extract.py", 130, f"interrupted; {goes_on}")
     missing = len(rows) - done - kinds.total()
     if missing:
-        what = "rows have no reply yet; --batch-requests writes what is to be asked"
-        print_line(f"{missing:,} {what}")
+        print_line(f"{missing:,} rows have no reply yet; --batch-requests writes their requests")
     print_line(f"next: python train.py --data {config.output}")
     return 1 if failed or missing else 0
 

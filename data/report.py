@@ -108,9 +108,8 @@ def lengths(
     """Lines with percentiles of the lengths, how many rows train.py cuts, and how many have
     characters that the tokenizer does not have.
     """
-    unit = "words and marks" if tokenizer is None else "tokens, </s> included"
     head = "".join(f"{percent:>7} %" for percent in PERCENTS)
-    yield f"{'length in ' + unit:<34}{head}   rows over train.py's limit   with <unk>"
+    yield f"{'length':<34}{head}   rows over train.py's limit   with <unk>"
     for name, longest in LONGEST.items():
         counts = []
         unknown = 0

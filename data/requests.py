@@ -26,7 +26,7 @@ class Requests:
             raise ValueError('--rationalize needs {hint} in the prompt file\'s "question"')
         self.prompt = prompt
         self.settings = settings
-        defaults = {"stop": list(prompt.stop) or None, "stream": False}
+        defaults = {"stop": prompt.stop or None, "stream": False}
         if prompt.schema:
             defaults["response_format"] = prompt.response_format()
         params = defaults | params

@@ -34,11 +34,7 @@ class Tally:
         self.lock = threading.Lock()
 
     def progress_bar(self, total: int, to_ask: int) -> tqdm:
-        self.bar = tqdm(
-            total=total,
-            initial=total - to_ask,
-            mininterval=1,
-        )
+        self.bar = tqdm(total=total, initial=total - to_ask)
         return self.bar
 
     def warn(self, kind: str, message: str) -> None:
@@ -53,11 +49,9 @@ class Tally:
         else:
             self.good += 1
             self.rationales[hash(row.rationale)] += 1
-        self.bar.set_postfix_str(self.counts() + self.dollars(self.spent), refresh=False)
+        counts = f"{self.good:,} ok, {self.left_out:,} left out{self.dollars(self.spent)}"
+        self.bar.set_postfix_str(counts, refresh=False)
         self.bar.update(1)
-
-    def counts(self) -> str:
-        return f"{self.good:,} ok, {self.left_out:,} left out"
 
     def pay(self, tokens: dict[str, int]) -> str:
         """Count the tokens of a reply. Returns why no request may follow, or ""."""
@@ -76,7 +70,6 @@ class Tally:
         return f"; ${self.cost(tokens):,.2f}" if self.price_in or self.price_out else ""
 
     def print_summary(self) -> None:
-        print_line(f"asked now: {self.counts()}")
         tokens = f"{self.spent['prompt']:,} in, {self.spent['completion']:,} out"
         print_line(f"tokens: {tokens}{self.dollars(self.spent)}")
         alike = max(self.rationales.values(), default=0)

@@ -21,15 +21,13 @@ from urllib.parse import SplitResult, urlsplit
 from data.cli import one_line
 
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
-KEY = "is the key right? It is read from $OPENAI_API_KEY, or given with --header"
 HINTS = {  # by status
-    401: KEY,
+    401: "is the key right? It is read from $OPENAI_API_KEY, or given with --header",
     402: "nothing left to spend",
-    403: KEY,
     407: "the proxy wants a login: http://USER:PASSWORD@HOST:PORT",
 }
 HINT = (  # of any other 4xx
-    "are --base-url (which usually ends in /v1), --endpoint, --model and the parameters right? "
+    "are --base-url (which usually ends in /v1), --endpoint, --model, key and parameters right? "
     """--extra-body '{"NAME": null}' leaves a parameter out"""
 )
 FAILED = r"error|abort|cancel|fail|insufficient|overload|timeout"  # finish reasons
