@@ -74,19 +74,19 @@ def once(*actions):
     return lambda question, attempt: actions[attempt] if attempt < len(actions) else "ok"
 
 
-def start(folder, url, line="", before=""):
-    """A process of its own, with statements before extract.main."""
-    code = f"import extract; from data.cli import run\n{before}\n"
+def start(folder, url, line=""):
+    """A process of its own."""
+    code = "import extract; from data.cli import run\n"
     code += f"run('extract.py', lambda: extract.main(scale={FAST}))"
     command = [sys.executable, "-c", code, *arguments(folder, url, line)]
     environment = os.environ | {"OPENAI_API_KEY": KEY}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_rows(folder, number, process=None):
+def wait_for_rows(folder, number, process):
     out = folder / "out.jsonl"
     written = lambda: out.exists() and out.read_bytes().count(b"\n") >= number
-    wait_until(lambda: (process and process.poll() is not None) or written())
+    wait_until(lambda: process.poll() is not None or written())
 
 
 def lasting(row):

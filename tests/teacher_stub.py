@@ -39,12 +39,10 @@ class Stub:
         self.lock = threading.Lock()
         self.requests = []  # (question, body, headers, time)
         self.attempts = Counter()
-        self.actions = Counter()
         self.paths = set()
-        self.port = 0
 
     def __enter__(self):
-        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.stub = self
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -60,7 +58,6 @@ class Stub:
             self.requests.append((question, body, headers, time.monotonic()))
             action = self.behave(question, self.attempts[question])
             self.attempts[question] += 1
-            self.actions[str(action)[:20]] += 1
         return action
 
 

@@ -1,9 +1,11 @@
 """extract.py: rows, what is printed, the three kinds of failure, and continuing after any end."""
 
 import json
+import os
 import re
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 from extracting import (
@@ -22,7 +24,7 @@ from extracting import (
     start,
     wait_for_rows,
 )
-from running import json_lines
+from running import json_lines, wait_until
 from teacher_stub import Stub, answer, completed, error
 
 import extract
@@ -42,7 +44,8 @@ def kinds(folder):
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": 7, "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}}
-    (files / "in.jsonl").write_text(json.dumps(line))
+    failed = {"error": {"kind": "empty"}}  # as in an errors file
+    (files / "in.jsonl").write_text(json.dumps(line | failed))
     extra = '{"top_k":3,"stop":null,"max_tokens":null,"max_completion_tokens":9}'
     stub = ask(files, line=f"--endpoint {endpoint} --extra-body {extra}")
     (row,) = rows(files)
@@ -98,13 +101,6 @@ def test_a_row_that_has_a_rationale_is_copied(files):
     stub = ask(files)
     assert len(stub.requests) == 6 and run(files, NOWHERE) == 0, "nothing is left to ask"
     assert rows(files)[6] == line | {"teacher_label": None, "teacher": None}
-
-
-def test_the_rows_of_an_errors_file_can_be_asked_anew(files):
-    ask(files, always(SEVEN), status=1)
-    (files / "out.jsonl.errors.jsonl").rename(files / "in.jsonl")
-    ask(files)
-    assert len(rows(files)) == 6 and not errors(files) and "error" not in rows(files)[0]
 
 
 def test_batch_files_give_the_rows_that_asking_gives(files, refused):
@@ -173,13 +169,13 @@ def test_a_row_that_outlasts_its_retries_fails_and_the_others_go_on(files, actio
 
 
 def test_a_failed_row_is_asked_again_only_with_retry_failed_and_has_its_raw_text(files):
-    with Stub(always(completed("Seven." + "x" * 30_000), R4)) as stub:
-        assert run(files, stub.url) == run(files, stub.url) == 1 and len(stub.requests) == 6
-        (row,) = errors(files)
-        assert row["error"]["kind"] == "unparsed" and row["rationale"] is None
-        assert row["error"]["raw"].startswith("Seven.x") and len(row["error"]["raw"]) == 20_000
-        stub.behave = always("ok")
-        assert run(files, stub.url, "--retry-failed") == 0 and len(stub.requests) == 7
+    ask(files, always(completed("Seven." + "x" * 30_000), R4), status=1)
+    (row,) = errors(files)
+    assert row["error"]["kind"] == "unparsed" and row["rationale"] is None
+    assert row["error"]["raw"].startswith("Seven.x") and len(row["error"]["raw"]) == 20_000
+    assert (
+        not ask(files, status=1).requests and len(ask(files, line="--retry-failed").requests) == 1
+    )
     assert ids(rows(files)) == [f"r{i}" for i in range(6)] and not errors(files)
 
 
@@ -198,14 +194,13 @@ def test_retry_after_pauses_every_thread(tmp_path):
 
 
 @pytest.mark.parametrize("action", [503, 429, "disconnect"])
-def test_while_nobody_is_answered_no_row_fails_and_patience_ends(tmp_path, capsys, action):
-    make_files(tmp_path, 40)
-    with Stub(lambda q, attempt: action if stub.actions["ok"] >= 10 else "ok") as stub:
-        assert run(tmp_path, stub.url, "--patience 30 --max-retries 4") == 3
+def test_while_nobody_is_answered_no_row_fails_and_patience_ends(files, capsys, action):
+    with Stub(lambda q, attempt: action if len(stub.requests) > 3 else "ok") as stub:
+        assert run(files, stub.url, "--patience 30 --max-retries 4") == 3
         assert "nobody was answered for 30 s (--patience)" in capsys.readouterr().err
-        assert not errors(tmp_path)
-        stub.behave = always("ok")
-        assert run(tmp_path, stub.url) == 0 and len(rows(tmp_path)) == 40
+        assert not errors(files) and len(rows(files)) == 3
+    ask(files)
+    assert len(rows(files)) == 6
 
 
 ENDS = [  # (reply, requests, words); 2 requests: whether others are answered, an exemplar shows
@@ -232,12 +227,10 @@ def test_an_unknown_4xx_is_the_rows_if_others_are_answered(files):
 
 def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys):
     make_files(tmp_path, 50)
-    line = "--price-in 1000 --price-out 5000 --concurrency 4"  # $0.30 a request
-    with Stub(latency=0.02) as stub:
-        assert run(tmp_path, stub.url, f"{line} --max-cost 3") == 3
-        assert 10 <= len(stub.requests) == len(rows(tmp_path)) <= 13 and not errors(tmp_path)
-        assert "has reached --max-cost" in capsys.readouterr().err
-        assert run(tmp_path, stub.url, line) == 0 and len(stub.requests) == 50
+    line = "--price-in 1000 --price-out 5000 --concurrency 4 --max-cost 3"  # $0.30 a request
+    stub = ask(tmp_path, line=line, status=3, latency=0.02)
+    assert 10 <= len(stub.requests) == len(rows(tmp_path)) <= 13 and not errors(tmp_path)
+    assert "has reached --max-cost" in capsys.readouterr().err
 
 
 # Continuing.
@@ -279,47 +272,46 @@ def test_failed_rows_are_asked_again_under_other_settings(files):
 
 @pytest.mark.parametrize("share", [0.03, 0.4, 0.72, 0.999])
 def test_wherever_a_crash_cuts_the_output_the_next_start_completes_it(files, share):
-    with Stub(always(SEVEN, R4)) as stub:
-        assert run(files, stub.url) == 1
-        before = rows(files)
-        content = (files / "out.jsonl").read_bytes()
-        (files / "out.jsonl").write_bytes(content[: int(share * len(content))])
-        assert run(files, stub.url) == 1
-    assert [lasting(row) for row in before] == [lasting(row) for row in rows(files)]
+    ask(files)
+    before = [lasting(row) for row in rows(files)]
+    content = (files / "out.jsonl").read_bytes()
+    (files / "out.jsonl").write_bytes(content[: int(share * len(content))])
+    ask(files)
+    assert before == [lasting(row) for row in rows(files)]
 
 
-def test_the_first_ctrl_c_keeps_everything_that_is_in_flight(tmp_path):
-    with Stub(latency=0.1) as stub:
-        process = start(make_files(tmp_path, 100), stub.url)
-        wait_for_rows(tmp_path, 20, process)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=20)[1]
-        assert process.returncode == 130 and "interrupted; what was finished is in" in said, said
-        assert 20 <= len(rows(tmp_path)) == len(stub.requests) < 100, "each reply paid for is there"
-        assert run(tmp_path, stub.url) == 0 and len(stub.requests) == 100
-    assert len(rows(tmp_path)) == 100
+def test_ctrl_c_keeps_everything_that_is_in_flight(tmp_path, capsys):
+    def behave(question, attempt):
+        if len(stub.requests) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return "ok"
+
+    make_files(tmp_path, 60)
+    with Stub(behave, latency=0.05) as stub:
+        assert run(tmp_path, stub.url) == 130
+        assert "interrupted; what was finished is in the files" in capsys.readouterr().err
+        assert 20 <= len(rows(tmp_path)) == len(stub.requests) < 60, "each reply paid for is there"
+        assert run(tmp_path, stub.url) == 0 and len(stub.requests) == len(rows(tmp_path)) == 60
 
 
 def test_the_second_ctrl_c_ends_at_once(tmp_path):
-    with Stub(latency=5) as stub:
+    with Stub(latency=9) as stub:
         process = start(make_files(tmp_path), stub.url)
-        while not stub.requests:
-            time.sleep(0.05)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(1.1)
-        said = process.communicate(timeout=2)[1]
+        wait_until(lambda: stub.requests)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=5)[1]
     assert process.returncode == 130 and said.endswith("extract.py: interrupted\n")
 
 
-def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(tmp_path):
-    with Stub() as stub:
-        before = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
-        process = start(make_files(tmp_path, 60), stub.url, before=before)
-        said = process.communicate()[1]
-        assert process.returncode == 3 and "extract.py: aborted: [Errno 27]" in said, said
-        assert run(tmp_path, stub.url) == 0
-    assert ids(rows(tmp_path)) == [f"r{i}" for i in range(60)]
+def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(files, capsys, monkeypatch):
+    full = Mock(side_effect=OSError(28, "No space left"))
+    monkeypatch.setattr(extract, "append", full)
+    ask(files, status=3)
+    assert "extract.py: aborted: [Errno 28] No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    ask(files)
 
 
 BAD = [429, 500, 503, "disconnect", "cut off", "late", completed(" "), (200, "<html>", {})]

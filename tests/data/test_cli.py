@@ -42,7 +42,6 @@ def test_flags_are_the_fields_with_their_types():
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--long_nam", "p: unrecognized arguments: --long-nam"),
         ("--steps 0", "p: --steps must be at least 1, got 0"),
         ("--kind z", "--kind: invalid choice: 'z'"),
     ],
@@ -51,13 +50,10 @@ def test_a_wrong_flag_is_one_line_and_exit_2(refused, line, words):
     assert words in refused(lambda argv: parse(" ".join(argv)), *line.split())
 
 
-def test_errors_are_one_line_that_a_terminal_does_not_obey(tmp_path, capsys):
-    with pytest.raises(OSError) as error:
-        open(tmp_path / "x.jsonl")
-    assert cli.fail("p", 2, error.value) == 2
-    assert capsys.readouterr().err == f"p: {tmp_path / 'x.jsonl'}: No such file or directory\n"
+def test_errors_are_one_line_that_a_terminal_does_not_obey(capsys):
+    assert cli.fail("p", 2, FileNotFoundError(2, "No such file", "x.jsonl")) == 2
     assert cli.fail("p", 1, ValueError("two\nlines\x1b")) == 1
-    assert capsys.readouterr().err == "p: two lines \n"
+    assert capsys.readouterr().err == "p: x.jsonl: No such file\np: two lines \n"
 
 
 def ending(main):
@@ -67,13 +63,13 @@ def ending(main):
     return end.value.code
 
 
-ENDS = [(KeyboardInterrupt(), 130), (OSError(28, "full"), 2), (BrokenPipeError(), 0)]
+ENDS = {130: KeyboardInterrupt(), 2: OSError(28, "full"), 0: BrokenPipeError()}
 
 
-@pytest.mark.parametrize("problem, status", ENDS)
-def test_run_ends_with_the_status(problem, status, monkeypatch, capsys):
+@pytest.mark.parametrize("status", ENDS)
+def test_run_ends_with_the_status(status, monkeypatch, capsys):
     def main():
-        raise problem
+        raise ENDS[status]
 
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))

@@ -16,10 +16,6 @@ def test_what_is_no_json_is_refused_in_one_line(text, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_byte_order_mark_is_passed_over():
-    assert parse_json(b'\xef\xbb\xbf{"a": 1.5}', "here") == {"a": 1.5}
-
-
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "x").write_text("old")
     with pytest.raises(RuntimeError), replacing(tmp_path / "x") as file:

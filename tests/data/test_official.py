@@ -31,14 +31,12 @@ def test_outputs_are_cut_at_the_answer_and_before_the_invented_example(
 CHOICES = "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1"
 CQA = {"question": "Where?", "choices": ["a1", "b1", "c1", "d1", "e1"], "answer": "c1"}
 SVAMP = {"input": "Two boxes of 42?", "label": "( 84.0 / 2.0 )"}
+NLI = {"premise": "p", "hypothesis": "h", "label": 2}
 RELEASED = {  # (row, its input, an output, its label)
     "cqa": (CQA, CHOICES, "Because. So the answer is (c) c1.", "c1"),
     "svamp": (SVAMP, "Two boxes of 42?", "Because. The answer is (42 * 1).", "(42 * 1)"),
-    "anli1": ({"premise": "p", "hypothesis": "h", "label": 2, "uid": "u"},
-              "p</s>h", "Because. So the answer is contradiction.", "contradiction"),
-    "esnli": ({"premise": "p", "hypothesis": "h", "label": 0},
-              "p</s>h", "Because.\nAnswer: entailment", "entailment"),
-}  # fmt: skip
+    "esnli": (NLI, "p</s>h", "Because.\nAnswer: entailment", "entailment"),
+}
 
 
 def release(root, name, rows, outputs):
@@ -53,13 +51,12 @@ def release(root, name, rows, outputs):
 @pytest.mark.parametrize("name", RELEASED)
 def test_each_dataset_is_imported_with_its_teachers_outputs(tmp_path, capsys, name):
     row, question, good, label = RELEASED[name]
-    outputs = {}
-    for k in range(11):  # K counts 0..10: 10 comes after 9, not after 1
-        output = "no answer" if k == 10 else good.replace("Because", f"Because {k}")
-        outputs[f"train_CoT_{k}.json"] = [output]
+    outputs = {"train_CoT_10.json": ["no answer"]}  # 10 comes after 9, not after 1
+    for k in range(10):
+        outputs[f"train_CoT_{k}.json"] = [good.replace("Because", f"Because {k}")]
     release(tmp_path, name, [row] * 12, outputs)
-    assert official.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    rows = list(read_jsonl(tmp_path / "out" / f"{name}_train.jsonl"))
+    assert official.main([str(tmp_path), "--out", str(tmp_path)]) == 0
+    rows = list(read_jsonl(tmp_path / f"{name}_train.jsonl"))
     assert {r.input for r in rows} == {question} and len({r.id for r in rows}) == 12
     assert [r.rationale for r in rows] == [f"Because {k}." for k in range(10)] + [None, None]
     assert [r.teacher_label for r in rows] == [label] * 10 + [None, None]
@@ -74,7 +71,7 @@ def test_each_dataset_is_imported_with_its_teachers_outputs(tmp_path, capsys, na
         ("svamp", SVAMP, {"train_CoT_0.json": ["a", "b"]}, "1 rows, but 2 teacher outputs"),
         ("svamp", SVAMP, {"train_CoT_0.json": [1]}, "not a JSON list of texts"),
         ("svamp", {"input": "x"}, {}, "svamp_train.json:1: not a row"),
-        ("cqa", CQA | {"answer": ["c1"]}, {}, 'cqa_train.json:1: "label" must be'),
+        ("cqa", CQA | {"answer": [3]}, {}, 'cqa_train.json:1: "label" must be'),
         ("other", {}, {}, "none of cqa/cqa_SPLIT.json"),
     ],
 )

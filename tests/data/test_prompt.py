@@ -42,20 +42,18 @@ def test_a_question_is_put_as_chat_and_as_completion():
     text = p.completion("A dog runs.</s>An animal moves.")
     roles = [m["role"] for m in chat]
     assert roles == ["user", "assistant"] * 9 + ["user"], "some templates refuse a system message"
-    assert chat[0]["content"].startswith(p.instruction + "\n\nPremise: ")
     assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
-    assert chat[1]["content"].endswith("\nAnswer: entailment")
-    assert text.endswith("\n\n" + chat[-1]["content"]) and "known" not in text
-    assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9
+    assert text.endswith("\n\n" + chat[-1]["content"]) and text.count("\nAnswer: ") == 9
+    for first in (chat[0]["content"], text):
+        assert first.startswith(p.instruction + "\n\nPremise: ") and "known" not in first
     with pytest.raises(ValueError, match="the prompt wants premise, hypothesis joined by </s>"):
         p.ask("A dog runs.")
 
 
-def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_braces_stay():
-    asked = prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"]
-    assert asked == "Q: Is {label} {input} {x}?\nA:"
+def test_the_hint_of_rationalize_is_in_every_question_and_braces_stay():
+    assert prompt("svamp").ask("Is {label} {input}?") == "Q: Is {label} {input}?\nA:"
     text = prompt("cqa").completion("Hm?\n(a) x\n(b) y", "y")
-    assert text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:")
+    assert text.endswith("\n(b) y\n(The answer is known to be (b) y.)\nA:")
     assert text.count("known") == 11
 
 
@@ -66,7 +64,6 @@ ANSWERED = [  # (prompt file, rationale, the text after it, label)
     ("svamp", "Two.", " The answer is 4 ÷ 2 = 2.", "4 / 2"),
     ("svamp", "Two.", "\n\n**The answer is:** $\\boxed{3 + 4}$.", "3 + 4"),
     ("svamp", "Two.", " The answer is \\(\\boxed{\\text{1,000 + 4}}\\).", "1000 + 4"),
-    ("svamp", "First", " the answer is (3 + 4). I mean: the answer is 7.", "(3 + 4)"),
     ("cqa", "Trees.", " So the answer is (c) wooded area.<|im_end|>\nHi", "wooded area"),
     ("cqa", "Land.", " So the answer is D.", "U.S."),
     ("esnli", "Same.", "\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", "neutral"),
@@ -85,7 +82,6 @@ def test_an_answer_is_read(name, rationale, rest, label):
 
 PROBLEMS = {
     "The answer is (1 + 1).": "unparsed",  # no rationale
-    "\nQ: What? A: Two. The answer is (2).": "unparsed",
     "<plan> Two. The answer is (2).": "unparsed",
     "Two. The answer is (9**9**9).": "label_invalid",
     "First the answer is (3 + 5).\nWait. The answer is (3 + 4).": "label_invalid",
@@ -130,11 +126,9 @@ def write(tmp_path, content):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("{", "not JSON"),
         ("[]", "not a prompt file"),
         ('{"answer": ""}', "'exemplars' is missing"),
         ({"odd": ""}, "unexpected keyword argument 'odd'"),
-        ({"exemplars": [{"input": "x"}]}, "missing 2 required positional arguments"),
         ({"answer_marker": []}, '"answer_marker" is missing'),
         ({"stop": "Q:"}, '"stop" must be a list'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
@@ -143,7 +137,6 @@ def write(tmp_path, content):
         ({"question": "Q:"}, '"question" must have places for input (and hint), it has []'),
         ({"question": "{input} {premise}"}, "it has ['input', 'premise']"),
         ({"answer": "It is {label}. {rationale}"}, "exemplar 1 is not read back as it is"),
-        ({"answer_marker": "Therefore"}, "exemplar 1 is not read back as it is"),
     ],
 )
 def test_a_file_that_cannot_work_is_one_line(tmp_path, change, words):
@@ -169,7 +162,6 @@ LABEL_FIRST = FINE | {
         ("It is late. It came after two.", "It came after two.", "late", None),
         ("So: it is **Very Late**.\nIt waits. Long.", "It waits. Long.", "very_late", None),
         ("It is late.", "", "late", "unparsed"),
-        ("It is odd. It waits.", "It waits.", None, "label_invalid"),
     ],
 )
 def test_a_label_may_come_first(tmp_path, text, rationale, label, problem):
@@ -183,14 +175,12 @@ for key in ("question", "label_type", "labels", "exemplars"):
 
 
 def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json(tmp_path):
-    p = load_prompt(write(tmp_path, SCHEMA))
+    p = load_prompt(write(tmp_path, LABEL_FIRST | {"schema": True}))
     schema = p.response_format()["json_schema"]["schema"]
-    assert schema["required"] == list(schema["properties"]) == ["rationale", "label"]
+    assert schema["required"] == list(schema["properties"]) == ["label", "rationale"]
     assert schema["properties"]["label"]["enum"] == ["late", "very_late"]
     reply = p.chat("x")[1]["content"]
-    assert reply == '{"rationale": "One more. It waits.", "label": "very_late"}'
-    turned = load_prompt(write(tmp_path, LABEL_FIRST | {"schema": True}))
-    assert turned.response_format()["json_schema"]["schema"]["required"] == ["label", "rationale"]
+    assert reply == '{"label": "very_late", "rationale": "One more. It waits."}'
 
 
 @pytest.mark.parametrize(
@@ -199,10 +189,7 @@ def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json(tmp_path):
         ('{"rationale": "So.", "label": "Very-late"}', False, None),
         ('```json\n{"label": "very_late", "rationale": " So."}\n```', True, None),
         ('{"rationale": "So.", "label": "ve', True, "truncated"),
-        ('{"rationale": "So."}', False, "unparsed"),
-        ("So. It is very_late.", False, "unparsed"),
         ('{"rationale": "", "label": "late"}', False, "unparsed"),
-        ('{"rationale": "So.", "label": 1}', False, "label_invalid"),
         ('{"rationale": "So.", "label": null}', False, "unparsed"),
     ],
 )

@@ -58,7 +58,9 @@ def test_what_misleads_is_counted(tmp_path, capsys, spiece):
 def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
     lengths = [*range(1, 101), 1020]  # the last is too long with the prefix alone
     write_jsonl(tmp_path / "rows.jsonl", [Record(str(n), "one " * n, "two") for n in lengths])
-    tokens, words = "input 61 101 110 1,030 1 (over 1,024)", "input 53 93 102 1,022 0 (over 1,024)"
-    for flags, want in ((["--spiece", str(spiece)], tokens), ([], words)):
-        assert report.main([str(tmp_path / "rows.jsonl"), *flags]) == 0
-        assert want in " ".join(capsys.readouterr().out.split())
+    for flags, shown in (
+        (["--spiece", spiece], "input 61 101 110 1,030 1 (over 1,024)"),
+        ([], "input 53 93 102 1,022 0 (over 1,024)"),  # words
+    ):
+        assert report.main([*map(str, [tmp_path / "rows.jsonl", *flags])]) == 0
+        assert shown in " ".join(capsys.readouterr().out.split())

@@ -37,27 +37,23 @@ def test_thoughts_beside_the_text_are_apart(reply):
     assert (read(reply).text, read(reply).reasoning) == ("Two.", "Hm.")
 
 
-@pytest.mark.parametrize("finish", ["length", "MAX_TOKENS", "model_length", "content_filter"])
+@pytest.mark.parametrize("finish", ["MAX_TOKENS", "model_length", "content_filter"])
 def test_a_text_may_be_cut_short(finish):
     assert read(completed("Two", finish)).cut_short
 
 
 FAILURES = [  # (status, content, then)
     (200, completed(None, "SAFETY"), "row"),
-    (200, completed(None, "RECITATION"), "row"),
     (200, completed(None, "error"), "moment"),
     (200, error("Too many", code=429), "pace"),
-    (200, error("Provider failed", code=502), "moment"),
     (200, error("No credits", code=402), "run"),
     (200, {"error": "Unexpected endpoint"}, "unclear"),
     (200, {"choices": []}, "moment"),
     (400, [error("API key not valid.")], "unclear"),
     (422, {"detail": [{"loc": ["body", "stop"], "msg": "\x1b[2J no"}]}, "unclear"),
     (401, error("no"), "run"),
-    (403, error("no"), "unclear"),
     (407, "", "run"),
     (429, error("no", code="insufficient_quota"), "run"),
-    (429, [error("You exceeded your quota, check your billing")], "pace"),
 ]
 
 
@@ -68,16 +64,11 @@ def test_a_failure_means_what_it_says(status, content, then):
     assert caught.value.then == then and str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("url", [" http://x:1/v1/ \n", "http://x:1/v1/chat/completions"])
-def test_a_base_url_may_be_typed_loosely(url):
-    assert Teacher(url, "chat", [], 1).target == "http://x:1/v1/chat/completions"
-
-
 def test_headers_come_from_the_environment_and_secrets_are_hidden(files, capsys, monkeypatch):
     monkeypatch.setenv("AZURE_KEY", KEY)
     monkeypatch.setenv("OPENAI_API_KEY", "anything")  # a stand-in, which texts may have
     with Stub(always((422, {"detail": f"{KEY} is anything"}, {}), "4 + 2")) as stub:
-        url = stub.url + "/chat/completions?api-version=2024-06-01"
+        url = f"{stub.url}/chat/completions?api-version=2024-06-01"
         assert run(files, url, "--header api-key:$AZURE_KEY X-Title:mine") == 1
     assert stub.paths == {"/v1/chat/completions?api-version=2024-06-01"}
     sent = stub.requests[0][2]
@@ -96,11 +87,10 @@ def test_a_compressed_reply_is_read(files):
         assert run(files, stub.url) == 0 and rows(files)[0]["rationale"] == "So."
 
 
-@pytest.mark.parametrize("scheme", ["http://me:se%40cret@", ""])
-def test_a_proxy_is_used_except_for_hosts_that_no_proxy_names(files, monkeypatch, scheme):
+def test_a_proxy_is_used_except_for_hosts_that_no_proxy_names(files, monkeypatch):
     with Stub() as proxy, Stub() as teacher:
-        monkeypatch.setenv("http_proxy", f"{scheme}127.0.0.1:{proxy.port}")
-        assert run(files, "http://teacher.invalid/v1") == 0
+        monkeypatch.setenv("http_proxy", f"127.0.0.1:{proxy.port}")
+        assert run(files, "http://teacher.invalid/v1/ ") == 0
         assert proxy.paths == {"http://teacher.invalid/v1/chat/completions"}
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         assert run(files, teacher.url, "--overwrite") == 0 and len(teacher.requests) == 6
