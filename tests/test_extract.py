@@ -72,7 +72,6 @@ def test_what_is_printed(files, capsys):
         f"teacher: {stub.url}, chat, stub-1",
         f"rows: 6 in {files / 'in.jsonl'}",
         "warning: row 'r4': unparsed: the reply does not say 'The answer is'",
-        "asked now: 5 ok, 1 left out",
         "5 of 5 rows have the same rationale",
         "tokens: 1,200 in, 120 out; $0.01",
         "errors.jsonl: {'unparsed': 1}; --retry-failed asks failed rows again",
