@@ -95,9 +95,8 @@ class Handler(BaseHTTPRequestHandler):
         content = completed(answer(question))
         headers = {}
         if isinstance(action, int):
-            status = action
-            content = error("no")
-        elif isinstance(action, tuple):
+            action = (action, error("no"), {})
+        if isinstance(action, tuple):
             status, content, headers = action
         elif isinstance(action, dict):
             content = action

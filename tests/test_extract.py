@@ -136,7 +136,6 @@ NOT_OURS = "out.jsonl:1: not a row that extract.py wrote"
         ("in.jsonl", A, "--rationalize", "row 'a' has no gold label, which --rationalize"),
         ("in.jsonl", A, "--output {}/in.jsonl", "--output must be another file"),
         ("in.jsonl", A, "--max-cost 3 --price-in 1", "--max-cost must be given with --price-in"),
-        ("out.jsonl", A + "\n", "", NOT_OURS),
         ("out.jsonl", A, "", NOT_OURS),  # it may look torn, but it is not ours
         ("out.jsonl", "Dear Mia,", "", NOT_OURS),
     ],
@@ -152,7 +151,7 @@ def test_a_wrong_file_is_found_before_anything_is_sent_and_not_touched(
 # The three kinds of failure.
 
 
-MOMENTS = [408, 503, "disconnect", "cut off", "late", (200, "{'choices'", {}), completed(None)]
+MOMENTS = [503, "disconnect", "cut off", "late", (200, "{'choices'", {}), completed(None)]
 
 
 @pytest.mark.parametrize("action", MOMENTS)
@@ -161,9 +160,9 @@ def test_a_failure_of_the_moment_is_asked_again(files, action):
     assert [r["teacher"]["attempts"] for r in rows(files)] == [2] * 3 and len(stub.requests) == 6
 
 
-@pytest.mark.parametrize("workers, action", [(1, 503), (4, "disconnect"), (4, completed(None))])
-def test_a_row_that_outlasts_its_retries_fails_and_the_others_go_on(files, action, workers):
-    ask(files, always(action, R4), f"--max-retries 1 --concurrency {workers}", 1)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_row_that_outlasts_its_retries_fails_and_the_others_go_on(files, workers):
+    ask(files, always("disconnect", R4), f"--max-retries 1 --concurrency {workers}", 1)
     assert len(rows(files)) == 5 and [e["teacher"]["attempts"] for e in errors(files)] == [2]
 
 
@@ -205,7 +204,6 @@ def test_while_nobody_is_answered_no_row_fails_and_patience_ends(files, capsys, 
 ENDS = [  # (reply, requests, words); 2 requests: whether others are answered, an exemplar shows
     ((401, error("bad key"), {}), 1, "$OPENAI_API_KEY"),
     ((429, error("later"), {"Retry-After": "3600"}), 1, "a pause of 3600 s"),
-    ((308, "", {"Location": "https://else.example/v1"}), 2, "are --base-url"),
     ((400, error("`stop` is deprecated for this model"), {}), 2, '{"NAME": null}'),
     ((200, {"error": "Unexpected endpoint. (POST /chat/completions)"}, {}), 2, "ends in /v1"),
 ]
@@ -235,28 +233,15 @@ def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys):
 # Continuing.
 
 
-def change_prompt(files):
-    (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
-
-
-def change_input(files):
-    text = (files / "in.jsonl").read_text()
-    (files / "in.jsonl").write_text(text.replace("What is 0", "What was 0"))
-
-
 SETTINGS = ["--max-tokens 9", '--extra-body {"stop":null}', "--endpoint completions"]
-SETTINGS += ["--rationalize", "--keep correct", change_prompt, change_input]
 
 
-@pytest.mark.parametrize("change", SETTINGS)
-def test_what_changes_a_request_is_refused_and_nothing_is_touched(files, refused, change):
+@pytest.mark.parametrize("line", [*SETTINGS, "--rationalize", "--keep correct", ""])
+def test_what_changes_a_request_is_refused_and_nothing_is_touched(files, refused, line):
     url = ask(files, line="--limit 3").url
     before = (files / "out.jsonl").read_bytes()
-    line = ""
-    if isinstance(change, str):
-        line = change
-    else:
-        change(files)
+    if not line:
+        (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
     said = refused(extract.main, *arguments(files, url, line))
     assert "row 'r0' was asked with other settings, prompt file or input" in said
     assert (files / "out.jsonl").read_bytes() == before

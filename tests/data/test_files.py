@@ -7,13 +7,10 @@ import pytest
 from data.files import locked, parse_json, replacing
 
 
-@pytest.mark.parametrize(
-    "text, words", [("[" * 100_000, "nested too deeply"), (b'"\xff"', "utf-8"), ("", "not JSON")]
-)
-def test_what_is_no_json_is_refused_in_one_line(text, words):
-    with pytest.raises(ValueError, match=f"^here: .*{words}") as error:
+@pytest.mark.parametrize("text", ["[" * 100_000, b'"\xff"', ""])
+def test_what_is_no_json_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match="^here: not JSON .*$"):
         parse_json(text, "here")
-    assert "\n" not in str(error.value)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

