@@ -10,6 +10,7 @@ same command continues where an earlier one ended. One thread reads, counts and 
 --concurrency threads ask.
 """
 
+import json
 import os
 import queue
 import threading
@@ -18,19 +19,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from data import cli
 from data.asking import Asker
-from data.batch_files import Replies, write_batch
-from data.cli import Interrupted, Stop, require
+from data.batch_files import answers, read_replies, write_batch
+from data.cli import require
 from data.files import locked, parse_json
 from data.jsonl import Record, read_jsonl
-from data.output import Done, append, put_in_order, read_state, what_changed
+from data.output import Done, append, put_in_order, read_state
 from data.prompt import Prompt, load_prompt
 from data.requests import Requests
-from data.tally import Tally, listed, print_line
-from data.teacher import RequestError, Teacher, one_line
+from data.tally import Tally, print_line
+from data.teacher import RequestError, Teacher
 
 SETTINGS = ("model", "endpoint", "rationalize", "keep", "reasoning")  # recorded with each row
 
@@ -42,8 +43,8 @@ class ExtractConfig:
     Run the same command again to continue after an interruption; rows that are there are not asked
     again. Exit status: 0 every row is in the output; 1 some rows are in the errors file instead,
     whether they failed now or before (--retry-failed asks them again); 2 the arguments or files
-    are wrong, nothing was sent; 3 the teacher cannot go on; 130 interrupted. Whatever was finished
-    is kept in every case.
+    are wrong, nothing was sent; 3 the teacher cannot go on; 130 interrupted. What was finished is
+    in the files in every case.
     """
 
     # rows
@@ -61,15 +62,15 @@ class ExtractConfig:
     header: tuple[str, ...] = ()  # more headers, 'NAME: VALUE'; $VARIABLE is the environment's
     temperature: float = 0.0  # 0: the likeliest text
     max_tokens: int = 256  # tokens of an answer, a reasoning model's thoughts included
-    extra_body: str = ""  # more parameters, a JSON object; null leaves a parameter out
+    extra_body: str = "{}"  # more parameters, a JSON object; null leaves a parameter out
     # choice
-    keep: Literal["all", "correct"] = "all"  # all (the paper), or rows with the gold label
+    keep: Literal["all", "correct"] = "all"  # output all rows (the paper), or those right by gold
     rationalize: bool = False  # show the teacher the gold label and ask for the reasons
     reasoning: Literal["drop", "keep"] = "drop"  # keep: thoughts before the rationale
     # limits
     concurrency: int = 8  # requests in flight at most
     max_retries: int = 5  # further attempts after one that failed for the moment
-    timeout: float = 600.0  # seconds for a whole reply
+    timeout: float = 600.0  # seconds without a byte of a reply
     patience: float = 600.0  # seconds to wait for a teacher that answers nobody
     price_in: float = 0.0  # $ per million prompt tokens
     price_out: float = 0.0  # $ per million tokens written
@@ -82,25 +83,17 @@ class ExtractConfig:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         for name in ("input", "output", "prompt", "model"):
             require(getattr(self, name), name, "given", self)
-        for name in ("max_tokens", "concurrency"):
-            require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("limit", "max_retries", "patience", "price_in", "price_out", "max_cost"):
-            require(getattr(self, name) >= 0, name, "0 or more", self)
+        require(self.concurrency >= 1, "concurrency", "at least 1", self)
         priced = (self.price_in > 0 and self.price_out > 0) or not self.max_cost
         require(priced, "max_cost", "given with --price-in and --price-out", self)
-        require(self.timeout > 0, "timeout", "more than 0", self)
-        for name, other in (("retry_failed", "overwrite"), ("batch_replies", "batch_requests")):
-            both = getattr(self, name) and getattr(self, other)
-            require(not both, name, f"left out beside {cli.flag(other)}", self)
+        batch = self.batch_requests and self.batch_replies
+        require(not batch, "batch_replies", "left out beside --batch-requests", self)
         paths = [self.input, self.prompt, self.output, self.batch_requests, *self.batch_replies]
         places = [os.path.realpath(path) for path in paths if path]
         require(len(set(places)) == len(places), "output", "another file than the others", self)
-        extra = self.parse_extra()
+        extra = parse_json(self.extra_body, "--extra-body")
         good = isinstance(extra, dict) and not extra.keys() & {"model", "messages", "prompt", "n"}
         require(good, "extra_body", "a JSON object without model, messages, prompt and n", self)
-
-    def parse_extra(self) -> Any:
-        return parse_json(self.extra_body or "{}", "--extra-body")
 
     @property
     def errors(self) -> str:
@@ -109,7 +102,7 @@ class ExtractConfig:
 
 def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
     """Returns the exit status. scale: of every pause, to shorten them in tests."""
-    config = cli.parse(argv, ExtractConfig)
+    config = cli.parse(argv, ExtractConfig, "extract.py")
     try:
         base_url = config.base_url or os.environ.get("OPENAI_BASE_URL", "")
         teacher = Teacher(base_url, config.endpoint, config.header, config.timeout)
@@ -118,7 +111,7 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
         prompt = load_prompt(config.prompt)
         params = {"temperature": config.temperature, "max_tokens": config.max_tokens}
         settings = {name: getattr(config, name) for name in SETTINGS}
-        requests = Requests(prompt, settings, params | config.parse_extra())
+        requests = Requests(prompt, settings, params | json.loads(config.extra_body))
         rows = read_rows(config, prompt)
         tally = Tally(config.price_in, config.price_out, config.max_cost)
         if config.dry_run:
@@ -133,27 +126,22 @@ def main(argv: list[str] | None = None, scale: float = 1.0) -> int:
 def read_rows(config: ExtractConfig, prompt: Prompt) -> dict[str, Record]:
     """{id: row} of the input. Raises ValueError for a row that cannot be asked about."""
     rows: dict[str, Record] = {}
-    odd = []
+    needs_gold = config.rationalize or config.keep == "correct"
     for record in read_jsonl(config.input):
         if len(rows) == config.limit > 0:
             break
         where = f"{config.input}: row {record.id!r}"
         if record.id in rows:
             raise ValueError(f"{where}: another row has this id; give each its own")
-        if record.label is None and (config.rationalize or config.keep == "correct"):
+        if record.label is None and needs_gold:
             raise ValueError(f"{where} has no gold label, which --rationalize and --keep need")
         try:
             prompt.ask(record.input)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        if record.label is not None and prompt.read(record.label, record.input) is None:
-            odd.append(f"{record.label!r} in row {record.id!r}")
         rows[record.id] = record
     if not rows:
         raise ValueError(f"{config.input}: there are no rows in it")
-    if odd:
-        what = f"gold labels are no {prompt.kind()}, for example {odd[0]}"
-        print_line(f"warning: {len(odd):,} {what}")
     return rows
 
 
@@ -169,119 +157,104 @@ def extract(
     if config.overwrite:
         for path in (config.output, config.errors):
             Path(path).unlink(missing_ok=True)
-    state = read_state(config.output, config.errors, print_line)
-    forget_other_failures(config.output, requests, rows, state)
-    todo = deque()
-    for name, record in rows.items():
-        done = state.get(name)
-        if done is None or (config.retry_failed and done.kind not in (None, "incorrect")):
-            todo.append(record)
-    source = ", ".join(config.batch_replies) or teacher.place
-    print_line(f"teacher: {source}, {config.endpoint}, {config.model}")
-    print_line(f"prompt:  {config.prompt} (sha256 {requests.prompt.sha256[:12]})")
-    before = len(rows) - len(todo)
-    print_line(
-        f"rows:    {len(rows):,} in {config.input}, {before:,} of them done or failed before"
-    )
+    state = read_state(config.output, config.errors)
+    todo = rows_to_ask(config, requests, rows, state)
     if config.batch_requests:
-        return write_batch(config.batch_requests, requests, todo, print_line)
-    examples = [*requests.prompt.exemplars, *map(vars, reversed(rows.values()))]
-    probe = requests.body(examples[0]["input"], examples[0]["label"])
+        number = write_batch(config.batch_requests, requests, todo)
+        print_line(f"{config.batch_requests}: {number:,} requests; next: --batch-replies FILE")
+        return 0
+    probe = requests.body([*requests.prompt.exemplars, *rows.values()][0])
     asker = Asker(teacher, probe, config.max_retries, config.patience, tally.warn, tally.pay, scale)
-    replies = None
+    stop = cli.Stop("ending: waiting for the requests in flight; Ctrl-C again ends at once")
     if config.batch_replies:
-        replies = Replies(config.batch_replies, requests, rows.values())
-    with Stop() as stop, tally.progress_bar(len(rows), len(todo)):
-        if replies:
-            outcomes = replies.read(requests, asker, todo)
-        else:
-            outcomes = ask_all(asker, requests, todo, config.concurrency, stop)
+        replies = read_replies(config.batch_replies, requests, rows.values())
+        answered = answers(replies, requests, asker, todo)
+    else:
+        answered = ask_all(asker, requests, todo, config.concurrency, stop)
+    print_line(f"teacher: {teacher.place}, {config.endpoint}, {config.model}")
+    print_line(f"rows: {len(rows):,} in {config.input}, {len(todo):,} of them to be asked")
+    with stop, tally.progress_bar(len(rows), len(todo)):
         try:
-            for made in outcomes:
-                write(config, state, made)
-                for row in made:
-                    tally.add(row, state[row.id].kind)
+            for row in answered:
+                write(config, state, row)
+                tally.add(row)
         except OSError as error:  # a full disk, for one
-            asker.end(cli.one_line(error))
+            asker.end(str(error))
     if not asker.stopped.is_set():
         put_in_order(config.output, rows)
-        answered = {name for name, done in state.items() if done.kind is None}
-        put_in_order(config.errors, rows, leave_out=answered)
-    tally.print_summary(state)
+        in_output = {name for name, done in state.items() if done.kind is None}
+        put_in_order(config.errors, rows, leave_out=in_output)
+    tally.print_summary()
     return finish(config, rows, state, asker)
 
 
-def forget_other_failures(
-    output: str, requests: Requests, rows: dict[str, Record], state: dict[str, Done]
-) -> None:
-    """Forget failures under other settings, which are asked again.
+def rows_to_ask(
+    config: ExtractConfig, requests: Requests, rows: dict[str, Record], state: dict[str, Done]
+) -> deque[Record]:
+    """The rows that are not done, and those that failed under other settings, which are forgotten.
 
-    Raises ValueError, naming the setting, for a row that was answered under others.
+    Raises ValueError for a row that was answered under other settings or has another input now.
     """
+    todo = deque()
     for name, record in rows.items():
         done = state.get(name)
-        if done is None or done.request_sha256 == requests.sha256(record):
-            continue
-        del state[name]
-        if done.kind is None:
-            changed = what_changed(output, name, requests.provenance())
-            raise ValueError(f"{output} was made with {changed}; name another --output")
+        if done and done.request_sha256 != requests.sha256(record):
+            if done.kind is None:
+                what = f"row {name!r} was asked with other settings, prompt file or input"
+                raise ValueError(f"{config.output}: {what}; name another file")
+            del state[name]
+        failed = done and done.kind not in (None, "incorrect")
+        if name not in state or (config.retry_failed and failed):
+            todo.append(record)
+    return todo
 
 
 def ask_all(
-    asker: Asker, requests: Requests, todo: deque, concurrency: int, stop: Stop
-) -> Iterator[list[Record]]:
-    """Ask in several threads. Yield the rows as they come, all that are there at a time."""
+    asker: Asker, requests: Requests, todo: deque[Record], concurrency: int, stop: cli.Stop
+) -> Iterator[Record]:
+    """Ask in several threads. Yield the rows as they come."""
     workers = min(concurrency, len(todo))
     results: queue.Queue = queue.Queue(maxsize=workers)  # nobody asks further ahead than is written
     for _ in range(workers):
         threading.Thread(target=work, args=(asker, requests, todo, results), daemon=True).start()
     while workers:
-        if stop.requested and not asker.stopped.is_set():
-            print_line("ending: waiting for the requests in flight; Ctrl-C again ends at once")
+        if stop.requested:
             asker.stopped.set()
-        arrived = []
         try:
-            arrived.append(results.get(timeout=0.5))
-            while True:
-                arrived.append(results.get_nowait())
+            result = results.get(timeout=0.5)
         except queue.Empty:
-            pass
-        for result in arrived:
-            if isinstance(result, Exception):
-                raise result
-        workers -= arrived.count(None)
-        yield [row for row in arrived if row]
+            continue
+        if result is None:
+            workers -= 1
+        else:
+            yield result
 
 
 def work(asker: Asker, requests: Requests, todo: deque, results: queue.Queue) -> None:
-    """One thread. None in the queue is its end, an exception a bug."""
+    """One thread. None in the queue is its end."""
     try:
         while not asker.stopped.is_set():
             record = todo.popleft()
             asked = None
             if record.rationale is None:
-                body = requests.body(record.input, record.label)
-                asked = asker.ask(body, partial(requests.read, record, body, asker.warn))
+                read = partial(requests.read, record, asker.warn)
+                asked = asker.ask(requests.body(record), read)
             results.put(requests.row(record, asked, asker.teacher.url))
     except RequestError as error:
         asker.end(str(error))
-    except (IndexError, Interrupted):
+    except (IndexError, cli.Interrupted):
         pass
-    except Exception as bug:
-        results.put(bug)
-    results.put(None)
+    finally:
+        results.put(None)
 
 
-def write(config: ExtractConfig, state: dict[str, Done], rows: list[Record]) -> None:
-    """Append rows to the output or the errors file, and to the state."""
-    lines: dict[str, list[str]] = {config.output: [], config.errors: []}
-    for row in rows:
-        kind = row.other.get("error", {}).get("kind")
-        lines[config.errors if kind else config.output].append(row.to_json())
-        state[row.id] = Done(kind, row.other.get("correct"))
-    for path, texts in lines.items():
-        append(path, texts)
+def write(config: ExtractConfig, state: dict[str, Done], row: Record) -> None:
+    """Append a row to the output or the errors file, and to the state."""
+    kind = None
+    if row.teacher and "error" in row.other:
+        kind = row.other["error"]["kind"]
+    append(config.errors if kind else config.output, row)
+    state[row.id] = Done(kind, None)
 
 
 def finish(
@@ -292,22 +265,17 @@ def finish(
     done = kinds.pop(None, 0)
     failed = kinds.total() - kinds["incorrect"]  # left out by --keep correct, which is no failure
     print_line(f"{config.output}: {done:,} of {len(rows):,} rows")
-    if kinds.total():
-        again = "; --retry-failed asks again" if failed else ""
-        print_line(f"{config.errors}: {listed(kinds)}{again}")
-    goes_on = "what was finished is kept, the same command goes on"
-    if failed:
-        goes_on += "; with --retry-failed it asks the failed rows, too"
+    if kinds:
+        print_line(f"{config.errors}: {dict(kinds)}; --retry-failed asks failed rows again")
+    goes_on = "what was finished is in the files, the same command goes on"
     if asker.problem:
-        return cli.fail("extract.py", 3, f"aborted: {one_line(asker.problem)} ({goes_on})")
+        return cli.fail("extract.py", 3, f"aborted: {asker.problem} ({goes_on})")
     if asker.stopped.is_set():
         return cli.fail("extract.py", 130, f"interrupted; {goes_on}")
     missing = len(rows) - done - kinds.total()
     if missing:
-        what = "rows have no reply yet; --batch-requests writes what is to be asked"
-        print_line(f"{missing:,} {what}")
-    errors = f" {config.errors}  # whose rows train the label task" if kinds.total() else ""
-    print_line(f"next: python train.py --data {config.output}{errors}")
+        print_line(f"{missing:,} rows have no reply yet; --batch-requests writes their requests")
+    print_line(f"next: python train.py --data {config.output}")
     return 1 if failed or missing else 0
 
 

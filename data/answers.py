@@ -4,43 +4,20 @@ The paper's released outputs and the replies that extract.py collects are read b
 functions. Nothing is guessed: a text without a marker, or with two different answers, has no label.
 """
 
-import ast
 import math
-import operator
 import re
-import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+
+from data.jsonl import Record
 
 CHOICES = re.compile(r"^\((\w)\) *(.+?)\s*$", re.MULTILINE)  # the lines "(a) park" of a question
 SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-"})
-HALF_WIDTH = {
-    code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)
-}  # "：" -> ":", as CJK models write it
+HALF_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # "：" -> ":", "Ａ" -> "A"
+LARGEST = 1e15  # larger floats do not tell integers apart
 INVISIBLE = dict.fromkeys([0x61C, 0x200B, 0x200C, 0x200E, 0x200F, 0xFEFF], " ")
-SEPARATORS = (
-    r"(?<=[^\W_])[\s_-]+(?=[^\W_])"  # between the words of a class: refund_request, Refund Request
-)
-
-PARSING = (
-    threading.Lock()
-)  # ast.parse in several threads at once fails now and then in CPython 3.11
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
-
-
-class Labelled(Protocol):
-    input: str
-    label: str | None
 
 
 @dataclass(frozen=True)
@@ -50,6 +27,7 @@ class Reading:
     rationale: str | None = None
     label: str | None = None
     rest: str | None = None  # the text after the marker; None without a marker
+    rank: int = 0  # the marker's place in the order of preference
     ambiguous: bool = False  # it has two different labels, and so none
 
 
@@ -69,46 +47,30 @@ def read_answer(
     """
     for text in next_examples:
         output = output.split(text)[0]
-    searched = output.translate(HALF_WIDTH)  # as long as `output`
-    patterns = [marker_pattern(marker) for marker in markers]
-    longest_first = "|".join(sorted(patterns, key=len, reverse=True))
-    matches = list(re.finditer(longest_first, searched, re.IGNORECASE))
+    by_length = sorted(markers, key=len, reverse=True)  # one marker may begin another
+    pattern = "|".join(f"({marker_pattern(marker)})" for marker in by_length)
+    matches = list(re.finditer(pattern, output.translate(HALF_WIDTH), re.IGNORECASE))
     if not matches:
-        normal = unicodedata.normalize("NFKC", output)
-        if normal != output and re.search(longest_first, normal, re.IGNORECASE):
-            return read_answer(normal, [], markers, read, same)
         return Reading()
-    starts = [match.start() for match in matches]
-    labels = []
-    best_rank = (True, len(patterns))
-    for match, end in zip(matches, starts[1:] + [len(output)]):
+    readings = []
+    ends = [match.start() for match in matches[1:]] + [len(output)]
+    for match, end in zip(matches, ends):
         rest = output[match.end() : end]
-        label = read(rest)
-        labels.append(label)
-        rank = (label is None, preference(match[0], patterns))
-        if rank < best_rank:
-            best_rank = rank
-            best = match
-            best_label = label
-            best_rest = rest
-    ambiguous = any(label is not None and not same(label, best_label) for label in labels)
-    # Markdown before the marker belongs to the answer: `He runs.\n\n**` -> `He runs.`
-    rationale = re.sub(r"(^|\s)[*#_>`~\s]*$", "", output[: best.start()]).strip()
-    return Reading(rationale or None, None if ambiguous else best_label, best_rest, ambiguous)
+        # Markdown before the marker belongs to the answer: `He runs.\n\n**` -> `He runs.`
+        rationale = re.sub(r"(^|\s)[*#_>`~\s]*$", "", output[: match.start()]).strip()
+        rank = markers.index(by_length[match.lastindex - 1])
+        readings.append(Reading(rationale or None, read(rest), rest, rank))
+    best = min(readings, key=lambda reading: (reading.label is None, reading.rank))
+    for other in readings:
+        if other.label is not None and not same(other.label, best.label):
+            return replace(best, label=None, ambiguous=True)
+    return best
 
 
 def marker_pattern(marker: str) -> str:
     """White space may differ, and Markdown may close before a colon (`**Answer**:`)."""
     words = unicodedata.normalize("NFKC", marker).split()
     return r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words).replace(":", r"[*_]*\s?:")
-
-
-def preference(found: str, patterns: list[str]) -> int:
-    """The number of the pattern that a found marker is."""
-    for number, pattern in enumerate(patterns):
-        if re.fullmatch(pattern, found, re.IGNORECASE):
-            return number
-    return len(patterns)
 
 
 def choice_answer(text: str) -> str | None:
@@ -130,61 +92,70 @@ def value(text: str) -> float | None:
 
     What a model wrote is never given to eval.
     """
-    if len(text) > 200 or not re.fullmatch(r"[0-9.+\-*/()\s]+", text):
+    if len(text) > 200:
         return None
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|\S", text)
     try:
-        with PARSING:
-            tree = ast.parse(text.strip(), mode="eval")
-        return compute(tree.body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        result = add(tokens)
+    except (ValueError, IndexError, ZeroDivisionError):
         return None
+    return result if not tokens and abs(result) <= LARGEST else None
 
 
-def compute(node: ast.AST) -> float:
-    match node:
-        case ast.Constant(value=int() | float() as number):
-            result = number
-        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
-            result = OPERATORS[type(op)](compute(left), compute(right))
-        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
-            result = OPERATORS[type(op)](compute(operand))
-        case _:
-            raise ValueError("not arithmetic")
-    if (
-        not abs(result) <= 1e15
-    ):  # larger floats no longer tell integers apart; this refuses nan, too
+def add(tokens: list[str]) -> float:
+    """The value of a sum. Removes the tokens that it reads; so do `multiply` and `operand`."""
+    result = multiply(tokens)
+    while tokens and tokens[0] in "+-":
+        sign = tokens.pop(0)
+        number = multiply(tokens)
+        result += number if sign == "+" else -number
+    return result
+
+
+def multiply(tokens: list[str]) -> float:
+    result = operand(tokens)
+    while tokens and tokens[0] in "*/":
+        if tokens.pop(0) == "*":
+            result *= operand(tokens)
+        else:
+            result /= operand(tokens)
+    return result
+
+
+def operand(tokens: list[str]) -> float:
+    token = tokens.pop(0)
+    if token == "-":
+        return -operand(tokens)
+    if token == "(":
+        result = add(tokens)
+        if tokens.pop(0) != ")":
+            raise ValueError("a parenthesis is not closed")
+        return result
+    number = float(token)
+    if number > LARGEST:
         raise ValueError("too large")
-    return float(result)
+    return number
 
 
 def class_answer(text: str, labels: Iterable[str]) -> str | None:
     """` Neutral.` -> `neutral`, the one of `labels` that the text begins with.
 
     None if there is none or if the text offers another one (`neutral or contradiction`). Case,
-    spaces, `_` and `-` are equal, unless two of the labels are one then.
+    spaces, `_` and `-` are equal.
     """
-    labels = sorted(labels, key=len, reverse=True)
-    patterns = [r"[\s_-]+".join(map(re.escape, re.split(SEPARATORS, label))) for label in labels]
-    flags = re.IGNORECASE
-    if len({class_key(label) for label in labels}) < len(labels):
-        patterns = [re.escape(label) for label in labels]
-        if len({label.casefold() for label in labels}) < len(labels):
-            flags = re.UNICODE
-    any_label = "|".join(patterns)
+    keys = {class_key(label): label for label in labels}
+    longest_first = sorted(keys, key=len, reverse=True)
+    any_label = "|".join(re.escape(key) for key in longest_first)
     word = r"\b(?:or|and|also|maybe|perhaps|possibly)\b"
     joined = rf"\W*(?:[/,;&|+]|{word})(?:\W|{word})*"
-    match = re.match(rf"[\W_]*?({any_label})(?!\w)(?!{joined}({any_label})(?!\w))", text, flags)
-    if not match:
-        return None
-    for label, pattern in zip(labels, patterns):
-        if re.fullmatch(pattern, match[1], flags):
-            return label
-    return None
+    pattern = rf"[\W_]*?({any_label})(?!\w)(?!{joined}({any_label})(?!\w))"
+    match = re.match(pattern, class_key(text))
+    return keys[match[1]] if match else None
 
 
 def class_key(label: str) -> str:
     """The same text for `refund_request`, `Refund-Request` and `refund request`."""
-    return re.sub(SEPARATORS, " ", written(label)).casefold()
+    return re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", written(label)).casefold()
 
 
 def written(text: str) -> str:
@@ -198,18 +169,18 @@ def pick(answer: str, choices: list[tuple[str, str]]) -> str | None:
 
     `(b) shop`, `B) shop`, `b. shop`, `shop`, `(b)` and `b` are one.
     """
-    answer = written(answer).casefold()
+    texts = {}
+    letters = {}
+    for letter, choice in choices:
+        texts[written(choice).casefold().removesuffix(".")] = choice
+        letters[letter.casefold()] = choice
+    answer = written(answer).casefold().removesuffix(".")
     letter, text = re.fullmatch(r"(?:\(?(\w)[).:](?=\s|$))?\s*(.*?)", answer, re.DOTALL).groups()
-    for said in (answer, text):
-        for _, choice in choices:
-            if said and said.removesuffix(".") == written(choice).casefold().removesuffix("."):
-                return choice
-    if letter and text.strip("."):
+    if answer in texts or text in texts:
+        return texts.get(answer, texts.get(text))
+    if letter and text:
         return None  # a letter with the text of another choice
-    for mark, choice in choices:
-        if mark.casefold() == (letter or text.removesuffix(".")):
-            return choice
-    return None
+    return letters.get(letter or text)
 
 
 def read_label(
@@ -221,26 +192,23 @@ def read_label(
     "equation" the arithmetic as written; "text" the first line. Bold, code and mathematical markup
     around it is taken off.
     """
-    line = re.sub(r"\\[()\[\]]", "", text).strip(":*`$\"' \t\r\n：")
-    line = line.split("\n")[0].rstrip("*`$\"'. \t\r")
+    text = re.sub(r"\\[()\[\]]", "", text)
+    line = text.strip(":*`$\"' \t\r\n：").split("\n")[0].rstrip("*`$\"'. \t\r")
     if re.search(r"\\(boxed|text|math)", line):
         line = re.sub(r"\\(boxed|text\w*|math\w*)\s*\{|\}", "", line).strip("$. ")
-    if label_type == "choice":
-        line = line.translate(HALF_WIDTH)
-        if len(re.findall(r"\(\w\)", line)) > 1:
-            return None
-        return pick(line, CHOICES.findall(input))
+    if label_type == "text":
+        return line or None
+    line = line.translate(HALF_WIDTH)
     if label_type == "class":
-        return class_answer(unicodedata.normalize("NFKC", line), labels)
-    if label_type == "equation":
-        line = re.sub(r"\\(times|cdot)", "*", line.replace("\\div", "/"))
-        line = line.translate(HALF_WIDTH).translate(SIGNS)
-        line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line)  # 1,000 is a thousand
-        plain = line.split("=")[0].strip()
-        if value(plain) is not None:
-            return plain
-        return equation_answer(line)
-    return line or None
+        return class_answer(line, labels)
+    if label_type == "choice":
+        several = len(re.findall(r"\(\w\)", line)) > 1
+        return None if several else pick(line, CHOICES.findall(input))
+    line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line.translate(SIGNS))  # 1,000 is a thousand
+    plain = line.split("=")[0].strip()
+    if value(plain) is not None:
+        return plain
+    return equation_answer(line)
 
 
 def same_label(a: str, b: str, label_type: str, input: str = "") -> bool:
@@ -268,14 +236,11 @@ def label_key(label: str, label_type: str, input: str = "") -> str:
 
 def merge_labels(labels: Iterable[str], label_type: str) -> dict[str, str]:
     """{label: the commonest spelling of its class}: labels that compare equal are one class."""
-    spellings: dict[str, Counter] = {}
     counts = Counter(labels)
-    for label, count in counts.items():
-        spellings.setdefault(label_key(label, label_type), Counter())[label] += count
-    merged = {}
-    for label in counts:
-        merged[label] = spellings[label_key(label, label_type)].most_common(1)[0][0]
-    return merged
+    commonest: dict[str, str] = {}
+    for label, _ in counts.most_common():
+        commonest.setdefault(label_key(label, label_type), label)
+    return {label: commonest[label_key(label, label_type)] for label in counts}
 
 
 def closed_set(labels: Iterable[str], label_type: str) -> list[str]:
@@ -303,7 +268,7 @@ def token_f1(answer: str, gold: str) -> float:
     return 2 * shared / max(said.total() + wanted.total(), 1)
 
 
-def choose_label_type(rows: Iterable[Labelled]) -> str:
+def choose_label_type(rows: Iterable[Record]) -> str:
     """The label type that fits the rows: "choice", "equation" or "text".
 
     Choices are listed in every input. Equations are arithmetic with parentheses or spaces round an

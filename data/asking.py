@@ -11,7 +11,8 @@ from data.cli import Interrupted
 from data.prompt import Answer
 from data.teacher import Reply, RequestError, Teacher
 
-LONGEST_PAUSE = 20.0  # seconds between two attempts, where the server asks for none
+FIRST_PAUSE = 0.5  # seconds between two attempts, where the server asks for none
+LONGEST_PAUSE = 20.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,6 @@ class Asked:
     raw: str = ""  # text of the reply
     model: str = ""  # that answered, as the server says
     attempts: int = 1
-    seconds: float = 0.0  # of the last reply
     usage: Counter = field(default_factory=Counter)  # tokens of all attempts
 
 
@@ -71,10 +71,10 @@ class Asker:
         Raises Interrupted if the run ends meanwhile, RequestError if it ends by this request.
         """
         attempts = 0
-        waits = 0
+        pause = 0.0
         usage: Counter = Counter()
         while True:
-            self.wait()
+            self.wait(pause * random.uniform(0.75, 1) * self.scale)
             sent = time.monotonic()
             try:
                 reply = self.send(body)
@@ -84,20 +84,17 @@ class Asker:
                 verdict = self.judge(error, sent, attempts + 1)
                 if verdict == "fails":
                     answer = Answer(error=error.kind, detail=str(error))
-                    return Asked(answer, error.raw, attempts=attempts + 1, usage=usage)
+                    return Asked(answer, error.raw, "", attempts + 1, usage)
                 if verdict == "counts":
                     attempts += 1
-                else:
-                    waits += 1
                 if error.wait:
                     self.opens = max(self.opens, time.monotonic() + error.wait * self.scale)
-                pause = min(LONGEST_PAUSE, 0.25 * 2 ** min(attempts + waits, 7))
-                self.sleep(pause * random.uniform(0.75, 1))
+                pause = min(LONGEST_PAUSE, 2 * pause or FIRST_PAUSE)
             else:
-                self.hear()
-                seconds = self.heard - sent
+                self.heard = time.monotonic()
+                self.answered = True
                 raw = reply.text or reply.reasoning
-                return Asked(answer, raw, reply.model, attempts + 1, seconds, usage)
+                return Asked(answer, raw, reply.model, attempts + 1, usage)
 
     def judge(self, error: RequestError, sent: float, attempts: int) -> str:
         """What an error means for the row: it "fails", or is asked again; the attempt "counts" or
@@ -111,21 +108,21 @@ class Asker:
         self.warn(error.kind, str(error))
         if error.then == "row":
             return "fails"
-        if error.wait and error.wait > self.patience:
+        if (error.wait or 0) > self.patience:
             raise ends(error, f"it asks for a pause of {error.wait:.0f} s (--patience)")
-        silent = time.monotonic() - self.heard > self.patience * self.scale
-        again = "counts" if error.then == "moment" else "is no attempt"
+        unclear = error.then == "unclear"
         last = error.then == "moment" and attempts >= self.max_retries
-        if error.then != "unclear" and not last and not silent:
+        silent = time.monotonic() - self.heard > self.patience * self.scale
+        again = "is no attempt" if error.then == "pace" else "counts"
+        if not (unclear or last or silent):
             return again
         if last and not self.answered and error.kind in ("disconnect", "bad_reply", "empty"):
             raise error  # the wrong place, most likely
         others = self.others_are_answered(sent)
-        if others and (error.then == "unclear" or (last and attempts > self.max_retries)):
-            return "fails"
         if others:
-            return again
-        if error.then == "unclear" and others is False:
+            fails = unclear or (last and attempts > self.max_retries)
+            return "fails" if fails else again
+        if unclear and others is False:
             raise error
         if silent:
             raise ends(error, f"nobody was answered for {self.patience:g} s (--patience)")
@@ -144,7 +141,8 @@ class Asker:
                 if error.then in ("moment", "pace"):
                     return None
                 return error.then == "row"
-            self.hear()
+            self.heard = time.monotonic()
+            self.answered = True
             return True
 
     def send(self, body: dict) -> Reply:
@@ -154,22 +152,17 @@ class Asker:
             self.end(problem)
         return reply
 
-    def hear(self) -> None:
-        self.heard = time.monotonic()
-        self.answered = True
-
-    def wait(self) -> None:
-        """Return when a request may go out. Raises Interrupted if the run ends first."""
-        while True:
-            pause = self.opens - time.monotonic()
-            if self.stopped.wait(max(pause, 0)):
-                raise Interrupted
-            if self.opens <= time.monotonic():
+    def wait(self, pause: float = 0.0) -> None:
+        """Return after a pause, when a request may go out. Raises Interrupted if the run ends
+        first.
+        """
+        until = time.monotonic() + pause
+        rest = 0.0
+        while not self.stopped.wait(rest):
+            rest = max(until, self.opens) - time.monotonic()
+            if rest <= 0:
                 return
-
-    def sleep(self, seconds: float) -> None:
-        if self.stopped.wait(seconds * self.scale):
-            raise Interrupted
+        raise Interrupted
 
     def end(self, problem: str) -> None:
         """Let no further request go out."""

@@ -7,7 +7,6 @@ A command line is made from a dataclass, one flag per field. A field is written 
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import inspect
 import os
 import re
@@ -19,21 +18,15 @@ from collections.abc import Callable
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 
-def parse(
-    argv: list[str] | None,
-    config_class: type,
-    presets: dict[str, dict[str, Any]] | None = None,
-    prog: str | None = None,
-) -> Any:
+def parse(argv: list[str] | None, config_class: type, prog: str) -> Any:
     """The command line `argv` (None: the program's own) as a `config_class`.
 
     config_class: a dataclass of commented fields with a method `check` that raises ValueError.
-    presets: {name: {field: default}}; the flag --preset NAME replaces the defaults of the class.
+    prog: the program's name, for help and errors.
     Prints one line and exits with status 2 if the command line is wrong.
     """
-    usage = "%(prog)s [--FLAG VALUE ...]"
     parser = OneLineParser(
-        prog=prog, description=inspect.cleandoc(config_class.__doc__), usage=usage
+        prog, "%(prog)s [--FLAG VALUE ...]", inspect.cleandoc(config_class.__doc__)
     )
     comments = field_comments(config_class)
     groups: dict[str, Any] = {}
@@ -42,11 +35,7 @@ def parse(
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(flag(field.name), **argument(field, comment))
-    values = parser.parse_args(argv)
-    if presets and values.preset:
-        parser.set_defaults(**presets[values.preset])
-        values = parser.parse_args(argv)
-    settings = vars(values)
+    settings = vars(parser.parse_args(argv))
     for name, value in settings.items():
         if isinstance(value, list):
             settings[name] = tuple(value)
@@ -75,11 +64,7 @@ def argument(field: dataclasses.Field, comment: str) -> dict[str, Any]:
     if shown_default not in ("", None):
         help_text += f" [{shown_default}]"
     if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        options["choices"] = choices
-        if len(" ".join(choices)) > 40:  # argparse prints the choices in place of the value
-            options["metavar"] = "NAME"
-            help_text += "; " + " ".join(choice for choice in choices if choice)
+        options["choices"] = get_args(kind)
     else:
         options["type"] = kind
         options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
@@ -87,9 +72,8 @@ def argument(field: dataclasses.Field, comment: str) -> dict[str, Any]:
 
 
 def field_comments(config_class: type) -> dict[str, tuple[str, str]]:
-    """{field: (its group, its comment)}, read from the source of a dataclass and its bases."""
-    classes = reversed(config_class.__mro__[:-1])
-    source = "\n".join(inspect.getsource(each) for each in classes)
+    """{field: (its group, its comment)}, read from the source of a dataclass."""
+    source = inspect.getsource(config_class)
     comments = {}
     group = "options"
     pattern = r"^    (?:# ([a-z ]+)|(\w+): .*?  # (.+))$"
@@ -119,8 +103,6 @@ def run(program: str, main: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a character that the terminal lacks is no error
-    sys.stderr.write = ignore_errors(sys.stderr.write)
-    sys.stderr.flush = ignore_errors(sys.stderr.flush)
     try:
         status = main()
         sys.stdout.flush()
@@ -128,25 +110,8 @@ def run(program: str, main: Callable[[], int]) -> NoReturn:
         status = fail(program, 130, "interrupted")
     except OSError as problem:  # main() reports its own; this one is of standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(problem, BrokenPipeError):
-            status = 0
-        elif problem.filename:
-            status = fail(program, 2, problem)
-        else:
-            status = fail(program, 2, f"standard output: {problem.strerror}")
+        status = 0 if isinstance(problem, BrokenPipeError) else fail(program, 2, problem)
     sys.exit(status)
-
-
-def ignore_errors(write: Callable[..., Any]) -> Callable[..., Any]:
-    """A stream's method that does nothing where the disk is full or the terminal is gone."""
-
-    def write_if_possible(*text: str) -> Any:
-        try:
-            return write(*text)
-        except OSError:
-            return 0
-
-    return write_if_possible
 
 
 class Interrupted(Exception):
@@ -154,24 +119,21 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """In a `with` block the first SIGINT, SIGTERM or SIGHUP sets `requested`; a later one ends the
+    """In a `with` block the first SIGINT or SIGTERM sets `requested`; a later one ends the
     program.
 
     Signals within a second count as one, because torchrun passes on the Ctrl-C that its processes
     have already had from the terminal. notice: a line to print at the first signal.
     """
 
-    def __init__(self, notice: str = "") -> None:
+    def __init__(self, notice: str) -> None:
         self.notice = notice
         self.requested = False
         self.since = 0.0
 
     def __enter__(self) -> "Stop":
         self.before = {}
-        heard = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-            heard.append(signal.SIGHUP)  # a closed terminal; nohup has it ignored
-        for number in heard:
+        for number in (signal.SIGINT, signal.SIGTERM):
             self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -183,9 +145,8 @@ class Stop:
         if not self.requested:
             self.requested = True
             self.since = time.monotonic()
-            if self.notice:
-                with contextlib.suppress(OSError):  # print() may be interrupted in itself
-                    os.write(2, f"\n{self.notice}\n".encode())
+            with contextlib.suppress(OSError):  # print() may be interrupted in itself
+                os.write(2, f"\n{self.notice}\n".encode())
         elif time.monotonic() > self.since + 1:
             raise KeyboardInterrupt
 
@@ -207,38 +168,34 @@ def fail(program: str, status: int, problem: object) -> int:
 
 
 def one_line(problem: object) -> str:
-    """An exception or a text on one line; an error of the system as FILE: REASON."""
+    """An exception or a text on one line, without control characters that a terminal would obey.
+
+    An error of the system is written as FILE: REASON.
+    """
     if isinstance(problem, OSError) and problem.filename and problem.strerror:
-        return f"{problem.filename}: {problem.strerror}"
-    return " ".join(str(problem).splitlines())
+        problem = f"{problem.filename}: {problem.strerror}"
+    return "".join(c if c.isprintable() else " " for c in " ".join(str(problem).split()))
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse with errors on one line, a suggestion for an unknown flag, and no abbreviations.
+    """argparse with errors on one line and no abbreviations.
 
     `--batch_size` is understood as `--batch-size`.
     """
 
-    def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
+    def __init__(self, prog: str, usage: str | None = None, description: str = "") -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, usage, description, formatter_class=form, allow_abbrev=False)
 
     def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
-        words = list(sys.argv[1:] if argv is None else argv)
-        for index, word in enumerate(words):
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
             name, equals, value = word.partition("=")
-            known = flag(name[2:])
-            if name.startswith("--") and known in self._option_string_actions:
-                words[index] = known + equals + value
+            if name.startswith("--"):
+                name = flag(name[2:])
+            words.append(name + equals + value)
         return super().parse_args(words)
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            message = f"unknown flag {unknown[1]}"
-            name = flag(unknown[1][2:])
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            if near:
-                message += f"; did you mean {near[0]}?"
         print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)

@@ -19,8 +19,6 @@ from typing import Any, BinaryIO
 
 from data.files import parse_json, replacing
 
-NUMBER_OR_TEXT = ("id", "label", "teacher_label")  # a whole number is its text
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 START = 1 << 16  # bytes at the beginning of a file that tell its format
 
 
@@ -36,15 +34,9 @@ class Record:
 
     def to_json(self) -> str:
         """The line of this record, without a line end. Absent texts are written as null."""
-        row = {
-            "id": self.id,
-            "input": self.input,
-            "label": self.label,
-            "rationale": self.rationale,
-            "teacher_label": self.teacher_label,
-            "teacher": self.teacher,
-        }
-        return to_line(row | self.other)
+        row = dict(vars(self))
+        other = row.pop("other")
+        return to_line(row | other)
 
 
 def parse_record(line: str, where: str, default_id: str) -> Record:
@@ -78,9 +70,11 @@ def parse_record(line: str, where: str, default_id: str) -> Record:
 
 
 def take_text(row: dict, name: str, where: str) -> str | None:
-    """Remove the text under a key of the row and return it, None if it is absent or blank."""
+    """Remove the text under a key of the row and return it, None if it is absent or blank. A whole
+    number is its text.
+    """
     value = row.pop(name, None)
-    if name in NUMBER_OR_TEXT and type(value) is int:
+    if type(value) is int:
         value = str(value)
     if not isinstance(value, str | None):
         raise ValueError(f'{where}: "{name}" must be a text or null, got {repr(value)}')
@@ -99,8 +93,7 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, int, str]]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as problem:
-            what = f"not UTF-8 ({problem.reason} at byte {problem.start})"
-            raise ValueError(f"{where}: {what}") from None
+            raise ValueError(f"{where}: not UTF-8 ({problem.reason})") from None
         yield where, number, text.rstrip("\r\n")
 
 
@@ -113,7 +106,10 @@ def read_jsonl(path: str | PathLike) -> Iterator[Record]:
     """
     with open(path, "rb", buffering=START) as file:
         start = file.peek(START)
-        what = other_format(start) or table_format(start)
+        what = other_format(start)
+        text = start.decode("utf-8-sig", "replace").lstrip()
+        if not what and text and not text.startswith("{"):
+            what = "this is not JSONL (a JSON object a line); data/README.md converts a table (CSV)"
         if what:
             raise ValueError(f"{path}: {what}")
         for where, number, line in read_lines(file, str(path)):
@@ -123,37 +119,22 @@ def read_jsonl(path: str | PathLike) -> Iterator[Record]:
 
 def other_format(start: bytes) -> str:
     """What a file is, by its first bytes, and what to do. "" for JSONL or lines of text."""
-    for magic, name in COMPRESSED.items():
-        if start.startswith(magic):
-            return f"this is a {name} file; unpack it first"
-    if start.startswith((b"PK\x03\x04", b"PAR1")):
-        return "this is a zip, Excel or Parquet file, not JSONL (one JSON object a line)"
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start[:100]:
-        return "this is UTF-16, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it"
+    if start.startswith(b"\x1f\x8b"):
+        return "this is a gzip file; unpack it first"
+    if b"\0" in start[:100]:
+        return "this is UTF-16 or no text; iconv -f UTF-16 -t UTF-8 converts UTF-16"
     text = start.decode("utf-8-sig", "replace").lstrip()
     if re.match(r"\[\s*[{\[\"\]]", text):
         return "this is a JSON array, not one object a line; jq -c '.[]' converts it"
+    if not text.startswith("{"):
+        return ""
     try:
         _, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return ""
-    if text.startswith("{") and "\n" in text[:end]:
-        return "this has JSON objects over several lines, not one a line; jq -c . converts it"
-    if text.startswith("{") and re.match(r"\s*,", text[end:]):
-        return "this has JSON objects joined by commas, not one a line without commas"
-    if text.startswith("{") and re.match(r"[ \t]*\{", text[end:]):
-        return "this has several JSON objects on a line, not one a line; jq -c . converts it"
+    if "\n" in text[:end] or text[end:].partition("\n")[0].strip():
+        return "this has JSON objects over several lines or several on a line; jq -c . converts it"
     return ""
-
-
-def table_format(start: bytes) -> str:
-    """The same for a file that must be JSONL. "" if its first line may be a JSON object."""
-    text = start.decode("utf-8-sig", "replace").lstrip()
-    if not text or text.startswith("{"):
-        return ""
-    if re.search(r"[,;\t]", text.splitlines()[0]) and not text.startswith("["):
-        return "this is a table (CSV or TSV), not JSONL; data/README.md says how to convert it"
-    return "this is not JSONL, whose lines are JSON objects; data/README.md says how to make it"
 
 
 def write_jsonl(path: str | PathLike, records: Iterable[Record | dict]) -> None:

@@ -1,15 +1,15 @@
 """Import the paper's released datasets:  python -m data.official DATASETS_DIR --out DIR
 
 DATASETS_DIR holds NAME/NAME_SPLIT.json, JSON lines, and NAME/llm/SPLIT_CoT_K.json for K = 0, 1,
-...: PaLM 540B's raw outputs for those rows, as lists that continue one another. It may hold
-gpt-neox/NAME/SPLIT.json with GPT-NeoX 20B's. Every split becomes NAME_SPLIT.jsonl, and
-NAME_SPLIT_gpt-neox.jsonl beside it.
+...: PaLM 540B's raw outputs for those rows, as lists that continue one another. Every split becomes
+NAME_SPLIT.jsonl.
 
 An output is a rationale, a marker, an answer ("... So the answer is (c) wooded area.") and nearly
 always an invented next example, which is cut off first. An output without a marker gives neither
 rationale nor teacher label. A marker without a usable answer leaves the rationale alone.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +17,15 @@ from functools import partial
 from pathlib import Path
 
 from data import cli
-from data.answers import choice_answer, class_answer, equation_answer, read_answer, same_label
-from data.files import parse_json, read_json
+from data.answers import (
+    Reading,
+    choice_answer,
+    class_answer,
+    equation_answer,
+    read_answer,
+    same_label,
+)
+from data.files import read_json
 from data.jsonl import Record, parse_record, read_lines, write_jsonl
 
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
@@ -62,71 +69,55 @@ FORMATS = {
 }
 
 
-@dataclass(frozen=True)
-class Output:
-    text: str
-    place: str  # FILE:INDEX
-
-
-def parse_output(output: str, form: Format, input: str = "") -> tuple[str | None, str | None]:
-    """One raw output for the question `input` -> (rationale or None, teacher label or None)."""
+def parse_output(output: str, form: Format, input: str = "") -> Reading:
+    """The rationale and the teacher's label in one raw output for the question `input`."""
     same = partial(same_label, label_type=form.label_type, input=input)
-    found = read_answer(output, [form.next_example], form.markers, form.answer, same)
-    return found.rationale, found.label
+    return read_answer(output, [form.next_example], form.markers, form.answer, same)
 
 
-def import_split(path: Path, outputs: list[Output], form: Format, teacher: str) -> list[Record]:
+def import_split(path: Path, outputs: list[str], form: Format) -> list[Record]:
     """The Records of one split file. outputs: in the rows' order; the last rows may have none.
 
     Raises ValueError for a file that is not as released.
     """
     with open(path, "rb") as file:
-        lines = [(where, line) for where, _, line in read_lines(file, str(path)) if line.strip()]
+        lines = list(read_lines(file, str(path)))
     if len(outputs) > len(lines):
         what = f"{len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row"
         raise ValueError(f"{path}: {what}")
     records = []
-    for index, (where, line) in enumerate(lines):
-        row = parse_json(line, where)
-        rationale = answer = None
-        provenance = {}
+    for index, (where, _, line) in enumerate(lines):
         try:
-            text, label = form.read(row)
-            if index < len(outputs):
-                rationale, answer = parse_output(outputs[index].text, form, text)
-                provenance = {"model": teacher, "output": outputs[index].place}
+            text, label = form.read(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{where}: not a row of this dataset ({error!r})") from None
-        record = Record(f"{path.stem}-{index}", text, label, rationale, answer, provenance)
-        records.append(parse_record(record.to_json(), where, ""))  # checks the types
+        row = {"id": f"{path.stem}-{index}", "input": text, "label": label}
+        if index < len(outputs):
+            found = parse_output(outputs[index], form, text)
+            row["rationale"] = found.rationale
+            row["teacher_label"] = found.label
+            row["teacher"] = {"model": "PaLM 540B"}
+        records.append(parse_record(json.dumps(row), where, ""))
     return records
 
 
-def palm_files(folder: Path, split: str) -> list[Path]:
-    """SPLIT_CoT_0.json, SPLIT_CoT_1.json, ... of a folder.
+def read_outputs(folder: Path, split: str) -> list[str]:
+    """The outputs in SPLIT_CoT_0.json, SPLIT_CoT_1.json, ..., which continue one another.
 
     Raises ValueError if one is missing or another file is among them: every later row would get the
     output of another row.
     """
-    found = {path.name for path in folder.glob(f"{split}_CoT*")}
-    files = [folder / f"{split}_CoT_{number}.json" for number in range(len(found))]
-    for path in files:
-        if path.name not in found:
-            foreign = sorted(found - {each.name for each in files})
-            what = f"{path.name} is missing, and {foreign[0]} is there"
-            raise ValueError(f"{folder}: {what}; the outputs must be numbered 0, 1, 2, ...")
-    return files
-
-
-def read_outputs(files: list[Path]) -> list[Output]:
-    """The outputs in JSON lists that continue one another."""
     outputs = []
-    for path in files:
-        items = read_json(path)
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise ValueError(f"{path}: not a JSON list of texts")
-        for index, item in enumerate(items):
-            outputs.append(Output(item, f"{path.name}:{index}"))
+    found = {path.name for path in folder.glob(f"{split}_CoT*")}
+    for number in range(len(found)):
+        name = f"{split}_CoT_{number}.json"
+        if name not in found:
+            what = f"{name} is missing among {', '.join(sorted(found))}"
+            raise ValueError(f"{folder}: {what}; they must be numbered 0, 1, 2, ...")
+        texts = read_json(folder / name)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{folder / name}: not a JSON list of texts")
+        outputs += texts
     return outputs
 
 
@@ -137,40 +128,22 @@ def import_all(root: Path, out: Path) -> Iterator[str]:
     as released.
     """
     splits = []
-    for name, form in FORMATS.items():
+    for name in FORMATS:
         for path in sorted((root / name).glob(f"{name}_*.json")):
             if re.fullmatch(rf"{name}_[a-z]+\.json", path.name):
-                splits.append((name, path, form))
+                splits.append((name, path))
     if not splits:
         wanted = ", ".join(f"{name}/{name}_SPLIT.json" for name in FORMATS)
         raise FileNotFoundError(f"{root}: none of {wanted} is there")
     out.mkdir(parents=True, exist_ok=True)
-    for name, path, form in splits:
-        split = path.stem.removeprefix(f"{name}_")
-        outputs = read_outputs(palm_files(path.parent / "llm", split))
-        yield import_file(path, out / f"{path.stem}.jsonl", outputs, form, "PaLM 540B")
-        neox = root / "gpt-neox" / name / f"{split}.json"
-        if neox.exists():
-            outputs = read_outputs([neox])
-            to = out / f"{path.stem}_gpt-neox.jsonl"
-            yield import_file(path, to, outputs, form, "GPT-NeoX 20B")
-
-
-def import_file(path: Path, to: Path, outputs: list[Output], form: Format, teacher: str) -> str:
-    """Write the rows of one split, and say what they are."""
-    rows = import_split(path, outputs, form, teacher)
-    write_jsonl(to, rows)
-    rationales = sum(row.rationale is not None for row in rows)
-    labels = 0
-    right = 0
-    for row in rows:
-        if row.teacher_label is not None:
-            labels += 1
-            if row.label is not None:
-                right += same_label(row.teacher_label, row.label, form.label_type, row.input)
-    share = right / max(len(outputs), 1)
-    counts = f"{len(rows):,} rows, {rationales:,} rationales, {labels:,} teacher labels"
-    return f"{to.name}: {counts}; teacher right on {share:.1%}"
+    for name, path in splits:
+        outputs = read_outputs(path.parent / "llm", path.stem.removeprefix(f"{name}_"))
+        rows = import_split(path, outputs, FORMATS[name])
+        write_jsonl(out / f"{path.stem}.jsonl", rows)
+        rationales = sum(row.rationale is not None for row in rows)
+        labels = sum(row.teacher_label is not None for row in rows)
+        counts = f"{len(rows):,} rows, {rationales:,} rationales, {labels:,} teacher labels"
+        yield f"{path.stem}.jsonl: {counts}"
 
 
 def main(argv: list[str] | None = None) -> int:

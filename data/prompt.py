@@ -7,22 +7,23 @@ import json
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from data.answers import CHOICES, Reading, marker_pattern, pick, read_answer, read_label, same_label
-from data.files import open_regular, parse_json
+from data.answers import (
+    CHOICES,
+    Reading,
+    class_key,
+    pick,
+    read_answer,
+    read_label,
+    same_label,
+)
+from data.files import parse_json
 from data.thoughts import markup_at_start
 
 # Tokens that end a turn. A server whose chat template is not the model's lets them through as text.
-ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|end|>",
-    "<|return|>",
-    "<|endoftext|>",
-    "<end_of_turn>",
-    "</s>",
-)
+ENDS = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<|endoftext|>", "<end_of_turn>"]
 LABEL_TYPES = ("choice", "class", "equation", "text")
 PLACE = re.compile(r"\{(\w+)\}")  # in a template
 
@@ -38,20 +39,26 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Exemplar:
+    input: str
+    rationale: str
+    label: str
+
+
+@dataclass(frozen=True)
 class Prompt:
-    exemplars: list  # [{"input", "rationale", "label"}]
     question: str  # template:  "Q: {input}{hint}\nA:"
     label_type: str  # "choice" (of the lines "(a) park" of an input), "class", "equation", "text"
+    exemplars: list  # of {"input", "rationale", "label"}
     answer: str = ""  # template:  " {rationale} So the answer is {label}."
-    answer_marker: list[str] = ()  # before the label, the best first; or a single text
-    labels: list[str] = ()  # of "class"
+    answer_marker: list = ()  # before the label, the best first
+    labels: list = ()  # of "class"
     schema: bool = False  # answers are JSON, {"rationale": ..., "label": ...}, and no `answer`
     rationale_first: bool = True  # else the label comes first
-    stop: list[str] = ()  # what begins an invented next question; sent as `stop`, and cut off here
+    stop: list = ()  # what begins an invented next question; sent as `stop`, and cut off here
     instruction: str = ""  # said before the first exemplar
     hint: str = ""  # template, put for {hint} under --rationalize:  "\n(The answer is {label}.)"
-    input_parts: list[str] = ()  # names, for use in `question`, of the parts of an input
-    input_separator: str = "</s>"  # what divides an input into its parts
+    input_parts: list = ()  # names, for use in `question`, of the parts of "premise</s>hypothesis"
     sha256: str = ""  # of the file
 
     def chat(self, input: str, gold: str | None = None) -> list[dict[str, str]]:
@@ -80,8 +87,8 @@ class Prompt:
         """(question, answer) of each exemplar and, with an empty answer, of the row."""
         turns = []
         for exemplar in self.exemplars:
-            shown_label = exemplar["label"] if gold is not None else None
-            turns.append((self.ask(exemplar["input"], shown_label), self.reply(exemplar)))
+            shown_label = exemplar.label if gold is not None else None
+            turns.append((self.ask(exemplar.input, shown_label), self.reply(exemplar)))
         turns.append((self.ask(input, gold), ""))
         return turns
 
@@ -89,25 +96,20 @@ class Prompt:
         """The question for one input. Raises ValueError for an input that does not fit."""
         values = {"input": input.strip(), "hint": ""}
         if self.input_parts:
-            parts = input.split(self.input_separator)
+            parts = [part.strip() for part in input.split("</s>")]
             if len(parts) != len(self.input_parts):
-                wanted = f"{len(self.input_parts)} parts ({', '.join(self.input_parts)})"
-                joined = f"joined by {self.input_separator!r}"
-                raise ValueError(f"the prompt wants {wanted} {joined}, and finds {len(parts)}")
-            for name, part in zip(self.input_parts, parts):
-                values[name] = part.strip()
-        if self.label_type == "choice" and not CHOICES.search(input):
-            raise ValueError('the prompt wants choices, the input has no lines like "(a) park"')
+                names = ", ".join(self.input_parts)
+                raise ValueError(f"the prompt wants {names} joined by </s>, and finds {len(parts)}")
+            values |= dict(zip(self.input_parts, parts))
         if gold is not None:
             values["hint"] = fill(self.hint, label=self.show(gold, input))
         return fill(self.question, **values)
 
-    def reply(self, exemplar: dict[str, str]) -> str:
-        label = self.show(exemplar["label"], exemplar["input"])
+    def reply(self, exemplar: Exemplar) -> str:
+        said = {"rationale": exemplar.rationale, "label": self.show(exemplar.label, exemplar.input)}
         if self.schema:
-            said = {"rationale": exemplar["rationale"], "label": label}
             return json.dumps({name: said[name] for name in self.order()}, ensure_ascii=False)
-        return fill(self.answer, rationale=exemplar["rationale"], label=label)
+        return fill(self.answer, **said)
 
     def show(self, label: str, input: str) -> str:
         """A label as answers have it: a choice with its letter."""
@@ -119,19 +121,19 @@ class Prompt:
                     return f"({letter}) {text}"
         return label
 
-    def order(self) -> tuple[str, str]:
-        return ("rationale", "label") if self.rationale_first else ("label", "rationale")
+    def order(self) -> list[str]:
+        return ["rationale", "label"] if self.rationale_first else ["label", "rationale"]
 
     def response_format(self) -> dict[str, Any]:
         """The parameter that asks a server for answers under the schema, in this order."""
         label = {"type": "string"}
         if self.labels:
-            label["enum"] = list(self.labels)
+            label["enum"] = self.labels
         kinds = {"rationale": {"type": "string"}, "label": label}
         schema = {
             "type": "object",
             "properties": {name: kinds[name] for name in self.order()},
-            "required": list(self.order()),
+            "required": self.order(),
             "additionalProperties": False,
         }
         named = {"name": "answer", "strict": True, "schema": schema}
@@ -147,26 +149,30 @@ class Prompt:
             marker = '{"rationale": ..., "label": ...}'
         else:
             found = self.read_text(text, input)
-            whole = ended(found.rest) or any(end in text for end in (*self.stop, *ENDS))
+            whole = ended(found.rest) or any(end in text for end in [*self.stop, *ENDS])
             marker = self.answer_marker[0]
+        error = None
+        detail = ""
         if cut_short and not whole:
-            what = "the reply ended at the token limit, before a whole answer"
-            return Answer(error="truncated", detail=f"{what}; a larger --max-tokens may do")
-        if found.rest is None:
-            return Answer(error="unparsed", detail=f"the reply does not say {marker!r}")
-        if found.label is None:
-            what = f"no {self.kind()} in {found.rest.strip()[:80]!r}"
-            if found.ambiguous:
-                what = "the reply has two different answers"
-            return Answer(found.rationale, error="label_invalid", detail=what)
-        if not found.rationale:
-            what = f"the reply has a label and no rationale ({marker!r})"
-            return Answer(label=found.label, error="unparsed", detail=what)
-        tag = markup_at_start(found.rationale)
-        if tag:
-            what = f"unknown markup at the beginning of the rationale: {tag}"
-            return Answer(found.rationale, found.label, error="unparsed", detail=what)
-        return Answer(found.rationale, found.label)
+            error = "truncated"
+            detail = "the reply ended before a whole answer; a larger --max-tokens may do"
+        elif found.rest is None:
+            error = "unparsed"
+            detail = f"the reply does not say {marker!r}"
+        elif found.ambiguous:
+            error = "label_invalid"
+            detail = "the reply has two different answers"
+        elif found.label is None:
+            error = "label_invalid"
+            kind = ", ".join(self.labels) or self.label_type
+            detail = f"no label ({kind}) in {found.rest.strip()[:80]!r}"
+        elif not found.rationale:
+            error = "unparsed"
+            detail = f"the reply has a label and no rationale ({marker!r})"
+        elif markup_at_start(found.rationale):
+            error = "unparsed"
+            detail = f"unknown markup before the rationale: {markup_at_start(found.rationale)}"
+        return Answer(found.rationale, found.label, error, detail)
 
     def read_text(self, text: str, input: str) -> Reading:
         """Find a rationale and a label by the marker."""
@@ -174,45 +180,33 @@ class Prompt:
         same = partial(self.same, input=input)
         found = read_answer(text, [*self.stop, *ENDS], self.answer_marker, read, same)
         if not self.rationale_first and found.rest:
-            found = replace(found, rationale=self.after_label(found.rest).strip())
+            found = replace(found, rationale=self.split_at_label(found.rest)[1])
         return found
 
     def read_json(self, text: str, input: str) -> Reading:
         """Find them in a JSON object, perhaps in a fence of Markdown."""
-        found = re.search(r"\{.*\}", text, re.DOTALL)
         try:
-            said = parse_json(found[0] if found else text, "the reply")
+            found = re.search(r"\{.*\}", text, re.DOTALL)
+            said = parse_json(found[0], "the reply")
             rationale = said["rationale"].strip()
             label = said["label"]
-            label = str(label) if type(label) is int else label.strip()
+            label = str(label) if isinstance(label, int) else label.strip()
         except (ValueError, LookupError, TypeError, AttributeError):
             return Reading()
         return Reading(rationale, self.read(label, input), label)
 
-    def after_label(self, rest: str) -> str:
-        """What follows the label where it comes first; `answer` says what stands between them."""
+    def split_at_label(self, rest: str) -> tuple[str, str]:
+        """The label and what follows it, where the label comes first. `answer` says what stands
+        between them, or else a line ends.
+        """
         between = self.answer.partition("{label}")[2].partition("{rationale}")[0]
-        separators = "|".join(re.escape(text) for text in (between, "\n") if text)
-        found = re.search(separators, rest.lstrip())
-        return rest.lstrip()[found.end() :] if found else ""
-
-    def kind(self) -> str:
-        """What a label is, for messages."""
-        if self.labels:
-            return f"class ({', '.join(self.labels)})"
-        return self.label_type
-
-    def has_marker(self, text: str) -> bool:
-        """Whether a text seems to hold an answer."""
-        if self.schema:
-            return "{" in text
-        pattern = "|".join(marker_pattern(marker) for marker in self.answer_marker)
-        return bool(re.search(pattern, text, re.IGNORECASE))
+        label, *after = re.split(rf"{re.escape(between)}|\n", rest.lstrip(), maxsplit=1)
+        return label, "".join(after).strip()
 
     def read(self, text: str, input: str) -> str | None:
         """The label in the text after a marker."""
         if not self.rationale_first and not self.schema:
-            text = text.removesuffix(self.after_label(text))
+            text, _ = self.split_at_label(text)
         return read_label(text, self.label_type, self.labels, input)
 
     def same(self, a: str, b: str, input: str) -> bool:
@@ -233,89 +227,45 @@ def fill(template: str, **values: str) -> str:
 
 def load_prompt(path: str) -> Prompt:
     """The Prompt of a file. Raises OSError, or ValueError for a file that cannot work."""
-    with open_regular(path) as file:
-        content = file.read()
+    content = Path(path).read_bytes()
     values = parse_json(content, path)
     try:
-        if not isinstance(values, dict):
-            raise ValueError(f"a prompt file is one JSON object, this is {type(values).__name__}")
-        if isinstance(values.get("answer_marker"), str):
-            values["answer_marker"] = [values["answer_marker"]]
-        check_values(values)
-        prompt = Prompt(**values, sha256=hashlib.sha256(content).hexdigest())
-        check_templates(prompt)
-        for number, exemplar in enumerate(prompt.exemplars, 1):
-            problem = problem_of(prompt, exemplar)
-            if problem:
-                raise ValueError(f"exemplar {number}: {problem}")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        marker = values.get("answer_marker")
+        if isinstance(marker, str):
+            values["answer_marker"] = [marker]
+        values["exemplars"] = [Exemplar(**exemplar) for exemplar in values["exemplars"]]
+        prompt = Prompt(**values | {"sha256": hashlib.sha256(content).hexdigest()})
+        check(prompt)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a prompt file: {error}") from None
     return prompt
 
 
-def check_values(values: dict[str, Any]) -> None:
-    """Raise ValueError unless the keys are those of a prompt file and each value has its type."""
-    fields = {field.name: field for field in dataclasses.fields(Prompt)}
-    del fields["sha256"]
-    for name in sorted(values.keys() - fields.keys()):
-        raise ValueError(f'unknown key "{name}"; a prompt file has {", ".join(sorted(fields))}')
-    for name, field in fields.items():
-        value = values.get(name, field.default)
-        if value is dataclasses.MISSING:
-            raise ValueError(f'"{name}" is missing')
-        if name in values and field.type == list[str] and not are_texts(value):
-            raise ValueError(f'"{name}" must be a list of texts that are not blank, got {value!r}')
-        if field.type in (str, list, bool) and not isinstance(value, field.type):
-            raise ValueError(f'"{name}" must be a {field.type.__name__}, got {value!r}')
-
-
-def are_texts(values: Any) -> bool:
-    if not isinstance(values, list):
-        return False
-    return all(isinstance(text, str) and text.strip() for text in values)
-
-
-def check_templates(prompt: Prompt) -> None:
-    """Raise ValueError unless keys fit together and templates have the places they need."""
+def check(prompt: Prompt) -> None:
+    """Raise ValueError unless the keys fit together and every exemplar is read back as it is."""
+    for field in dataclasses.fields(Prompt):
+        value = getattr(prompt, field.name)
+        if not isinstance(value, field.type | type(field.default)):
+            raise ValueError(f'"{field.name}" must be a {field.type.__name__}, got {value!r}')
     if prompt.label_type not in LABEL_TYPES:
         known = ", ".join(LABEL_TYPES)
         raise ValueError(f'"label_type" must be one of {known}, got {prompt.label_type!r}')
-    for name in ("answer", "answer_marker"):
-        if not prompt.schema and not getattr(prompt, name):
-            raise ValueError(f'"{name}" is missing')
+    if not prompt.schema and not prompt.answer_marker:
+        raise ValueError('"answer_marker" is missing')
     if (prompt.label_type == "class") != bool(prompt.labels):
         raise ValueError('"labels" goes with label_type "class", which needs it')
-    if len(prompt.stop) > 4:
-        raise ValueError(f'"stop" may have 4 texts, as servers allow; it has {len(prompt.stop)}')
-    parts = set(prompt.input_parts) or {"input"}
-    for name, needed, allowed in (
-        ("question", parts, {"input", "hint"}),
-        ("answer", set() if prompt.schema else {"rationale", "label"}, {"rationale", "label"}),
-        ("hint", set(), {"label"}),
-    ):
-        found = set(PLACE.findall(getattr(prompt, name)))
-        for place in sorted(found - needed - allowed):
-            raise ValueError(f'{{{place}}} means nothing in "{name}"')
-        for place in sorted(needed - found):
-            raise ValueError(f'{{{place}}} is missing from "{name}"')
-
-
-def problem_of(prompt: Prompt, exemplar: Any) -> str:
-    """Why an exemplar is refused, or "". It must be read back as it is."""
-    if not isinstance(exemplar, dict) or exemplar.keys() != {"input", "rationale", "label"}:
-        return "it must have input, rationale and label"
-    if not are_texts(list(exemplar.values())):
-        return "input, rationale and label must be texts that are not blank"
-    try:
-        prompt.ask(exemplar["input"])
-    except ValueError as error:
-        return str(error)
-    read = prompt.parse(prompt.reply(exemplar), exemplar["input"])
-    if (read.rationale, read.label) == (exemplar["rationale"], exemplar["label"]):
-        return ""
-    if prompt.answer.lstrip().startswith('{"'):
-        return 'answers in JSON are for "schema": true'
-    if prompt.rationale_first and prompt.answer.find("{label}") < prompt.answer.find("{rationale}"):
-        return 'the label comes first in "answer"; say so with "rationale_first": false'
-    seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"
-    return f"its answer does not read back as itself ({seen})"
+    if len({class_key(label) for label in prompt.labels}) < len(prompt.labels):
+        raise ValueError('"labels" must differ in more than case, spaces, "_" and "-"')
+    wanted = set(prompt.input_parts) or {"input"}
+    places = set(PLACE.findall(prompt.question)) - {"hint"}
+    if places != wanted:
+        what = f"places for {', '.join(sorted(wanted))}"
+        raise ValueError(f'"question" must have {what} (and hint), it has {sorted(places)}')
+    for number, exemplar in enumerate(prompt.exemplars, 1):
+        read = prompt.parse(prompt.reply(exemplar), exemplar.input)
+        prompt.ask(exemplar.input)
+        if (read.rationale, read.label) != (exemplar.rationale, exemplar.label):
+            seen = read.detail or f"rationale {read.rationale!r}, label {read.label!r}"
+            raise ValueError(f"exemplar {number} is not read back as it is ({seen})")

@@ -1,4 +1,4 @@
-"""The embedded task, the commonest kind, with its rule-based teacher:  python -m data.toy --out DIR
+"""The embedded task, the commonest kind, with its rule-based teacher.
 
     input       Mia packed plum, hammer, fox, pear, sofa. Mostly what?
     rationale   fruit tools animals fruit furniture
@@ -16,10 +16,8 @@ tools, ... . most are fruit." gained 7 points instead of 13).
 
 import random
 from collections import Counter
-from pathlib import Path
 
-from data import cli
-from data.jsonl import Record, write_jsonl
+from data.jsonl import Record
 
 WORDS = {  # of each kind
     "fruit": (
@@ -51,21 +49,8 @@ WORDS = {  # of each kind
     ),
 }
 WORDS = {kind: words.split() for kind, words in WORDS.items()}
-NAMES = [
-    "Mia",
-    "Noah",
-    "Lena",
-    "Omar",
-    "Ruth",
-    "Ivan",
-    "Sara",
-    "Hugo",
-    "Nina",
-    "Paul",
-    "Vera",
-    "Finn",
-]
-VERBS = ["packed", "drew", "bought", "sold", "found", "moved"]
+NAMES = "Mia Noah Lena Omar Ruth Ivan Sara Hugo Nina Paul Vera Finn"
+VERBS = "packed drew bought sold found moved"
 SIZES = {"train": 450, "validation": 200, "test": 1000}
 
 
@@ -82,7 +67,8 @@ def make_rows(seed: int = 0) -> tuple[list[Record], list[Record], list[Record]]:
             if others and others[0][1] == most:
                 continue  # two kinds are equally often there
             items = [rng.choice(WORDS[kind]) for kind in kinds]
-            question = f"{rng.choice(NAMES)} {rng.choice(VERBS)} {', '.join(items)}. Mostly what?"
+            did = f"{rng.choice(NAMES.split())} {rng.choice(VERBS.split())}"
+            question = f"{did} {', '.join(items)}. Mostly what?"
             if question in seen:
                 continue
             seen.add(question)
@@ -91,26 +77,3 @@ def make_rows(seed: int = 0) -> tuple[list[Record], list[Record], list[Record]]:
             rows.append(Record(name, question, label, rationale, label, {"model": "rule"}))
         parts.append(rows)
     return tuple(parts)
-
-
-def main(argv: list[str] | None = None) -> int:
-    what = "Write the embedded task's rows as JSONL."
-    parser = cli.OneLineParser(prog="python -m data.toy", description=what)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="where toy_train.jsonl, ... are written"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the rows [0]")
-    args = parser.parse_args(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for split, rows in zip(SIZES, make_rows(args.seed)):
-            path = args.out / f"toy_{split}.jsonl"
-            write_jsonl(path, rows)
-            print(f"{path}: {len(rows):,} rows")
-    except OSError as problem:
-        return cli.fail("data.toy", 2, problem)
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run("data.toy", main)

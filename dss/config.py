@@ -193,4 +193,4 @@ class TrainConfig:
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """The command line as a TrainConfig. Exits 2 with one line if it is wrong."""
-    return parse(argv, TrainConfig)
+    return parse(argv, TrainConfig, "train.py")

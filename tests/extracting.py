@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from running import ROOT, wait_until
+from running import ROOT, json_lines, wait_until
 from teacher_stub import Stub
 
 import extract
@@ -22,7 +22,6 @@ PROMPT = {
 }
 FAST = 0.01  # of the real pauses
 NOWHERE = "http://127.0.0.1:9/v1"
-r4 = lambda question: "4 + 2" in question  # that of row r4
 
 
 def make_files(folder, rows=6):
@@ -30,10 +29,8 @@ def make_files(folder, rows=6):
     folder.mkdir(exist_ok=True)
     lines = []
     for i in range(rows):
-        label = f"({i} + {2 + (i % 3 == 0)})"
-        lines.append(
-            json.dumps({"id": f"r{i}", "input": f"What is {i} + 2?", "label": label}) + "\n"
-        )
+        row = {"id": f"r{i}", "input": f"What is {i} + 2?", "label": f"({i} + {2 + (i % 3 == 0)})"}
+        lines.append(json.dumps(row) + "\n")
     (folder / "in.jsonl").write_text("".join(lines))
     (folder / "p.json").write_text(json.dumps(PROMPT))
     return folder
@@ -41,13 +38,12 @@ def make_files(folder, rows=6):
 
 def arguments(folder, url, line=""):
     places = f"--input {folder}/in.jsonl --output {folder}/out.jsonl --prompt {folder}/p.json"
-    url = f"--base-url {url}" if url else ""
-    return f"{places} --model stub-1 {url} {line}".split()
+    return f"{places} --model stub-1 --base-url {url} {line}".split()
 
 
-def run(folder, url, line="", scale=FAST):
+def run(folder, url, line=""):
     try:
-        return extract.main(arguments(folder, url, line), scale)
+        return extract.main(arguments(folder, url, line), FAST)
     except SystemExit as end:
         return end.code
 
@@ -61,18 +57,16 @@ def ask(folder, behave=lambda question, attempt: "ok", line="", status=0, **opti
 
 
 def rows(folder, name="out.jsonl"):
-    path = folder / name
-    return (
-        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-    )
+    return json_lines(folder / name) if (folder / name).exists() else []
 
 
 def errors(folder):
     return rows(folder, "out.jsonl.errors.jsonl")
 
 
-def always(action, when=lambda question: True):
-    return lambda question, attempt: action if when(question) else "ok"
+def always(action, row=""):
+    """Every question is answered so, or those of the row `4 + 2`, for one."""
+    return lambda question, attempt: action if row in question else "ok"
 
 
 def once(*actions):
@@ -80,9 +74,9 @@ def once(*actions):
     return lambda question, attempt: actions[attempt] if attempt < len(actions) else "ok"
 
 
-def start(folder, url, line="", before=""):
-    """A process of its own, with statements before extract.main."""
-    code = f"import extract; from data.cli import run\n{before}\n"
+def start(folder, url, line=""):
+    """A process of its own."""
+    code = "import extract; from data.cli import run\n"
     code += f"run('extract.py', lambda: extract.main(scale={FAST}))"
     command = [sys.executable, "-c", code, *arguments(folder, url, line)]
     environment = os.environ | {"OPENAI_API_KEY": KEY}
@@ -97,5 +91,4 @@ def wait_for_rows(folder, number, process):
 
 def lasting(row):
     """A row without what differs from run to run."""
-    passing = ("created_at", "latency_s", "attempts")
-    return row | {"teacher": {k: v for k, v in row["teacher"].items() if k not in passing}}
+    return row | {"teacher": row["teacher"] | {"attempts": 0, "base_url": ""}}

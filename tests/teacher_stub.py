@@ -7,9 +7,6 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-USAGE = {"prompt_tokens": 200, "completion_tokens": 20}
-USAGE["prompt_tokens_details"] = {"cached_tokens": 100}
-
 
 def answer(question):
     """The rationale and label for `What is 3 + 4?`, each row's own."""
@@ -21,7 +18,8 @@ def completed(text, finish="stop", **message):
     """The body of a chat reply, which serves as a completion's, too."""
     message = {"role": "assistant", "content": text, **message}
     choice = {"index": 0, "finish_reason": finish, "text": text, "message": message}
-    return {"id": "x", "model": "stub-1", "choices": [choice], "usage": USAGE}
+    usage = {"prompt_tokens": 200, "completion_tokens": 20}
+    return {"id": "x", "model": "stub-1", "choices": [choice], "usage": usage}
 
 
 def error(message, **fields):
@@ -32,7 +30,7 @@ class Stub:
     """In a `with` block: a teacher at `.url`.
 
     behave(question, attempt) gives "ok", a status, a body, (status, body, headers), or how the
-    connection fails: "disconnect", "cut off", "stall", "late".
+    connection fails: "disconnect", "cut off", "late".
     """
 
     def __init__(self, behave=lambda question, attempt: "ok", latency=0.0):
@@ -41,17 +39,14 @@ class Stub:
         self.lock = threading.Lock()
         self.requests = []  # (question, body, headers, time)
         self.attempts = Counter()
-        self.actions = Counter()
         self.paths = set()
-        self.flying = self.most = 0  # requests in flight, and their largest number
-        self.port = 0
 
     def __enter__(self):
-        self.server = Server(("127.0.0.1", self.port), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.stub = self
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -60,17 +55,10 @@ class Stub:
 
     def arrive(self, question, body, headers):
         with self.lock:
-            self.flying += 1
-            self.most = max(self.most, self.flying)
             self.requests.append((question, body, headers, time.monotonic()))
             action = self.behave(question, self.attempts[question])
             self.attempts[question] += 1
-            self.actions[str(action)[:20]] += 1
         return action
-
-    def leave(self):
-        with self.lock:
-            self.flying -= 1
 
 
 class Server(ThreadingHTTPServer):
@@ -92,32 +80,32 @@ class Handler(BaseHTTPRequestHandler):
         stub = self.server.stub
         stub.paths.add(self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = (
-            body["prompt"].split("\n\n")[-1]
-            if "prompt" in body
-            else body["messages"][-1]["content"]
-        )
+        if "prompt" in body:
+            question = body["prompt"].split("\n\n")[-1]
+        else:
+            question = body["messages"][-1]["content"]
         action = stub.arrive(question, body, dict(self.headers))
         time.sleep(stub.latency)
-        stub.leave()  # before the client can have the reply and send the next request
+        self.close_connection = True
         if action == "disconnect":
-            self.close_connection = True
             return
-        if action in ("stall", "late"):
+        if action == "late":
             time.sleep(1)  # after the client's patience
-        status, content, headers = 200, completed(answer(question)), {}
+        status = 200
+        content = completed(answer(question))
+        headers = {}
         if isinstance(action, int):
-            status, content = action, error("no")
-        elif isinstance(action, tuple):
+            action = (action, error("no"), {})
+        if isinstance(action, tuple):
             status, content, headers = action
         elif isinstance(action, dict):
             content = action
         if isinstance(content, dict | list):
             content = json.dumps(content)
-        content = content.encode() if isinstance(content, str) else content
+        if isinstance(content, str):
+            content = content.encode()
         self.send_response(status)
         for name, value in {"Content-Length": len(content), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content[:30] if action == "cut off" else content)
-        self.close_connection = True
+        self.wfile.write(content[: 30 if action == "cut off" else None])

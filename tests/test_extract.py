@@ -1,11 +1,11 @@
 """extract.py: rows, what is printed, the three kinds of failure, and continuing after any end."""
 
 import json
+import os
 import re
 import signal
-import threading
 import time
-from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 from extracting import (
@@ -19,71 +19,64 @@ from extracting import (
     lasting,
     make_files,
     once,
-    r4,
     rows,
     run,
     start,
     wait_for_rows,
 )
+from running import json_lines, wait_until
 from teacher_stub import Stub, answer, completed, error
 
 import extract
 
-NAMES = [f"r{i}" for i in range(6)]
+SEVEN = completed("Seven.")  # no marker
+R4 = "4 + 2"  # of the row r4
 
 
 def ids(found):
     return [row["id"] for row in found]
 
 
+def kinds(folder):
+    return {row["id"]: row["error"]["kind"] for row in errors(folder)}
+
+
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 def test_a_row_is_the_record_with_the_answer_and_where_it_is_from(files, endpoint):
     line = {"id": 7, "input": "Ünï: what is 7 + 2?", "label": "9", "mine": {"a": [1]}}
-    (files / "in.jsonl").write_text(json.dumps(line) + '\n{"input": "What is 1 + 2?"}\n')
+    failed = {"error": {"kind": "empty"}}  # as in an errors file
+    (files / "in.jsonl").write_text(json.dumps(line | failed))
     extra = '{"top_k":3,"stop":null,"max_tokens":null,"max_completion_tokens":9}'
     stub = ask(files, line=f"--endpoint {endpoint} --extra-body {extra}")
-    first, second = rows(files)
-    teacher = first.pop("teacher")
-    assert first == line | {
-        "id": "7",
-        "rationale": "7 and 2 more.",
-        "teacher_label": "(7 + 2)",
-        "correct": True,
-    }
-    assert (teacher["model"], teacher["model_served"], teacher["base_url"]) == (
-        "stub-1",
-        "stub-1",
-        stub.url,
-    )
+    (row,) = rows(files)
+    teacher = row.pop("teacher")
+    answered = {"rationale": "7 and 2 more.", "teacher_label": "(7 + 2)", "correct": True}
+    assert row == line | {"id": "7"} | answered
     params = {"temperature": 0.0, "stream": False, "top_k": 3, "max_completion_tokens": 9}
     assert teacher["params"] == params, "null leaves a parameter out"
-    assert teacher["usage"] == {"prompt": 200, "completion": 20, "cached": 100}
-    assert second["id"] == "in-2" and second["correct"] is None
-    for question, body, headers, _ in stub.requests:
-        assert question.endswith("?\nA:") and "Authorization" not in headers
-        assert {k: v for k, v in body.items() if k not in ("messages", "prompt")} == {
-            "model": "stub-1",
-            **params,
-        }
+    assert teacher["usage"] == {"prompt": 200, "completion": 20}
+    assert (teacher["model_served"], teacher["base_url"]) == ("stub-1", stub.url)
+    question, body, headers, _ = stub.requests[0]
+    del body["messages" if endpoint == "chat" else "prompt"]
+    assert question.endswith("?\nA:") and "Authorization" not in headers
+    assert body == {"model": "stub-1", **params}
 
 
 def test_what_is_printed(files, capsys):
-    stub = ask(
-        files, always(completed("Seven."), r4), "--price-in 2 --price-out 50 --model other", 1
+    same = lambda question, attempt: (
+        SEVEN if R4 in question else completed("So. The answer is (1).")
     )
+    stub = ask(files, same, "--price-in 2 --price-out 50", 1)
     said = capsys.readouterr().err
     for words in (
-        f"teacher: {stub.url}, chat, other",
-        f"rows:    6 in {files / 'in.jsonl'}",
-        "warning: asked for 'other', served by 'stub-1'",
+        f"teacher: {stub.url}, chat, stub-1",
+        f"rows: 6 in {files / 'in.jsonl'}",
         "warning: row 'r4': unparsed: the reply does not say 'The answer is'",
-        "5 ok, 1 left out (unparsed 1); 0 retries",
-        "teacher right on 3 of 5 answered rows with a gold label (60.0%)",
-        "tokens: 1,200 in (600 cached), 120 out; $0.01",
-        "errors.jsonl: unparsed 1; --retry-failed asks again",
+        "5 of 5 rows have the same rationale",
+        "tokens: 1,200 in, 120 out; $0.01",
+        "errors.jsonl: {'unparsed': 1}; --retry-failed asks failed rows again",
     ):
         assert said.count(words) == 1, words
-    assert all(len(line) < 80 for line in re.findall(r"\d/6 [^\r\n]*", said)), "the bar"
 
 
 def test_dry_run_sends_and_writes_nothing(files, capsys):
@@ -95,64 +88,41 @@ def test_dry_run_sends_and_writes_nothing(files, capsys):
 def test_keep_correct_leaves_wrong_rows_out_and_never_asks_them_again(files):
     stub = ask(files, line="--keep correct")
     assert ids(rows(files)) == ["r1", "r2", "r4", "r5"] and all(r["correct"] for r in rows(files))
-    assert [(e["id"], e["error"]["kind"]) for e in errors(files)] == [
-        ("r0", "incorrect"),
-        ("r3", "incorrect"),
-    ]
+    assert kinds(files) == {"r0": "incorrect", "r3": "incorrect"}
     assert run(files, stub.url, "--keep correct --retry-failed") == 0, "though the teacher is gone"
 
 
-def test_a_rationale_that_a_row_has_is_kept(files):
-    line = {
-        "id": "mine",
-        "input": "What is 9 + 2?",
-        "label": None,
-        "rationale": "Mine.",
-        "correct": 1,
-    }
+def test_a_row_that_has_a_rationale_is_copied(files):
+    line = {"id": "mine", "input": "What is 9 + 2?", "label": None, "rationale": "Mine."}
+    line["error"] = "a key of the user's"
     with (files / "in.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    with Stub() as stub:
-        assert run(files, stub.url) == run(files, stub.url) == 0 and len(stub.requests) == 6
+    stub = ask(files)
+    assert len(stub.requests) == 6 and run(files, NOWHERE) == 0, "nothing is left to ask"
     assert rows(files)[6] == line | {"teacher_label": None, "teacher": None}
 
 
-def test_batch_files_give_the_rows_that_asking_gives(files, capsys):
-    context = {
-        "status_code": 400,
-        "body": error("maximum context length", code="context_length_exceeded"),
-    }
-
-    def answer_all(faulty):
-        lines = []
-        for line in (files / "b.jsonl").read_text().splitlines():
-            request = json.loads(line)
-            body = completed(answer(request["body"]["messages"][-1]["content"]))
-            reply = {
-                "custom_id": request["custom_id"],
-                "response": {"status_code": 200, "body": body},
-            }
-            lines.append(json.dumps(reply | faulty.get(reply["custom_id"][:2], {})) + "\n")
-        (files / "c.jsonl").write_text("".join(reversed(lines)))
-
-    assert run(files, "", f"--batch-requests {files}/b.jsonl") == 0
-    answer_all(
-        {"r1": {"response": None, "error": {"message": "expired"}}, "r4": {"response": context}}
-    )
-    assert run(files, "", f"--batch-replies {files}/c.jsonl --temperature 1") == 2
-    assert "are to requests that these settings and rows do not make" in capsys.readouterr().err
-    assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
-    assert "1 rows have no reply yet" in capsys.readouterr().err
-    assert [e["error"]["kind"] for e in errors(files)] == ["context_exceeded"]
-    assert run(files, "", f"--batch-requests {files}/b.jsonl") == 0
-    answer_all({})
-    assert run(files, "", f"--batch-replies {files}/c.jsonl") == 1
-    make_files(files / "asked")
-    ask(files / "asked", always((400, context["body"], {}), r4), status=1)
-    for asked, read in zip(rows(files / "asked"), rows(files)):
-        asked["teacher"]["base_url"] = ""
-        assert lasting(asked) == lasting(read)
-    assert len(rows(files)) == 5
+def test_batch_files_give_the_rows_that_asking_gives(files, refused):
+    refusal = {"error": {"message": "maximum context length"}}
+    write, read = f"--batch-requests {files}/b.jsonl", f"--batch-replies {files}/c.jsonl"
+    assert run(files, NOWHERE, write) == 0
+    lines = []
+    for request in json_lines(files / "b.jsonl"):
+        question = request["body"]["messages"][-1]["content"]
+        response = {"body": completed(answer(question))}
+        if R4 in question:
+            response = {"status_code": 400, "body": refusal}
+        reply = {"custom_id": request["custom_id"], "response": response}
+        lines.insert(0, json.dumps(reply) + "\n")
+    expired = json.dumps({"custom_id": json.loads(lines[0])["custom_id"], "response": None})
+    (files / "c.jsonl").write_text("".join([expired + "\n", *lines[1:]]))
+    other = arguments(files, NOWHERE, f"{read} --temperature 1")
+    assert "a request that these settings and rows do not make" in refused(extract.main, *other)
+    assert run(files, NOWHERE, read) == 1 and ids(rows(files)) == ["r0", "r1", "r2", "r3"]
+    (files / "c.jsonl").write_text("".join(lines))
+    assert run(files, NOWHERE, read) == 1 and kinds(files) == {"r4": "http_400"}
+    ask(make_files(files / "asked"), always((400, refusal, {}), R4), status=1)
+    assert [lasting(row) for row in rows(files / "asked")] == [lasting(row) for row in rows(files)]
 
 
 A = '{"id": "a", "input": "1 + 1"}'
@@ -163,10 +133,9 @@ NOT_OURS = "out.jsonl:1: not a row that extract.py wrote"
     "name, content, line, words",
     [
         ("in.jsonl", f"{A}\n{A}", "", "row 'a': another row has this id"),
-        ("in.jsonl", "", "", "there are no rows in it"),
         ("in.jsonl", A, "--rationalize", "row 'a' has no gold label, which --rationalize"),
         ("in.jsonl", A, "--output {}/in.jsonl", "--output must be another file"),
-        ("out.jsonl", A + "\n", "", NOT_OURS),
+        ("in.jsonl", A, "--max-cost 3 --price-in 1", "--max-cost must be given with --price-in"),
         ("out.jsonl", A, "", NOT_OURS),  # it may look torn, but it is not ours
         ("out.jsonl", "Dear Mia,", "", NOT_OURS),
     ],
@@ -182,294 +151,183 @@ def test_a_wrong_file_is_found_before_anything_is_sent_and_not_touched(
 # The three kinds of failure.
 
 
-MOMENTS = [408, 503, "disconnect", "cut off", "late", (200, "{'choices'", {}), completed(None)]
+MOMENTS = [503, "disconnect", "cut off", "late", (200, "{'choices'", {}), completed(None)]
 
 
 @pytest.mark.parametrize("action", MOMENTS)
 def test_a_failure_of_the_moment_is_asked_again(files, action):
-    stub = ask(files, once(action), "--limit 3 --timeout 0.5")
+    stub = ask(files, once(action), "--limit 3 --timeout 0.6")
     assert [r["teacher"]["attempts"] for r in rows(files)] == [2] * 3 and len(stub.requests) == 6
 
 
-@pytest.mark.parametrize("action", MOMENTS)
 @pytest.mark.parametrize("workers", [1, 4])
-def test_a_row_that_outlasts_its_retries_fails_and_the_others_go_on(files, action, workers):
-    ask(files, always(action, r4), f"--timeout 0.3 --max-retries 1 --concurrency {workers}", 1)
-    assert ids(rows(files)) == ["r0", "r1", "r2", "r3", "r5"]
-    assert [(e["id"], e["teacher"]["attempts"]) for e in errors(files)] == [("r4", 2)]
+def test_a_row_that_outlasts_its_retries_fails_and_the_others_go_on(files, workers):
+    ask(files, always("disconnect", R4), f"--max-retries 1 --concurrency {workers}", 1)
+    assert len(rows(files)) == 5 and [e["teacher"]["attempts"] for e in errors(files)] == [2]
 
 
-def test_a_failed_row_is_asked_again_only_with_retry_failed_and_keeps_the_raw_text(files):
-    with Stub(always(completed("Seven." + "x" * 30_000), r4)) as stub:
-        assert run(files, stub.url) == run(files, stub.url) == 1 and len(stub.requests) == 6
-        (row,) = errors(files)
-        assert (
-            row["error"]["kind"] == "unparsed" and row["rationale"] is row["teacher_label"] is None
-        )
-        assert row["error"]["raw"].startswith("Seven.x") and len(row["error"]["raw"]) == 20_000
-        stub.behave = always("ok")
-        assert run(files, stub.url, "--retry-failed") == 0 and len(stub.requests) == 7
-    assert ids(rows(files)) == NAMES and not errors(files)
+def test_a_failed_row_is_asked_again_only_with_retry_failed_and_has_its_raw_text(files):
+    ask(files, always(completed("Seven." + "x" * 30_000), R4), status=1)
+    (row,) = errors(files)
+    assert row["error"]["kind"] == "unparsed" and row["rationale"] is None
+    assert row["error"]["raw"].startswith("Seven.x") and len(row["error"]["raw"]) == 20_000
+    assert (
+        not ask(files, status=1).requests and len(ask(files, line="--retry-failed").requests) == 1
+    )
+    assert ids(rows(files)) == [f"r{i}" for i in range(6)] and not errors(files)
 
 
-@pytest.mark.parametrize("headers", [{}, {"Retry-After": "1"}, {"retry-after-ms": "1000"}])
-def test_a_429_is_waited_for_and_is_no_attempt(tmp_path, headers):
-    busy = (429, error("slow down"), headers)
-    ask(make_files(tmp_path, 20), once(busy, busy), "--max-retries 0")
+def test_a_429_is_waited_for_and_is_no_attempt(tmp_path):
+    ask(make_files(tmp_path, 20), once(429, 429), "--max-retries 0")
     assert [r["teacher"]["attempts"] for r in rows(tmp_path)] == [1] * 20
 
 
 def test_retry_after_pauses_every_thread(tmp_path):
     slow = "Q: What is 3 + 2?\nA:"
     busy = (503, error("busy"), {"Retry-After": "100"})  # 1 s here
-    stub = ask(
-        make_files(tmp_path, 40), lambda q, n: busy if q == slow and n < 2 else "ok", latency=0.02
-    )
-    for when in [when for question, _, _, when in stub.requests if question == slow][:2]:
-        assert not [t for _, _, _, t in stub.requests if when + 0.4 < t < when + 1]
+    behave = lambda question, attempt: busy if question == slow and not attempt else "ok"
+    stub = ask(make_files(tmp_path, 40), behave, latency=0.02)
+    when = next(when for question, _, _, when in stub.requests if question == slow)
+    assert not [t for _, _, _, t in stub.requests if when + 0.4 < t < when + 1]
 
 
 @pytest.mark.parametrize("action", [503, 429, "disconnect"])
-def test_while_nobody_is_answered_no_row_fails_and_patience_ends(tmp_path, capsys, action):
-    make_files(tmp_path, 40)
-    with Stub(lambda q, attempt: action if stub.actions["ok"] >= 10 else "ok") as stub:
-        assert run(tmp_path, stub.url, "--patience 30 --max-retries 4") == 3 and not errors(
-            tmp_path
-        )
+def test_while_nobody_is_answered_no_row_fails_and_patience_ends(files, capsys, action):
+    with Stub(lambda q, attempt: action if len(stub.requests) > 3 else "ok") as stub:
+        assert run(files, stub.url, "--patience 30 --max-retries 4") == 3
         assert "nobody was answered for 30 s (--patience)" in capsys.readouterr().err
-        stub.behave = always("ok")
-        assert run(tmp_path, stub.url) == 0 and len(rows(tmp_path)) == 40
+        assert not errors(files) and len(rows(files)) == 3
+    ask(files)
+    assert len(rows(files)) == 6
 
 
-def test_a_teacher_that_is_gone_for_a_while_is_waited_for(tmp_path, capsys):
-    make_files(tmp_path, 60)
-    with Stub(latency=0.01) as stub:
-        wait = lambda: wait_for_rows(tmp_path, 20, Mock)
-
-        def restart():
-            wait()
-            stub.__exit__()
-            time.sleep(1)
-            stub.__enter__()
-
-        thread = threading.Thread(target=restart)
-        thread.start()
-        assert run(tmp_path, stub.url, "--max-retries 2") == 0 and not errors(tmp_path)
-        thread.join()
-    assert "the teacher answers nobody; waiting for it" in capsys.readouterr().err
-    assert len(rows(tmp_path)) == 60
+ENDS = [  # (reply, requests, words); 2 requests: whether others are answered, an exemplar shows
+    ((401, error("bad key"), {}), 1, "$OPENAI_API_KEY"),
+    ((429, error("later"), {"Retry-After": "3600"}), 1, "a pause of 3600 s"),
+    ((400, error("`stop` is deprecated for this model"), {}), 2, '{"NAME": null}'),
+    ((200, {"error": "Unexpected endpoint. (POST /chat/completions)"}, {}), 2, "ends in /v1"),
+]
 
 
-class Mock:
-    poll = staticmethod(lambda: None)
-
-
-ENDS = {  # the forms of refusals are in data/test_teacher.py
-    "key": ((401, error("bad key"), {}), "$OPENAI_API_KEY"),
-    "long": ((429, error("later"), {"Retry-After": "3600"}), "a pause of 3600 s"),
-    "moved": (
-        (308, "", {"Location": "https://else.example/v1?key=1"}),
-        "redirects to https://else",
-    ),
-    "other": ((418, error("I am a teapot"), {}), "I am a teapot"),
-}
-
-
-@pytest.mark.parametrize("name", ENDS)
-def test_what_cannot_pass_ends_the_run_at_once(files, capsys, name):
-    reply, words = ENDS[name]
-    asked = ask(files, always(reply), "--concurrency 1", 3).requests
-    assert len(asked) == 1 + (name == "other"), (
-        "whether others are answered, the first exemplar shows"
-    )
+@pytest.mark.parametrize("reply, requests, words", ENDS)
+def test_what_cannot_pass_ends_the_run_at_once(files, capsys, reply, requests, words):
+    assert len(ask(files, always(reply), "--concurrency 1", 3).requests) == requests
     said = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        said.startswith("extract.py: aborted: ")
-        and words in said
-        and "the same command goes on" in said
-    )
-    assert not errors(files), "no row has failed"
+    assert said.startswith("extract.py: aborted: ") and words in said
+    assert "the same command goes on" in said and not errors(files), "no row has failed"
 
 
 def test_an_unknown_4xx_is_the_rows_if_others_are_answered(files):
-    ask(
-        files,
-        always((418, error("I am a teapot"), {}), lambda q: "0 + 2" in q),
-        "--concurrency 1",
-        1,
-    )
-    assert [e["error"]["kind"] for e in errors(files)] == ["http_418"] and len(rows(files)) == 5
+    ask(files, always((418, error("I am a teapot"), {}), "0 + 2"), "--concurrency 1", 1)
+    assert kinds(files) == {"r0": "http_418"} and len(rows(files)) == 5
 
 
-def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys, refused):
+def test_max_cost_ends_the_asking_and_keeps_what_is_in_flight(tmp_path, capsys):
     make_files(tmp_path, 50)
-    line = "--price-in 1000 --price-out 5000 --concurrency 4"  # $0.30 a request
-    with Stub(latency=0.02) as stub:
-        assert run(tmp_path, stub.url, f"{line} --max-cost 3") == 3
-        assert 10 <= len(stub.requests) == len(rows(tmp_path)) <= 13 and not errors(tmp_path)
-        assert "has reached --max-cost" in capsys.readouterr().err
-        assert run(tmp_path, stub.url, line) == 0 and len(stub.requests) == 50
-    again = arguments(tmp_path, NOWHERE, "--price-in 1 --max-cost 3")
-    assert "--max-cost must be given with --price-in and --price-out" in refused(
-        extract.main, *again
-    )
-
-
-def test_answers_under_a_schema_are_asked_for_and_read(files, capsys, refused):
-    task = {key: PROMPT[key] for key in ("exemplars", "question", "label_type")}
-    (files / "p.json").write_text(json.dumps(task | {"schema": True, "question": "Q: {input}\nA:"}))
-    reply = completed('{"rationale": "So.", "label": "(4 + 2)"}')
-    stub = ask(files, always(reply))
-    assert all(b["response_format"]["type"] == "json_schema" for _, b, _, _ in stub.requests)
-    assert {(r["rationale"], r["teacher_label"]) for r in rows(files)} == {("So.", "(4 + 2)")}
-    refusing = (400, error("'response_format' is not supported"), {})
-    ask(files, always(refusing), "--overwrite", 3)
-    assert "the server refuses response_format" in capsys.readouterr().err
-    again = arguments(files, NOWHERE, "--endpoint completions")
-    assert "needs --endpoint chat" in refused(extract.main, *again)
+    line = "--price-in 1000 --price-out 5000 --concurrency 4 --max-cost 3"  # $0.30 a request
+    stub = ask(tmp_path, line=line, status=3, latency=0.02)
+    assert 10 <= len(stub.requests) == len(rows(tmp_path)) <= 13 and not errors(tmp_path)
+    assert "has reached --max-cost" in capsys.readouterr().err
 
 
 # Continuing.
 
 
-def test_nothing_left_to_do_sends_nothing(files):
-    ask(files)
-    before = (files / "out.jsonl").read_bytes()
-    assert run(files, NOWHERE) == 0, "not even a teacher is needed"
-    assert (files / "out.jsonl").read_bytes() == before
+SETTINGS = ["--max-tokens 9", '--extra-body {"stop":null}', "--endpoint completions"]
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("--max-tokens 9", "max_tokens 256, not 9"),
-        ('--extra-body {"stop":null}', "stop ['\\nQ:'], not unset"),
-        ("--model other", "model stub-1, not other"),
-        ("--endpoint completions", "endpoint chat, not completions"),
-        ("--rationalize", "rationalize False, not True"),
-        ("--keep correct", "keep all, not correct"),
-    ],
-)
-def test_a_setting_that_changes_requests_is_named_and_nothing_is_touched(
-    files, refused, line, words
-):
+@pytest.mark.parametrize("line", [*SETTINGS, "--rationalize", "--keep correct", ""])
+def test_what_changes_a_request_is_refused_and_nothing_is_touched(files, refused, line):
     url = ask(files, line="--limit 3").url
     before = (files / "out.jsonl").read_bytes()
-    assert f"was made with {words}; name another" in refused(
-        extract.main, *arguments(files, url, line)
-    )
+    if not line:
+        (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
+    said = refused(extract.main, *arguments(files, url, line))
+    assert "row 'r0' was asked with other settings, prompt file or input" in said
     assert (files / "out.jsonl").read_bytes() == before
-
-
-def test_a_changed_prompt_file_or_row_is_named(files, refused):
-    again = arguments(files, ask(files).url)
-    (files / "p.json").write_text(json.dumps(PROMPT | {"instruction": "Add."}))
-    assert "prompt_sha256 " in refused(extract.main, *again)
-    make_files(files)
-    (files / "in.jsonl").write_text(
-        (files / "in.jsonl").read_text().replace("What is 3", "What was 3")
-    )
-    assert "another input in row 'r3'" in refused(extract.main, *again)
 
 
 def test_failed_rows_are_asked_again_under_other_settings(files):
-    with Stub(always(completed("It is", "length"))) as stub:
-        assert run(files, stub.url) == 1 and {e["error"]["kind"] for e in errors(files)} == {
-            "truncated"
-        }
-        stub.behave = always("ok")
-        assert run(files, stub.url, "--max-tokens 999") == 0 and not errors(files)
-    assert len(rows(files)) == 6 and all("error" not in r for r in rows(files))
+    ask(files, always(completed("It is", "length")), status=1)
+    assert set(kinds(files).values()) == {"truncated"}
+    ask(files, line="--max-tokens 999")
+    assert len(rows(files)) == 6 and not errors(files)
 
 
 @pytest.mark.parametrize("share", [0.03, 0.4, 0.72, 0.999])
 def test_wherever_a_crash_cuts_the_output_the_next_start_completes_it(files, share):
-    with Stub(always(completed("Seven."), r4)) as stub:
-        assert run(files, stub.url) == 1
-        before = rows(files)
-        content = (files / "out.jsonl").read_bytes()
-        (files / "out.jsonl").write_bytes(content[: int(share * len(content))])
-        assert run(files, stub.url) == 1
-    assert [lasting(row) for row in before] == [lasting(row) for row in rows(files)]
+    ask(files)
+    before = [lasting(row) for row in rows(files)]
+    content = (files / "out.jsonl").read_bytes()
+    (files / "out.jsonl").write_bytes(content[: int(share * len(content))])
+    ask(files)
+    assert before == [lasting(row) for row in rows(files)]
 
 
-def test_the_first_ctrl_c_keeps_everything_that_is_in_flight(tmp_path):
-    with Stub(latency=0.1) as stub:
-        process = start(make_files(tmp_path, 100), stub.url)
-        wait_for_rows(tmp_path, 20, process)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=20)[1]
-        assert process.returncode == 130 and "interrupted; what was finished is kept" in said, said
-        assert 20 <= len(rows(tmp_path)) == len(stub.requests) < 100, (
-            "each reply that was paid for is there"
-        )
-        assert run(tmp_path, stub.url) == 0 and len(stub.requests) == 100
-    assert len(rows(tmp_path)) == 100
+def test_ctrl_c_keeps_everything_that_is_in_flight(tmp_path, capsys):
+    def behave(question, attempt):
+        if len(stub.requests) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return "ok"
+
+    make_files(tmp_path, 60)
+    with Stub(behave, latency=0.05) as stub:
+        assert run(tmp_path, stub.url) == 130
+        assert "interrupted; what was finished is in the files" in capsys.readouterr().err
+        assert 20 <= len(rows(tmp_path)) == len(stub.requests) < 60, "each reply paid for is there"
+        assert run(tmp_path, stub.url) == 0 and len(stub.requests) == len(rows(tmp_path)) == 60
 
 
 def test_the_second_ctrl_c_ends_at_once(tmp_path):
-    with Stub(latency=5) as stub:
+    with Stub(latency=9) as stub:
         process = start(make_files(tmp_path), stub.url)
-        while not stub.requests:
-            time.sleep(0.05)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(1.2)
-        said = process.communicate(timeout=2)[1]
+        wait_until(lambda: stub.requests)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=5)[1]
     assert process.returncode == 130 and said.endswith("extract.py: interrupted\n")
 
 
-def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(tmp_path):
-    with Stub() as stub:
-        before = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
-        process = start(make_files(tmp_path, 60), stub.url, before=before)
-        said = process.communicate()[1]
-        assert process.returncode == 3 and "extract.py: aborted: [Errno 27]" in said, said
-        assert run(tmp_path, stub.url) == 0
-    assert ids(rows(tmp_path)) == [f"r{i}" for i in range(60)]
+def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(files, capsys, monkeypatch):
+    full = Mock(side_effect=OSError(28, "No space left"))
+    monkeypatch.setattr(extract, "append", full)
+    ask(files, status=3)
+    assert "extract.py: aborted: [Errno 28] No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    ask(files)
 
 
-BAD = [429, 500, 503, "disconnect", "cut off", "stall", completed(" "), completed(None)]
-BAD += [(200, "{'choices'", {}), (200, "<html>proxy</html>", {}), (200, {"choices": []}, {})]
-DEAD = [
-    completed(None),
-    500,
-    (200, "{'choices'", {}),
-    completed("3 more. The answer is (3", "length"),
-]
+BAD = [429, 500, 503, "disconnect", "cut off", "late", completed(" "), (200, "<html>", {})]
+DEAD = [completed(None), 500, (200, "{'choices'", {}), completed("3 more. The answer", "length")]
 
 
-def test_300_rows_a_teacher_that_fails_40_percent_and_three_kills(tmp_path):
+def test_150_rows_a_teacher_that_fails_40_percent_and_two_kills(tmp_path):
     """Every answerable row once, in order, with its own rationale; the key nowhere."""
-    make_files(tmp_path, 300)
+    make_files(tmp_path, 150)
+    dead = [7, 32, 57, 82, 107, 132]
 
     def behave(question, attempt):
         i = int(re.findall(r"\d+", question)[-2])
-        if i % 25 == 7:
+        if i in dead:
             return DEAD[i // 25 % len(DEAD)]
         draw = (i * 2654435761 + attempt * 40503) % 1000
         return BAD[draw % len(BAD)] if draw < 480 and attempt < 5 else "ok"
 
     said = []
     with Stub(behave, latency=0.01) as stub:
-        for target in (60, 130, 210):
-            process = start(tmp_path, stub.url, "--timeout 0.7")
+        for target in (40, 90, 1000):
+            process = start(tmp_path, stub.url, "--timeout 0.8")
             wait_for_rows(tmp_path, target, process)
             process.kill()
             said.append(process.communicate()[1])
-            assert process.returncode == -signal.SIGKILL
-        process = start(tmp_path, stub.url, "--timeout 0.7")
-        said.append(process.communicate(timeout=120)[1])
         assert process.returncode == 1, said[-1]
-        assert stub.most <= 8 and 0.5 < stub.actions["ok"] / stub.actions.total() < 0.7
         asked = len(stub.requests)
         assert run(tmp_path, stub.url) == 1 and len(stub.requests) == asked, "nothing left to ask"
-    dead = [i for i in range(300) if i % 25 == 7]
-    assert ids(rows(tmp_path)) == [f"r{i}" for i in range(300) if i not in dead]
+    assert ids(rows(tmp_path)) == [f"r{i}" for i in range(150) if i not in dead]
     for row in rows(tmp_path):
         assert f"{row['rationale']} The answer is {row['teacher_label']}." == answer(row["input"])
-    assert ids(errors(tmp_path)) == [f"r{i}" for i in dead]
-    kinds = Counter(e["error"]["kind"] for e in errors(tmp_path))
-    assert kinds == {"empty": 3, "http_500": 3, "bad_reply": 3, "truncated": 3}
+    assert list(kinds(tmp_path)) == [f"r{i}" for i in dead]
+    assert set(kinds(tmp_path).values()) == {"empty", "http_500", "bad_reply", "truncated"}
     for text in [*said, *(path.read_text("utf-8") for path in tmp_path.iterdir())]:
         assert KEY not in text

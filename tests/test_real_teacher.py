@@ -1,11 +1,9 @@
-"""A real teacher, end to end: llama.cpp's server with Gemma 3 270M on loopback, rows of SVAMP, and
-a student of them.
+"""A real teacher: llama.cpp's server with Gemma 3 270M on loopback, and rows of SVAMP.
 
 It shows that requests, replies and formats fit a real server; a model of this size is right on
 hardly any problem.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +13,6 @@ import pytest
 from running import ROOT
 
 import extract
-import train
 from data.jsonl import read_jsonl, write_jsonl
 from data.official import FORMATS, import_split
 
@@ -46,16 +43,13 @@ def url():
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         ) as server:
             try:
-                yield (
-                    next(line.split()[1] for line in server.stdout if line.startswith("at "))
-                    + "/v1"
-                )
+                yield next(line[3:-1] for line in server.stdout if line.startswith("at ")) + "/v1"
             finally:
                 server.kill()
 
 
 @pytest.mark.teacher
-def test_svamp_problems_from_a_real_teacher_train_a_student(url, official, tmp_path):
+def test_a_real_teacher_answers_svamp_problems(url, official, tmp_path):
     problems = import_split(official / "svamp" / "svamp_test.json", [], FORMATS["svamp"], "")
     write_jsonl(tmp_path / "svamp.jsonl", problems[:20])
     places = f"--input {tmp_path}/svamp.jsonl --output {tmp_path}/out.jsonl"
@@ -66,18 +60,3 @@ def test_svamp_problems_from_a_real_teacher_train_a_student(url, official, tmp_p
     print(f"{len(rows)} of 20 parse, {sum(row.other['correct'] for row in rows)} are right")
     assert len(rows) >= 15 and all(row.rationale and row.teacher_label for row in rows)
     assert all(row.teacher["usage"]["prompt"] > 500 for row in rows)
-    quick = "--steps 20 --eval_every 10 --batch_size 4 --method dss --labels teacher"
-    line = f"--data {tmp_path}/out.jsonl --out {tmp_path}/run {quick}"
-    assert train.main(line.split()) == 0
-
-
-@pytest.mark.teacher
-def test_a_real_teacher_answers_under_a_schema(url, tmp_path):
-    task = json.loads((ROOT / "data" / "prompts" / "esnli.json").read_text())
-    task["exemplars"] = task["exemplars"][:2]
-    (tmp_path / "p.json").write_text(json.dumps(task | {"schema": True}))
-    rows = [{"input": f"A {animal} runs.</s>An animal moves."} for animal in ("dog", "cat", "cow")]
-    write_jsonl(tmp_path / "in.jsonl", rows)
-    places = f"--input {tmp_path}/in.jsonl --output {tmp_path}/out.jsonl --prompt {tmp_path}/p.json"
-    assert extract.main(f"{places} --base-url {url} --model gemma --max-tokens 128".split()) == 0
-    assert all(row.teacher_label in task["labels"] for row in read_jsonl(tmp_path / "out.jsonl"))

@@ -13,7 +13,7 @@ from extracting import PROMPT
 CASES = r"""
 train --nonsense 1 | --nonsense
 train stray | unrecognized arguments: stray
-train --step 3 | unknown flag --step
+train --step 3 | unrecognized arguments: --step
 train --steps | --steps: expected one argument
 train --steps x | --steps: invalid int value: 'x'
 train --steps 0 | --steps must be at least 1, got 0
@@ -54,7 +54,6 @@ train --data rows.jsonl --device cuda | --device cuda: PyTorch sees no GPU here
 extract --nonsense 1 | --nonsense
 extract --concurrency 0 | --concurrency must be at least 1, got 0
 extract --extra-body [1] | --extra-body
-extract --overwrite --retry-failed | --retry-failed must be left out beside --overwrite
 extract --base-url ftp://x/v1 | --base-url
 extract --base-url http://me:secret@x/v1 | --base-url
 extract --header api-key:$NOT_SET | the environment variable NOT_SET is not set
@@ -64,7 +63,7 @@ extract --input empty | empty: there are no rows in it
 extract --input bad.jsonl | bad.jsonl:2: there is no "input"; the line has inputs
 extract --prompt nowhere.json | nowhere.json
 extract --prompt empty | empty: 
-extract --output nowhere/out.jsonl | nowhere/out.jsonl
+extract --output nowhere/out.jsonl | nowhere: no such directory
 dss.predict --nonsense 1 | --nonsense
 dss.predict | required: student
 dss.predict no/such/student rows.jsonl | no/such/student: no such directory of weights
@@ -97,10 +96,6 @@ data.report deep.jsonl | deep.jsonl:1:
 data.report p.json | p.json:
 data.report rows.jsonl --spiece student | student
 data.report rows.jsonl --spiece rows.jsonl | rows.jsonl
-data.toy --out out --nonsense 1 | --nonsense
-data.toy | required: --out
-data.toy --out rows.jsonl | rows.jsonl
-data.toy --out out --seed x | --seed: invalid int value: 'x'
 kernels.bench --nonsense 1 | --nonsense
 kernels.bench --only softmax | --only
 kernels.bench --json no/such/file | --json

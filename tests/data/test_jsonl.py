@@ -4,29 +4,14 @@ import gzip
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data.jsonl import Record, other_format, read_jsonl, write_jsonl
 
-texts = st.text().filter(str.strip)
-maybe = st.none() | texts
-values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(),
-    lambda v: st.lists(v) | st.dictionaries(st.text(), v),
-    max_leaves=4,
-)
-KEYS = {"id", "input", "label", "rationale", "teacher_label", "teacher"}
-others = st.dictionaries(st.text().filter(lambda key: key not in KEYS), values, max_size=2)
-teachers = st.dictionaries(st.text(), values, max_size=2)
-records = st.builds(Record, texts, texts, maybe, maybe, maybe, teachers, others)
 
-
-@given(st.lists(records, max_size=4))
-def test_records_are_read_as_written_unknown_keys_included(tmp_path_factory, rows):
-    path = tmp_path_factory.mktemp("jsonl") / "x.jsonl"
-    write_jsonl(path, rows)
-    assert list(read_jsonl(path)) == rows
+def test_records_are_read_as_written_unknown_keys_included(tmp_path):
+    full = Record("a", "x\u2028y", "l", "r\n", "t", {"model": ["m"]}, {"mine": {"k": None}})
+    write_jsonl(tmp_path / "x.jsonl", [full, Record("b", "x")])
+    assert list(read_jsonl(tmp_path / "x.jsonl")) == [full, Record("b", "x")]
 
 
 @pytest.mark.parametrize(
@@ -37,12 +22,9 @@ def test_records_are_read_as_written_unknown_keys_included(tmp_path_factory, row
         (b'{"question": "x", "label": 1}', 'there is no "input"; the line has question, label'),
         (b'{"input": "  "}', '"input" must be a text that is not blank'),
         (b'{"input": "x", "label": 3.5}', '"label" must be a text or null, got 3.5'),
-        (b'{"input": "x", "label": true}', '"label" must be a text or null'),
-        (b'{"input": "x", "rationale": ["y"]}', '"rationale" must be a text'),
         (b'{"input": "x", "teacher": "PaLM"}', '"teacher" must be an object'),
         (b'{"input": "caf\xe9"}', "not UTF-8"),
         (rb'{"input": "x", "teacher": {"reply": ["\ude00\ud83d"]}}', "half a character"),
-        (b'{"input": "a"} {"input": "b"}', "not JSON (Extra data"),
     ],
 )
 def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, line, words):
@@ -65,30 +47,19 @@ def test_blank_texts_are_absent_and_whole_numbers_are_their_text(tmp_path):
 
 
 def test_half_a_character_does_not_end_the_writing_of_a_file(tmp_path):
-    """A file whose name is not UTF-8 gives its rows such ids; a crash while writing lost the whole
-    file.
-    """
-    write_jsonl(tmp_path / "x", [Record("a\udcff", "x"), {"id": "b\udcff"}])
-    lines = (tmp_path / "x").read_text("utf-8").splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["a\udcff", "b\udcff"]
+    """A file whose name is not UTF-8 gives its rows such ids."""
+    write_jsonl(tmp_path / "x", [Record("a\udcff", "x")])
+    assert json.loads((tmp_path / "x").read_text("utf-8"))["id"] == "a\udcff"
 
 
 ROW = b'{"input": "a, b", "label": "x"}'
 FORMATS = [
-    (b"[" + ROW + b"]", "JSON array"),
     (b'\xef\xbb\xbf [\n "a",\n "b"]', "JSON array"),
     (json.dumps(json.loads(ROW), indent=1).encode() + b"\n" + ROW, "over several lines"),
-    (ROW + ROW, "several JSON objects on a line"),
-    (ROW + b",\n" + ROW, "joined by commas"),
-    (b"BZh91AY&SY", "bzip2"),
-    (b"<?xml version='1.0'?>", "not JSONL"),
+    (ROW + ROW, "several on a line"),
     (gzip.compress(ROW), "gzip"),
     (ROW.decode().encode("utf-16"), "UTF-16"),
-    (ROW.decode().encode("utf-16-be"), "UTF-16"),
-    (b"PK\x03\x04 rows.xlsx", "Excel"),
-    (b"input,label\na,b\n", "a table"),
-    (b'"input"\t"label"\n', "a table"),
-    (b"id;question\n1;x\n", "a table"),
+    (b"input,label\na,b\n", "table"),
 ]
 
 
@@ -99,10 +70,9 @@ def test_another_format_is_named_and_what_converts_it(tmp_path, content, words):
         list(read_jsonl(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("content", [b"  " + ROW, ROW + b" \n" + ROW, b"\r\n\n" + ROW, b""])
-def test_what_looks_like_another_format_is_read(tmp_path, content):
-    (tmp_path / "x").write_bytes(content)
-    assert len(list(read_jsonl(tmp_path / "x"))) == content.count(b"input")
+def test_what_looks_like_another_format_is_read(tmp_path):
+    (tmp_path / "x").write_bytes(b"\r\n\n  " + ROW + b" \n" + ROW)
+    assert len(list(read_jsonl(tmp_path / "x"))) == 2
 
 
 def test_lines_of_plain_text_are_no_other_format():

@@ -21,57 +21,40 @@ def prompt(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_invents_next(name):
     p = prompt(name)
-    assert 9 <= len(p.exemplars) <= 12 and len({e["input"] for e in p.exemplars}) == len(
-        p.exemplars
-    )
+    assert 9 <= len(p.exemplars) <= 12
     for e in p.exemplars:
-        for text in (
-            p.reply(e),
-            p.reply(e).strip(),
-            p.reply(e) + p.stop[0] + " next" + p.reply(p.exemplars[0]),
-        ):
-            read = p.parse(text, e["input"])
-            assert (read.rationale, read.label, read.error) == (e["rationale"], e["label"], None)
+        next_example = p.stop[0] + " next" + p.reply(p.exemplars[0])
+        for text in (p.reply(e), p.reply(e).strip(), p.reply(e) + next_example):
+            read = p.parse(text, e.input)
+            assert (read.rationale, read.label, read.error) == (e.rationale, e.label, None)
 
 
 def test_the_prompt_file_in_the_readme_works(tmp_path):
     text = (FOLDER.parent / "README.md").read_text("utf-8")
-    (tmp_path / "p.json").write_text(
-        re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1]
-    )
-    p = load_prompt(tmp_path / "p.json")
-    assert p.label_type == "class" and p.completion("Fine.", "good").endswith(
-        "known to be good.)\nReasons:"
-    )
+    content = re.search(r"```json\n(\{\"instruction\".*?)```", text, re.DOTALL)[1]
+    p = load_prompt(write(tmp_path, content))
+    assert p.completion("Fine.", "good").endswith("known to be good.)\nReasons:")
 
 
 def test_a_question_is_put_as_chat_and_as_completion():
     p = prompt("esnli")
-    chat, text = (
-        p.chat("A dog runs.</s>An animal moves."),
-        p.completion("A dog runs.</s>An animal moves."),
-    )
-    assert [m["role"] for m in chat] == ["user", "assistant"] * 9 + ["user"], (
-        "some templates refuse a system message"
-    )
-    assert chat[0]["content"].startswith(p.instruction + "\n\nPremise: ")
+    chat = p.chat("A dog runs.</s>An animal moves.")
+    text = p.completion("A dog runs.</s>An animal moves.")
+    roles = [m["role"] for m in chat]
+    assert roles == ["user", "assistant"] * 9 + ["user"], "some templates refuse a system message"
     assert chat[-1]["content"] == "Premise: A dog runs.\nHypothesis: An animal moves.\nReasonings:"
-    assert chat[1]["content"].endswith("\nAnswer: entailment")
-    assert text.endswith("\n\n" + chat[-1]["content"]) and "known" not in text
-    assert text.startswith(p.instruction + "\n\nPremise: ") and text.count("Answer: ") == 9
+    assert text.endswith("\n\n" + chat[-1]["content"]) and text.count("\nAnswer: ") == 9
+    for first in (chat[0]["content"], text):
+        assert first.startswith(p.instruction + "\n\nPremise: ") and "known" not in first
+    with pytest.raises(ValueError, match="the prompt wants premise, hypothesis joined by </s>"):
+        p.ask("A dog runs.")
 
 
-def test_the_hint_of_rationalize_is_in_the_question_and_in_every_exemplar_and_braces_stay():
-    assert (
-        prompt("svamp").chat("Is {label} {input} {x}?")[-1]["content"]
-        == "Q: Is {label} {input} {x}?\nA:"
-    )
-    p = prompt("cqa")
-    text = p.completion("Hm?\n(a) x\n(b) y", "y")
-    assert (
-        text.endswith("Hm?\n(a) x\n(b) y\n(The answer is known to be (b) y.)\nA:")
-        and text.count("known") == 11
-    )
+def test_the_hint_of_rationalize_is_in_every_question_and_braces_stay():
+    assert prompt("svamp").ask("Is {label} {input}?") == "Q: Is {label} {input}?\nA:"
+    text = prompt("cqa").completion("Hm?\n(a) x\n(b) y", "y")
+    assert text.endswith("\n(b) y\n(The answer is known to be (b) y.)\nA:")
+    assert text.count("known") == 11
 
 
 Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) U.S."
@@ -79,19 +62,12 @@ Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) 
 
 ANSWERED = [  # (prompt file, rationale, the text after it, label)
     ("svamp", "Two.", " The answer is 4 ÷ 2 = 2.", "4 / 2"),
-    ("svamp", "Two.", "\n\n**The answer is:** $\\boxed{3 + 4}$.", "3 + 4"),
     ("svamp", "Two.", " The answer is \\(\\boxed{\\text{1,000 + 4}}\\).", "1000 + 4"),
-    ("svamp", "First", " the answer is (3 + 4). I mean: the answer is 7.", "(3 + 4)"),
     ("cqa", "Trees.", " So the answer is (c) wooded area.<|im_end|>\nHi", "wooded area"),
-    ("cqa", "Trees.", " So the answer is c. wooded area", "wooded area"),
     ("cqa", "Land.", " So the answer is D.", "U.S."),
-    ("esnli", "Same.", "\nAnswer：neutral", "neutral"),
     ("esnli", "Same.", "\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", "neutral"),
-    ("esnli", "<b>Same</b>.", "\nAnswer: neutral", "neutral"),
-    ("esnli", "Same.", "\n\n**Answer**: **Neutral**", "neutral"),
-    ("esnli", "Same.", "\nAnswer: neutral, not contradiction", "neutral"),
+    ("esnli", "Same.", "\n\n**Answer**: **Neutral**, not contradiction", "neutral"),
     ("anli", "The answer is 71.", " So the answer is neutral.", "neutral"),
-    ("anli", "So the answer is plain.", " The answer is neutral.", "neutral"),
 ]
 
 
@@ -103,13 +79,11 @@ def test_an_answer_is_read(name, rationale, rest, label):
 
 PROBLEMS = {
     "The answer is (1 + 1).": "unparsed",  # no rationale
-    "\nQ: What? A: Two. The answer is (2).": "unparsed",
     "<plan> Two. The answer is (2).": "unparsed",
     "Two. The answer is (9**9**9).": "label_invalid",
     "First the answer is (3 + 5).\nWait. The answer is (3 + 4).": "label_invalid",
 }
 CUT_SHORT = {
-    "Two and": "truncated",
     "Two. The answer is 84 / 2": "truncated",  # it may have been going to be 84 / 24
     "So far: the answer is (3 + 5).\nBut wait, that is": "truncated",
     "Two. The answer is (1 + 1).\n\nQ: And": None,
@@ -123,24 +97,22 @@ def test_a_problem_is_named(text):
     assert read.error == (PROBLEMS | CUT_SHORT)[text] and bool(read.detail) == bool(read.error)
 
 
-CLASS = [
-    "Answer: neutral or contradiction",
-    "Answer: neutral (maybe entailment)",
-    "Answer: neutrality",
-]
+CLASSES = ["neutral or contradiction", "neutral (maybe entailment)", "neutrality"]
+CLASSES += ["neutral\nAnswer: entailment"]
 
 
-@pytest.mark.parametrize("text", [*CLASS, "Answer: neutral\nAnswer: entailment"])
+@pytest.mark.parametrize("text", CLASSES)
 def test_an_answer_that_names_two_classes_or_none_is_rejected(text):
-    read = prompt("esnli").parse(f"Same.\n{text}", "")
-    assert read.error == "label_invalid"
-    assert "entailment, neutral, contradiction" in read.detail or "two different" in read.detail
+    assert prompt("esnli").parse(f"Same.\nAnswer: {text}", "").error == "label_invalid"
 
 
-FINE = dict(question="Q: {input}\nA:", answer=" {rationale} It is {label}.", answer_marker="It is")
-FINE |= dict(
-    exemplars=[{"input": "1 and 1?", "rationale": "One more.", "label": "2"}], label_type="equation"
-)
+FINE = {
+    "question": "Q: {input}\nA:",
+    "answer": " {rationale} It is {label}.",
+    "answer_marker": "It is",
+    "label_type": "equation",
+    "exemplars": [{"input": "1 and 1?", "rationale": "One more.", "label": "2"}],
+}
 
 
 def write(tmp_path, content):
@@ -152,39 +124,23 @@ def write(tmp_path, content):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("{", "not JSON"),
-        ("[]", "one JSON object, this is list"),
-        ({"sha256": ""}, 'unknown key "sha256"'),
+        ('{"answer": ""}', "'exemplars' is missing"),
+        ({"odd": ""}, "unexpected keyword argument 'odd'"),
         ({"answer_marker": []}, '"answer_marker" is missing'),
-        ({"answer_marker": [" "]}, '"answer_marker" must be a list of texts that are not blank'),
-        ({"answer": "It is {label}. {rationale}"}, '"rationale_first": false'),
-        ({"answer": '{"why": "{rationale}", "It is": "{label}"}'}, '"schema": true'),
+        ({"stop": "Q:"}, '"stop" must be a list'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
         ({"label_type": "class"}, '"labels" goes with label_type "class"'),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "4 texts"),
-        ({"question": "Q:"}, '{input} is missing from "question"'),
-        ({"question": "{input} {premise}"}, '{premise} means nothing in "question"'),
-        ({"answer": "{label}"}, '{rationale} is missing from "answer"'),
-        (
-            {"exemplars": [{"input": "x", "rationale": " ", "label": "2"}]},
-            "exemplar 1: input, rationale and label must be texts",
-        ),
-        ({"answer_marker": "Therefore"}, "exemplar 1: its answer does not read back as itself"),
-        (
-            {"input_parts": ["a", "b"], "question": "{a} {b}"},
-            "exemplar 1: the prompt wants 2 parts (a, b)",
-        ),
+        ({"label_type": "class", "labels": ["a b", "A_b"]}, '"labels" must differ'),
+        ({"question": "Q:"}, '"question" must have places for input (and hint), it has []'),
+        ({"answer": "It is {label}. {rationale}"}, "exemplar 1 is not read back as it is"),
     ],
 )
 def test_a_file_that_cannot_work_is_one_line(tmp_path, change, words):
     path = write(tmp_path, change if isinstance(change, str) else FINE | change)
     with pytest.raises(ValueError) as error:
         load_prompt(path)
-    assert (
-        words in str(error.value)
-        and str(error.value).startswith(f"{path}: ")
-        and "\n" not in str(error.value)
-    )
+    said = str(error.value)
+    assert words in said and said.startswith(f"{path}: ") and "\n" not in said
 
 
 LABEL_FIRST = FINE | {
@@ -197,48 +153,37 @@ LABEL_FIRST = FINE | {
 
 
 @pytest.mark.parametrize(
-    "text, rationale, label, problem",
+    "text, rationale, label",
     [
-        ("It is late. It came after two.", "It came after two.", "late", None),
-        ("So: it is **Very Late**.\nIt waits. Long.", "It waits. Long.", "very_late", None),
-        ("It is late.", None, "late", "unparsed"),
-        ("It is odd. It waits.", "It waits.", None, "label_invalid"),
+        ("It is late. It came after two.", "It came after two.", "late"),
+        ("So: it is **Very Late**.\nIt waits. Long.", "It waits. Long.", "very_late"),
     ],
 )
-def test_a_label_may_come_first(tmp_path, text, rationale, label, problem):
+def test_a_label_may_come_first(tmp_path, text, rationale, label):
     read = load_prompt(write(tmp_path, LABEL_FIRST)).parse(text, "")
-    assert (read.rationale, read.label, read.error) == (rationale, label, problem)
+    assert (read.rationale, read.label, read.error) == (rationale, label, None)
 
 
-SCHEMA = {
-    key: LABEL_FIRST[key] for key in LABEL_FIRST if not key.startswith(("answer", "rationale"))
-}
-SCHEMA["schema"] = True
+SCHEMA = {"schema": True}
+for key in ("question", "label_type", "labels", "exemplars"):
+    SCHEMA[key] = LABEL_FIRST[key]
 
 
 def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json(tmp_path):
-    p = load_prompt(write(tmp_path, SCHEMA))
+    p = load_prompt(write(tmp_path, LABEL_FIRST | {"schema": True}))
     schema = p.response_format()["json_schema"]["schema"]
-    assert list(schema["properties"]) == schema["required"] == ["rationale", "label"]
+    assert schema["required"] == list(schema["properties"]) == ["label", "rationale"]
     assert schema["properties"]["label"]["enum"] == ["late", "very_late"]
-    reply = p.chat("2?")[1]["content"]
-    assert reply == '{"rationale": "One more. It waits.", "label": "very_late"}'
-    turned = load_prompt(write(tmp_path, LABEL_FIRST | {"schema": True}))
-    assert turned.response_format()["json_schema"]["schema"]["required"] == ["label", "rationale"]
+    reply = p.chat("x")[1]["content"]
+    assert reply == '{"label": "very_late", "rationale": "One more. It waits."}'
 
 
 @pytest.mark.parametrize(
     "text, short, problem",
     [
         ('{"rationale": "So.", "label": "Very-late"}', False, None),
-        ('```json\n{"label": "very_late", "rationale": " So."}\n```', False, None),
-        ('{"rationale": "So.", "label": "very_late"}', True, None),
+        ('```json\n{"label": "very_late", "rationale": " So."}\n```', True, None),
         ('{"rationale": "So.", "label": "ve', True, "truncated"),
-        ('{"rationale": "So."}', False, "unparsed"),
-        ("So. It is very_late.", False, "unparsed"),
-        ('{"rationale": "", "label": "late"}', False, "unparsed"),
-        ('{"rationale": "So.", "label": "odd"}', False, "label_invalid"),
-        ('{"rationale": "So.", "label": 1}', False, "label_invalid"),
         ('{"rationale": "So.", "label": null}', False, "unparsed"),
     ],
 )

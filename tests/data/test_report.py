@@ -8,12 +8,10 @@ from data.jsonl import Record, write_jsonl
 ROWS = [
     Record("a", "x", "yes", "because", "yes", {"model": "m"}),
     Record("b", "y", "yes", "since", "no", {"model": "m"}),
-    Record(
-        "c", "Y ", "no", None, "no", {"model": "m"}
-    ),  # b's question with another label, and no rationale
+    Record("c", "Y ", "no", None, "no", {"model": "m"}),  # no rationale
     Record("d", "z", "no", "for", None, {"model": "m"}),  # the teacher answered, but not usably
     Record("e", "w", None, "as", "yes", {"model": "m"}),  # no gold
-    Record("e", "v"),  # nothing, and an id twice
+    Record("e", "v"),  # nothing
 ]
 
 
@@ -32,12 +30,9 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
         "1 16.7% a label, no usable rationale",
         "1 16.7% only the teacher's label",
         "1 16.7% neither label",
-        "1 16.7% a rationale, but no teacher label",
-        "2 rows share their input with another; 1 such inputs have more than one label",
-        "1 rows repeat an id",
         "teacher right on 2 of 4 rows with gold, 50.0%",
-        "yes 2 50.0% 50.0% 0",
-        "no 2 50.0% 50.0% 1",
+        "yes 2 50.0% 50.0%",
+        "no 2 50.0% 50.0%",
         "test.jsonl share 1 inputs",
     ):
         assert line in shown, line
@@ -45,32 +40,24 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
 
 def test_what_misleads_is_counted(tmp_path, capsys, spiece):
     """Spellings of one class, one rationale for all, characters that the tokenizer lacks."""
-    rows = [
-        Record(str(n), f"one {n}", label, "Yes.")
-        for n, label in enumerate(["a ☃", "a  ☃", "a ☂", "b"] * 5)
-    ]
+    rows = []
+    for label in ["a ☃", "a  ☃", "a ☂", "b"] * 5:
+        rows.append(Record(str(len(rows)), f"one {len(rows)}", label, "Yes."))
     write_jsonl(tmp_path / "rows.jsonl", rows)
     assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for line in (
-        "no row has a teacher label",
+        "no row with a gold label has a teacher's label",
         "20 rationales are the same: 'yes.'",
         "a ☃ 10 50.0%",
-        "15 75.0% have unknown characters (<unk>) in their label",
-        "cannot tell these labels apart: ['a ☂', 'a ☃']",
+        "0 (over 64) 15 rationale",  # with <unk>
     ):
         assert line in shown, (line, shown)
 
 
 def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
-    rows = [
-        Record(str(n), "one " * n, "two") for n in (*range(1, 101), 1020)
-    ]  # too long with the prefix alone
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    tokens, words = "input 61 101 110 1,030 1 (over 1,024)", "input 53 93 102 1,022 0 (over 1,024)"
-    for flags, want in (
-        (["--spiece", str(spiece)], tokens),
-        ([], words),
-    ):  # </s>, and 9 of the prefix; words
-        assert report.main([str(tmp_path / "rows.jsonl"), *flags]) == 0
-        assert want in " ".join(capsys.readouterr().out.split())
+    lengths = [*range(1, 101), 1020]  # the last is too long with the prefix alone
+    write_jsonl(tmp_path / "rows.jsonl", [Record(str(n), "one " * n, "two") for n in lengths])
+    assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "input 61 101 110 1,030 1 (over 1,024)" in shown

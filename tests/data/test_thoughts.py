@@ -1,6 +1,4 @@
-"""Thoughts in tags of any name stay out of the answer; text that only looks like a tag is left
-alone.
-"""
+"""Thoughts in tags stay out of the answer; text that only looks like a tag is left alone."""
 
 import pytest
 
@@ -8,60 +6,27 @@ from data.thoughts import markup_at_start, split_thoughts
 
 HM = "Hm. Verdict: maybe?"
 SAID = "It is late.\nVerdict: bug"
-TAGS = [
-    ("<think>", "</think>"),
-    ("<THINKING>", "</Thinking>"),
-    ("<inner_monologue>", "</inner_monologue>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-    ("<|channel>thought\n", "<channel|>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
-    ("analysis", "assistantfinal"),
-    ("", "</think>"),  # the opening tag is in the chat template
-    ("", "◁/think▷"),
-]
+HARMONY = "<|channel|>analysis<|message|>"
+TAGS = {"<think>": "</think>", "<THINKING>": "</Thinking>", "<seed:think>": "</seed:think>"}
+TAGS |= {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|channel>thought\n": "<channel|>"}
+TAGS |= {HARMONY: "<|end|><|start|>assistant<|channel|>final<|message|>"}
+TAGS |= {"analysis": "assistantfinal", "": "</think>"}  # "": it is in the chat template
 
 
-def split(text):
-    thoughts, said = split_thoughts(text, lambda inside: "Verdict:" in inside)
-    return thoughts, said.strip()
+@pytest.mark.parametrize("opening", TAGS)
+def test_a_thought_is_what_a_tag_holds(opening):
+    thoughts, said = split_thoughts(f"{opening}{HM}{TAGS[opening]}\n\n{SAID}")
+    assert (thoughts, said.strip()) == (HM, SAID)
 
 
-@pytest.mark.parametrize("opening, closing", TAGS)
-def test_a_thought_is_what_a_tag_holds(opening, closing):
-    assert split(f"{opening}{HM}{closing}\n\n{SAID}") == (HM, SAID)
-
-
-@pytest.mark.parametrize(
-    "opening", ["<think>", "<seed:think>", "[THINK]", "<|channel|>analysis<|message|>"]
-)
+@pytest.mark.parametrize("opening", ["<think>", "[THINK]", HARMONY])
 def test_a_thought_that_never_ends_has_no_answer(opening):
-    assert split(f"{opening}{HM}")[1] == ""
+    assert split_thoughts(f"{opening}{HM}") == (HM, "")
 
 
-def test_a_tag_that_holds_the_answer_is_taken_off():
-    assert split(f"<answer>{SAID}</answer>") == ("", SAID)
-    assert split(f"<think>{HM}</think><answer>{SAID}</answer>") == (HM, SAID)
-
-
-LOOK_ALIKES = [
-    "<b>Late</b> it is.",
-    "Analysis: it is late.",
-    "[URGENT] It is late.",
-    "1 < 2 and 3 > 2.",
-    "<5 minutes>",
-]
-
-
-@pytest.mark.parametrize("text", LOOK_ALIKES)
+@pytest.mark.parametrize("text", ["<b>Late</b>", "Analysis: late", "[URGENT] It is", "<5 minutes>"])
 def test_what_looks_like_a_tag_stays_untouched(text):
-    assert (
-        split(f"{text}\nVerdict: bug") == ("", f"{text}\nVerdict: bug")
-        and markup_at_start(text) == ""
-    )
+    assert split_thoughts(text) == ("", text) and markup_at_start(text) == ""
 
 
 @pytest.mark.parametrize("tag", ["<plan>", "</think>", "<|im_start|>", "[/THINK]", "◁x▷"])

@@ -152,7 +152,7 @@ def test_bad_input_ends_in_one_line_and_nothing_is_made(files, tmp_path, refused
         (["--subsample", "0.5", "2"], "--subsample must be"),
         (["--jobs", "-1"], "--jobs must be"),
         (["--seed", "1", "1"], "--seed must be"),
-        (["--batch-sise", "4"], "did you mean --batch-size?"),
+        (["--batch-sise", "4"], "unrecognized arguments: --batch-sise"),
         (["--weights", tmp_path], "config.json: missing"),
     ):
         assert what in refused(study.main, *files, *QUICK, *wrong, "--out", tmp_path / "study")
