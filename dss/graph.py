@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 import kernels
-from data.cli import one_line
 from dss import distributed
 from dss.batch import Batch, Step, to_device
 from dss.config import TrainConfig
@@ -123,7 +122,8 @@ class CapturedStep:
             with capturable(optimizer):
                 self.graph, self.results = record(step)
         except RuntimeError as problem:
-            warn(f"DSS_GRAPH=1: no capture ({one_line(problem)}); plain steps follow")
+            first_line = str(problem).split("\n")[0]
+            warn(f"DSS_GRAPH=1: a step could not be captured ({first_line}); plain steps follow")
             self.failed = True
             optimizer.zero_grad()
 
@@ -134,8 +134,14 @@ def record(step: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
     Other threads may use the GPU meanwhile: one packs the batches of the next steps.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = step()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = step()
+    except RuntimeError:
+        generator.graphsafe_set_state(before)  # it may still count on being captured
+        raise
     return graph, results
 
 
