@@ -1,6 +1,5 @@
 """A captured step is the plain step on the same padded batch, and padding changes nothing."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -316,10 +315,10 @@ def test_a_captured_step_has_the_bits_of_a_plain_one_in_as_much_memory(dtype):
             results.append(ours.step(function, number, work))
         peaks.append(torch.cuda.max_memory_allocated())
         found.append((results, [w.tolist() for w in ours.weights()]))
-    assert function.graph is not None and found[0] == found[1]
-    assert peaks[1] <= 1.1 * peaks[0]
+    assert function.graph is not None and peaks[1] <= 1.1 * peaks[0]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        function(ours.student, ours.optimizer, replace(work), 0.01, ours.run)
+        function(ours.student, ours.optimizer, work, 0.01, ours.run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert found[0] == found[1]
