@@ -5,11 +5,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import DEVICE, needs_gpu, needs_triton, relative_error
+from comparing import DEVICE, forward_backward, needs_gpu, needs_triton, random, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import SIX, V1_1, counting, run, student, weights, write_rows
 
+import kernels
 import train
 from dss import distributed, graph
 from dss.batch import (
@@ -22,6 +23,7 @@ from dss.batch import (
     join,
     make_step,
     pack,
+    segments,
 )
 from dss.config import parse_args
 from dss.loss import distillation_loss
@@ -148,23 +150,31 @@ def test_padding_changes_neither_loss_nor_gradient(sequences):
 @needs_triton
 def test_tiles_that_only_fill_a_list_up_change_nothing(monkeypatch):
     monkeypatch.setenv("DSS_KERNELS", "triton")
-    model = student(**SHAPE, dropout_rate=0.0).to(DEVICE)
-    sequences = join(BATCHES[0])
-    counts = count_targets(sequences)
-    sequences += BUDGET.padding(sequences)
+    leaves = random([(67, 1, 16)] * 3 + [(32, 1)], torch.float32)
+    counts = []
     found = []
     for exact in (True, False):
-        batch = pack(sequences, DEVICE, exact_tiles=exact)
-        model.zero_grad()
-        loss = distillation_loss(model, batch, *counts, 0.5)[0]
-        loss.backward()
-        tiles = (len(batch.inputs.tiles.queries), len(batch.targets.tiles.keys))
-        found.append((tiles, [loss, *(p.grad.clone() for p in model.parameters())]))
-    (few, some), (many, others) = found
-    assert few < many
-    assert max(relative_error(a, b) for a, b in zip(some, others)) < 1e-6
-    shapes = {tuple(t.shape for t in graph.tensors_of(w.batches[0])) for w in works() if w.padded}
-    assert len(shapes) == 1, "all padded batches have one shape"
+        where = segments([64, 3], DEVICE, exact)
+        counts.append(len(where.tiles.queries))
+
+        def attend(q, k, v, table, where=where):
+            cu_seqlens = where.cu_seqlens
+            tiles = dict(tiles_q=where.tiles, tiles_k=where.tiles)
+            return kernels.attention(q, k, v, table, cu_seqlens, cu_seqlens, **tiles)
+
+        found.append(forward_backward(attend, leaves))
+    assert counts[0] < counts[1]
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(*found))
+
+
+@needs_triton
+def test_all_padded_batches_have_one_shape(monkeypatch):
+    monkeypatch.setenv("DSS_KERNELS", "triton")
+    shapes = set()
+    for work in works():
+        if work.padded:
+            shapes.add(tuple(t.shape for t in graph.tensors_of(work.batches[0])))
+    assert len(shapes) == 1
 
 
 # ---- Which step is captured ----------------------------------------------------------------------
@@ -176,7 +186,7 @@ def test_steps_that_fit_are_replayed_from_the_second_on_with_the_bits_of_plain_o
     ours = Trained()
     captured = graph.CapturedStep(train.train_step)
     replays = []
-    assert [work.padded for work in works("cpu")] == [True, True, True, False, True, True]
+    assert [work.padded for work in works("cpu")] == [True] * 3 + [False] + [True] * 2
     for number, work in enumerate(works("cpu")):
         want = plain.step(plain_step, number, work)
         assert ours.step(captured, number, work) == want
