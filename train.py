@@ -34,9 +34,9 @@ import kernels
 from data import cli
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
-from dss import distributed
+from dss import distributed, graph
 from dss.aids import Renaming, look_alike, table_deviation
-from dss.batch import Batch, Sequence, Step, ahead, count_tokens, make_step
+from dss.batch import Batch, Budget, Sequence, Step, ahead, count_tokens, join, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
 from dss.log import (
@@ -67,6 +67,7 @@ class Run:
     student: Student  # untrained, on the CPU; every method starts from these weights
     placement: distributed.Replicas  # on which devices the weights are
     out: Path
+    captures: bool = False  # whether steps are replayed as a CUDA graph (dss/graph.py)
 
     @cached_property
     def baselines(self) -> dict[str, float | None]:
@@ -117,6 +118,7 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
     progress = checkpoint.progress
     log = Log(out / "metrics.jsonl", method, progress, config.steps)
     warn_of_cut_sequences(method, cut, config)
+    take_step = graph.CapturedStep(train_step) if run.captures else train_step
 
     def validate() -> None:
         current = checkpoint.whole_student()
@@ -131,10 +133,11 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
     with checkpoint, log:  # if training ends early, the checkpoint says what is kept
         if is_due(progress.step, config) and progress.evaluated < progress.step:
             validate()  # the run was interrupted in this evaluation
-        for work in steps_ahead(progress.step, examples, student, config, run.placement.device):
+        device = run.placement.device
+        for work in steps_ahead(progress.step, examples, student, config, device, run.captures):
             rate = learning_rate(progress.step, config)
             distributed.seed(config.seed, progress.step)
-            losses, norm = train_step(student, optimizer, work, rate, run)
+            losses, norm = take_step(student, optimizer, work, rate, run)
             progress.step += 1
             progress.tokens += work.tokens
             log.add_step(losses, work.tokens)
@@ -151,7 +154,11 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
 
 
 def train_step(
-    student: Student, optimizer: torch.optim.Optimizer, work: Step, rate: float, run: Run
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    work: Step,
+    rate: float | Tensor,
+    run: Run,
 ) -> tuple[Tensor, Tensor]:
     """One optimiser step. Returns its (L, L_label, L_rationale) as a (3,) tensor, and its
     gradient's norm before clipping."""
@@ -300,19 +307,30 @@ def steps_ahead(
     student: Student,
     config: TrainConfig,
     device: torch.device,
+    captures: bool = False,
 ) -> Iterator[Step]:
-    """The steps from `first` on, packed on the host while the device computes those before."""
+    """The steps from `first` on, packed on the host while the device computes those before.
+
+    captures: pad them, where they are not much longer than the first ones of the run.
+    """
     start_token = student.model.config.decoder_start_token_id
     rank = distributed.rank()
     size = distributed.size()
     renaming = Renaming(student.tokenizer, student.labels, config.rename_words)
 
+    def rows_of(step: int) -> list[list[Sequence]]:
+        return [examples[i] for i in rows_of_step(step, len(examples), config)]
+
+    budget = None
+    if captures:
+        budget = Budget.of([join(rows_of(step)) for step in range(graph.BATCHES)])
+
     def make(step: int) -> Step:
-        rows = [examples[i] for i in rows_of_step(step, len(examples), config)]
+        rows = rows_of(step)
         if config.rename_words:
             generator = np.random.default_rng((config.seed, step))
             rows = [renaming.rename(row, generator) for row in rows]
-        return make_step(rows, config.micro_batch, device, start_token, rank, size)
+        return make_step(rows, config.micro_batch, device, start_token, rank, size, budget)
 
     return ahead(make, range(first, config.steps))
 
@@ -376,6 +394,7 @@ def prepare(config: TrainConfig) -> Run:
     device = distributed.choose_device(config.device, config.dtype)
     config = replace(config, dtype=distributed.choose_dtype(config.dtype, device))
     kernels.choice(device)  # raises for a DSS_KERNELS that is impossible here
+    captures = graph.is_wanted(config, device)
     rows = load_rows(config)
     out = find_output(config, rows.name)
     tokenizer = make_tokenizer(config, rows, out)
@@ -405,7 +424,8 @@ def prepare(config: TrainConfig) -> Run:
         dtype=config.dtype,
     )
     introduce(rows, student, config, device, state_bytes)
-    return Run(config, rows, student, distributed.placement(config, device), out)
+    placement = distributed.placement(config, device)
+    return Run(config, rows, student, placement, out, captures)
 
 
 def shape_of(config: TrainConfig, tokenizer: T5Tokenizer) -> T5Config:

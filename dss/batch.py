@@ -47,28 +47,36 @@ class Batch:
     targets: Segments
 
 
-def pack(sequences: list[Sequence], device: Device = "cpu", start_token: int = 0) -> Batch:
-    """One Batch on `device` of a non-empty list of Sequences, none of whose ids are empty."""
+def pack(
+    sequences: list[Sequence],
+    device: Device = "cpu",
+    start_token: int = 0,
+    exact_tiles: bool = True,
+) -> Batch:
+    """One Batch on `device` of a non-empty list of Sequences, none of whose ids are empty.
+
+    exact_tiles: see `kernels.make_tiles`.
+    """
     target_lengths = [len(s.target_ids) for s in sequences]
     labels = np.concatenate([s.target_ids for s in sequences])
     decoder_input_ids = np.roll(labels, 1)
     decoder_input_ids[[0, *accumulate(target_lengths[:-1])]] = start_token
     return Batch(
         input_ids=stream(np.concatenate([s.input_ids for s in sequences]), device),
-        inputs=segments([len(s.input_ids) for s in sequences], device),
+        inputs=segments([len(s.input_ids) for s in sequences], device, exact_tiles),
         decoder_input_ids=stream(decoder_input_ids, device),
         labels=stream(labels, device),
         task=stream(np.repeat([s.task for s in sequences], target_lengths), device),
-        targets=segments(target_lengths, device),
+        targets=segments(target_lengths, device, exact_tiles),
     )
 
 
-def segments(lengths: list[int], device: Device = "cpu") -> Segments:
+def segments(lengths: list[int], device: Device = "cpu", exact_tiles: bool = True) -> Segments:
     """`Segments` for sequences of these lengths (integers >= 1)."""
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     tiles = None
     if kernels.choice(torch.device(device)) == "triton":
-        tiles = kernels.make_tiles(cu_seqlens, sum(lengths))
+        tiles = kernels.make_tiles(cu_seqlens, sum(lengths), exact=exact_tiles)
         tiles = replace(
             tiles, queries=to_device(tiles.queries, device), keys=to_device(tiles.keys, device)
         )
@@ -107,9 +115,10 @@ class Step:
     """What one process computes of an optimiser step, and the counts of the whole step."""
 
     batches: list[Batch]  # as many in every process
-    n_label: int  # target tokens of the whole step
-    n_rationale: int
+    n_label: int | torch.Tensor  # target tokens of the whole step
+    n_rationale: int | torch.Tensor  # tensors in a step that is captured (dss/graph.py)
     tokens: int  # inputs and targets of the whole step
+    padded: bool = False  # whether its batch is as large as the budget
 
 
 def make_step(
@@ -119,21 +128,71 @@ def make_step(
     start_token: int = 0,
     rank: int = 0,
     size: int = 1,
+    budget: "Budget | None" = None,
 ) -> Step:
     """The part of process `rank` of `size`: a share of the rows' tokens, `micro_batch` rows at a
-    time (0: all)."""
+    time (0: all); padded to a budget if it fits."""
     parts = share_tokens(rows, size)
     most = max(len(part) for part in parts)
     rows_at_a_time = micro_batch or most
     batches = []
+    padding = []
     for first in range(0, most, rows_at_a_time):
         part = parts[rank][first : first + rows_at_a_time]
-        batches.append(pack(join(part) or [NOTHING], device, start_token))
+        sequences = join(part) or [NOTHING]
+        if budget:
+            padding = budget.padding(sequences)
+        batches.append(pack(sequences + padding, device, start_token, exact_tiles=not padding))
     n_label, n_rationale = count_targets(join(rows))
-    return Step(batches, n_label, n_rationale, count_tokens(join(rows)))
+    return Step(batches, n_label, n_rationale, count_tokens(join(rows)), padded=bool(padding))
 
 
 NOTHING = Sequence([1], [1], -1)  # for a process without a row: of no task, so without weight
+
+
+SPARE = 8  # sequences of padding beside the largest batch: so many are about as short as real ones
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What batches are padded to where all must have one shape (dss/graph.py)."""
+
+    sequences: int
+    input_tokens: int
+    target_tokens: int
+
+    @classmethod
+    def of(cls, batches: list[list[Sequence]]) -> "Budget":
+        """The least into which each of these batches fits."""
+        sequences = max(map(len, batches)) + SPARE
+        inputs = []
+        targets = []
+        for batch in batches:
+            added = sequences - len(batch)  # each of at least one token
+            inputs.append(sum(len(s.input_ids) for s in batch) + added)
+            targets.append(sum(len(s.target_ids) for s in batch) + added)
+        return cls(sequences, round_up(max(inputs)), round_up(max(targets)))
+
+    def padding(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Sequences of no task, so without weight, that fill a batch up; none if it does not
+        fit."""
+        number = self.sequences - len(sequences)
+        inputs = self.input_tokens - sum(len(s.input_ids) for s in sequences)
+        targets = self.target_tokens - sum(len(s.target_ids) for s in sequences)
+        if not 1 <= number <= min(inputs, targets):
+            return []
+        lengths = zip(divide(inputs, number), divide(targets, number))
+        return [Sequence([1] * n, [1] * m, -1) for n, m in lengths]
+
+
+def round_up(tokens: int) -> int:
+    """To a multiple of 64, the rows of the largest tiles."""
+    return -(-tokens // 64) * 64
+
+
+def divide(total: int, parts: int) -> list[int]:
+    """Integers that differ by at most 1 and add up to the total."""
+    return [(total + part) // parts for part in range(parts)]
 
 
 def join(rows: list[list[Sequence]]) -> list[Sequence]:

@@ -16,15 +16,18 @@ from dss.model import T5
 
 
 def distillation_loss(
-    model: T5, batch: Batch, n_label: int, n_rationale: int, lam: float
+    model: T5, batch: Batch, n_label: int | Tensor, n_rationale: int | Tensor, lam: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This batch's share of L. n_label, n_rationale: target tokens of each task in the whole step.
+    """This batch's share of L. n_label, n_rationale: target tokens of each task in the whole step,
+    integers or scalar tensors on the batch's device.
 
     Returns (L, L_label, L_rationale): scalar fp32 tensors in nats, the last two detached. Without
     rationales (n_rationale = 0) or with lam = 0, L is the loss of standard finetuning.
     """
-    label = (batch.task == LABEL) / max(n_label, 1)  # (T,): 1 / N_label on label tokens, else 0
-    rationale = (batch.task == RATIONALE) / max(n_rationale, 1)
+    n_label = n_label + (n_label == 0)  # max(n_label, 1), also of a tensor
+    n_rationale = n_rationale + (n_rationale == 0)
+    label = (batch.task == LABEL) / n_label  # (T,): 1 / N_label on label tokens, else 0
+    rationale = (batch.task == RATIONALE) / n_rationale
 
     weights = label + lam * rationale  # L = L_label + lambda * L_rationale, token by token
     hidden = model(batch)  # (T, C)

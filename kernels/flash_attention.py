@@ -81,12 +81,17 @@ class Tiles:
 
 
 def make_tiles(
-    cu_seqlens: Tensor, total: int, query_rows: int | None = None, key_rows: int | None = None
+    cu_seqlens: Tensor,
+    total: int,
+    query_rows: int | None = None,
+    key_rows: int | None = None,
+    exact: bool = True,
 ) -> Tiles:
     """The `Tiles` of a stream of `total` tokens; by default as large as its mean length suggests.
 
     cu_seqlens: (B + 1,) int32. Where it lies on a GPU the host does not wait for its values. The
-    lists are then as long as they can become, at most B tiles too long. On the CPU they are exact.
+    lists are then as long as they can become, at most B tiles too long. On the CPU they are exact,
+    or as long if not `exact`: their length then depends on B and `total` alone.
     """
     mean = total / (len(cu_seqlens) - 1)
     long = mean >= 128 or INTERPRETED  # the interpreter takes as long for a small tile
@@ -94,12 +99,12 @@ def make_tiles(
         query_rows = 64 if long else 16
     if key_rows is None:
         key_rows = 64 if long else 32 if mean >= 32 else 16
-    queries = cut(cu_seqlens, total, query_rows)
-    keys = cut(cu_seqlens, total, key_rows)
+    queries = cut(cu_seqlens, total, query_rows, exact)
+    keys = cut(cu_seqlens, total, key_rows, exact)
     return Tiles(query_rows, queries, key_rows, keys)
 
 
-def cut(cu_seqlens: Tensor, total: int, rows: int) -> Tensor:
+def cut(cu_seqlens: Tensor, total: int, rows: int, exact: bool) -> Tensor:
     """(tiles, 2) int32. A sequence has length / rows tiles, rounded up."""
     sequences = len(cu_seqlens) - 1
     counts = (cu_seqlens.diff() + rows - 1) // rows
@@ -108,7 +113,7 @@ def cut(cu_seqlens: Tensor, total: int, rows: int) -> Tensor:
     sequence = torch.searchsorted(ends, tile, right=True).clamp(max=sequences - 1)
     first_row = (tile - (ends - counts)[sequence]) * rows
     tiles = torch.stack([sequence, first_row], 1).int()
-    if cu_seqlens.device.type == "cpu":
+    if exact and cu_seqlens.device.type == "cpu":
         tiles = tiles[: int(ends[-1])]
     return tiles
 
