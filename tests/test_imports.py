@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 # Inside dss a file imports none that is listed later in its own line, and config none of the first.
 LINES = [
-    "batch methods model loss generate download weights student".split(),
+    "batch methods model aids loss generate download weights student".split(),
     "config distributed stats rows log graph checkpoint".split(),
     "predict study bench".split(),
 ]
