@@ -7,7 +7,9 @@ import sys
 from torch.distributed import TCPStore
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+context.set_forkserver_preload(  # torch._dynamo: the first optimiser of a process imports it
+    ["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+)
 
 
 def run(n, directory, work, *arguments):
