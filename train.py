@@ -35,7 +35,7 @@ from data import cli
 from data.files import read_json, write_json
 from data.jsonl import Record, write_jsonl
 from dss import distributed
-from dss.aids import Renaming, look_alike
+from dss.aids import Renaming, look_alike, table_deviation
 from dss.batch import Batch, Sequence, Step, ahead, count_tokens, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
@@ -330,6 +330,8 @@ def make_optimizer(model: T5, config: TrainConfig) -> torch.optim.AdamW:
         scale = 1.0
         if config.scales_rates:
             scale = max(model.initial_deviation(name), 1e-3)
+        if config.scales_rates and config.look_alike and name == "encoder.bias_table":
+            scale = table_deviation(model)
         groups.setdefault(scale, []).append(parameter)
     return torch.optim.AdamW(
         [{"params": parameters, "scale": scale} for scale, parameters in groups.items()],

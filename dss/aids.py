@@ -15,18 +15,20 @@ from dss.methods import EXPLAIN, PREDICT
 from dss.model import T5
 from tokenizer import T5Tokenizer
 
-FAR_BELOW = -4.0  # a bias that leaves a key almost no weight
-
 
 @torch.no_grad()
 def look_alike(model: T5) -> None:
     """Start half of the heads of the first encoder layer as a search for the query's own token
     elsewhere, of which the value is then subtracted (after Trockman and Kolter 2023, arXiv
-    2305.09828, whose start is for images). Half of them search before the query, half after it."""
+    2305.09828, whose start is for images). Half of them search before the query, half after it.
+
+    The score of a token with an equal one is about sqrt(D), with others about 0. So a bias of
+    -sqrt(D) makes a key on the wrong side, and the query itself, count as different."""
     attention = model.encoder.layers[0].self_attention
     table = model.encoder.bias_table  # (num_buckets, H); the second half is for keys after
     C = model.config.d_model
     D = model.config.d_kv
+    wrong = -(D**0.5)
     searching = model.config.num_heads // 2
     per_side = len(table) // 2
     for head in range(searching):
@@ -38,10 +40,16 @@ def look_alike(model: T5) -> None:
         attention.v.weight[own] = value
         attention.o.weight[:, own] = -C / D * value.T
         if head < searching / 2:
-            table[per_side:, head] = FAR_BELOW
+            table[per_side:, head] = wrong
         else:
-            table[:per_side, head] = FAR_BELOW
-        table[0, head] = FAR_BELOW  # the query itself
+            table[:per_side, head] = wrong
+        table[0, head] = wrong
+
+
+def table_deviation(model: T5) -> float:
+    """The size of the numbers that `look_alike` writes into the encoder's bias table, a quarter of
+    whose entries are -sqrt(D): the unit of its learning rate (see `make_optimizer` in train.py)."""
+    return model.config.d_kv**0.5 / 2
 
 
 class Renaming:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from data.jsonl import Record
 from dss.aids import Renaming, look_alike
-from dss.batch import LABEL, Sequence, pack
 from dss.config import SIZES
 from dss.methods import sequences
 from dss.model import T5
@@ -98,11 +97,3 @@ def test_the_start_finds_equal_tokens_before_and_after():
     assert before[4, 4] < 0.1 * before[4, 1]  # the query itself
     for weights in free:
         assert weights[4, 1] < 0.5
-    x = model.embedding(torch.tensor(ids))
-    batch = pack([Sequence(ids, [1], LABEL)])
-    _, y = model.encoder.layers[0].self_attention_norm(x)
-    update = model.encoder.layers[0].self_attention(
-        y, batch.inputs, y, batch.inputs, model.encoder.bias_table, None, None
-    )
-    left = (x + update).norm(dim=1)
-    assert left[4] < 0.8 * left[[0, 2, 3, 5]].mean()  # the recurring token is subtracted
