@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -36,33 +36,24 @@ class Ended(Exception):
         self.local = local
 
 
+@dataclass
 class Checkpoint(contextlib.AbstractContextManager):
     """In a `with` block of training: keeps the best student so far, and from time to time the state
     to go on from.
 
-    If training ends early, the block raises Ended, which says what is kept, or, for a bug, the
-    original exception.
+    A state that was saved in `out`, by any number of processes, is put back at once; ValueError if
+    it does not fit. If training ends early, the block raises Ended, which says what is kept, or,
+    for a bug, the original exception.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        student: Student,
-        optimizer: torch.optim.Optimizer,
-        placement: distributed.Replicas,
-        config: TrainConfig,
-    ) -> None:
-        """Put back the state that was saved in `out`, OUT/METHOD, if any, by any number of
-        processes.
+    out: Path  # OUT/METHOD
+    student: Student
+    optimizer: torch.optim.Optimizer
+    placement: distributed.Replicas
+    config: TrainConfig
 
-        Raises ValueError if it does not fit.
-        """
-        self.out = out
-        self.student = student
-        self.optimizer = optimizer
-        self.placement = placement
-        self.config = config
-        self.state_path = out / placement.state_name
+    def __post_init__(self) -> None:
+        self.state_path = self.out / self.placement.state_name
         self.progress = self.load_progress()
         self.saved_step = self.progress.step
         self.saved_time = time.monotonic()

@@ -18,6 +18,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -177,14 +178,14 @@ def require_memory(parameters: int, config: TrainConfig, device: torch.device) -
 # ---- Where the student's weights are -------------------------------------------------------------
 
 
+@dataclass
 class Replicas:
     """The whole student on each device."""
 
-    state_name = "state.pt"  # in OUT/METHOD: what torch.save writes
+    config: TrainConfig
+    device: torch.device
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.config = config
-        self.device = device
+    state_name = "state.pt"  # in OUT/METHOD: what torch.save writes
 
     def place(self, model: T5) -> T5:
         """The model, a CPU model that nobody else uses, ready to train."""
