@@ -1,7 +1,6 @@
 """The two configurations: `T5Config`, the shape of a model, and `TrainConfig`, a whole run and its
 command line."""
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -79,7 +78,7 @@ for name, shape in SHAPES.items():
     SIZES[f"mt5-{name}"] = t5(*shape, **MT5)
 
 
-ANY = math.inf
+ANY = 1e300  # no limit but that it is finite
 LONGEST = 2**20  # tokens
 RANGES = {  # of flags: the least and the largest value
     "steps": (1, ANY),
@@ -183,7 +182,7 @@ class TrainConfig:
         for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if value is not None:
-                require(least <= value <= most, name, f"from {least} to {most:,}", self)
+                require(least <= value <= most, name, f"from {least} to {most}", self)
         require(self.subsample > 0, "subsample", "more than 0", self)
         require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)

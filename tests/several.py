@@ -31,7 +31,7 @@ def run(n, directory, work, *arguments):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(300)
         if process.exitcode is None:
             process.kill()
     return [process.exitcode for process in processes]

@@ -19,12 +19,12 @@ train --steps x | --steps: invalid int value: 'x'
 train --steps 0 | --steps must be from 1 to
 train --subsample 0 | --subsample must be more than 0, got 0.0
 train --lam -1 | --lam must be from 0 to
-train --lr nan | --lr must be from 0 to
+train --lr inf | --lr must be from 0 to 1e+300, got inf
 train --clip nan | --clip must be from 0 to
 train --dropout 1 | --dropout must be from 0 to 0.99, got 1.0
 train --seed 9223372036854775808 | --seed must be from 0 to
 train --threads 100000 | --threads must be from 0 to
-train --max_input_length 1 | --max-input-length must be from 2 to 1,048,576, got 1
+train --max_input_length 1 | --max-input-length must be from 2 to 1048576, got 1
 train --max_new_tokens 2147483647 | --max-new-tokens must be from 1 to
 train --size huge | --size: invalid choice: 'huge'
 train --method dss dss | --method must be named once each

@@ -129,7 +129,7 @@ def test_torchrun_ends_a_run_whose_process_dies_and_one_process_goes_on(
     line = f"{files} --save-minutes 0 --out {tmp_path}/cut"
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node=2 {tmp_path}/dies.py"
     command = [sys.executable, *torchrun.split(), *line.split()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     words = "train.py: another process has ended; --resume goes on from step 6; "
     kept = f"{tmp_path}/cut/dss/student is the best so far"
     assert ended.returncode == 1 and words + kept in ended.stderr

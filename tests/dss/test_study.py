@@ -130,7 +130,7 @@ def commands():
 def test_a_run_that_fails_is_named(files, tmp_path, capsys, in_process):
     out = tmp_path / "study"
     assert run(*files, *ONE, "--lr", "1e30", "--clip", "0", "--out", out) == 1
-    assert "the loss is" in capsys.readouterr().err
+    assert "try a smaller --lr" in capsys.readouterr().err
 
 
 def test_presets_have_the_papers_settings_and_a_flag_beside_one_overrides_it():
