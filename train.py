@@ -39,21 +39,14 @@ from dss.aids import Renaming, look_alike, table_deviation
 from dss.batch import Batch, Budget, Sequence, Step, ahead, count_tokens, join, make_step
 from dss.checkpoint import Checkpoint, Ended, claimed, find_output, forget_state
 from dss.config import SIZES, T5Config, TrainConfig, parse_args
-from dss.log import (
-    Log,
-    Progress,
-    introduce,
-    measure_baselines,
-    reason_to_doubt,
-    reliability,
-    report,
-    warn_of_cut_sequences,
-)
+from dss.log import Log, Progress, introduce, warn_of_cut_sequences
 from dss.loss import distillation_loss
 from dss.methods import METHODS, require_methods, sequences
 from dss.model import T5
+from dss.report import measure, reason_to_doubt, report
 from dss.rows import Rows, load_rows, make_tokenizer
-from dss.student import Answer, Student
+from dss.stats import measure_baselines
+from dss.student import Prediction, Student
 from dss.weights import load_t5, read_config, resolve_checkpoint
 from tokenizer import T5Tokenizer
 
@@ -100,7 +93,7 @@ def train_all(run: Run) -> None:
             tokenizer.save(run.out)
         results = [train(run, method, stop) for method in run.config.method]
     if distributed.is_first():
-        report(run.out, run.rows, run.config, results)
+        report(run.out, run.rows, results)
 
 
 def train(run: Run, method: str, stop: cli.Stop) -> dict:
@@ -117,7 +110,7 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
     checkpoint = Checkpoint(out, student, optimizer, run.placement, config)
     progress = checkpoint.progress
     log = Log(out / "metrics.jsonl", method, progress, config.steps)
-    warn_of_cut_sequences(method, cut, config)
+    warn_of_cut_sequences(method, cut)
     take_step = graph.CapturedStep(train_step) if run.captures else train_step
 
     def validate() -> None:
@@ -182,19 +175,15 @@ def train_step(
 
 def evaluate(
     student: Student, rows: list[Record], stop: cli.Stop, what: str
-) -> tuple[list[bool], list[Answer]]:
-    """(right or not, the student's Answer) for each row, by `predict:` alone."""
-
-    def answer(some: list[Record]) -> list[tuple[bool, Answer]]:
-        return list(zip(*student.evaluate(some)))
-
-    found = []
+) -> tuple[list[bool], list[Prediction]]:
+    """(right or not, the student's Prediction) for each row, by `predict:` alone."""
+    inputs = [row.input for row in rows]
+    answers = []
     at_a_time = 256 * distributed.size()
     for first in tqdm(range(0, len(rows), at_a_time), what, unit="batch", leave=False, delay=3):
         distributed.check(stop)
-        found += distributed.share_out(answer, rows[first : first + at_a_time])
-    right = [is_right for is_right, _ in found]
-    answers = [answer for _, answer in found]
+        answers += distributed.share_out(student.predict, inputs[first : first + at_a_time])
+    right = [student.is_right(answer.label, row) for answer, row in zip(answers, rows)]
     return right, answers
 
 
@@ -257,7 +246,7 @@ def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli
         "samples": samples,
         **run.baselines,
     }
-    result |= reliability(student, rows, right, answers)
+    result |= measure(student, rows, right, answers)
     result["doubt"] = reason_to_doubt(result, run.out / student.method / "metrics.jsonl")
     if distributed.is_first():
         out = run.out / student.method
@@ -391,7 +380,7 @@ def is_due(step: int, config: TrainConfig) -> bool:
 def prepare(config: TrainConfig) -> Run:
     """Raises OSError or ValueError, in one line, for what the user can put right."""
     require_methods(config.method)
-    device = distributed.choose_device(config.device, config.dtype)
+    device = distributed.choose_device(config.device)
     config = replace(config, dtype=distributed.choose_dtype(config.dtype, device))
     kernels.choice(device)  # raises for a DSS_KERNELS that is impossible here
     captures = graph.is_wanted(config, device)

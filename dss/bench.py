@@ -13,7 +13,6 @@ each length. Before they are timed, peers must compute the same loss, or decode 
 
 import platform
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -30,7 +30,7 @@ from data import cli, toy
 from data.cli import require
 from data.files import write_json
 from data.jsonl import read_jsonl
-from dss.batch import Sequence, count_targets, count_tokens, pack
+from dss.batch import Sequence, count_tokens, make_step
 from dss.config import SIZES
 from dss.distributed import choose_device
 from dss.generate import generate
@@ -63,8 +63,6 @@ class BenchConfig:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
         require(self.batch_size >= 1, "batch_size", "at least 1", self)
         require(self.repeats >= 2, "repeats", "at least 2", self)
-        in_directory = Path(self.json).parent.is_dir()
-        require(in_directory, "json", "a file in a directory that exists", self)
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def prepare(config: BenchConfig, directory: Path) -> Setting:
     shape = SIZES[config.size]
     save_t5(T5(replace(shape, vocab_size=shape.vocab_size or tok.vocab_size)), directory)
     rows = [sequences(record, "dss", tok) for record in records]
-    return Setting(rows, directory, config, choose_device(config.device, config.dtype))
+    return Setting(rows, directory, config, choose_device(config.device))
 
 
 def load(setting: Setting, name: str) -> nn.Module:
@@ -154,11 +152,10 @@ def load(setting: Setting, name: str) -> nn.Module:
 
 def our_loss(model: T5, rows: list[Row]) -> Tensor:
     """L / 2: with lambda = 1, the released recipe's mean of both losses."""
-    flat = [sequence for row in rows for sequence in row]
     device = model.embedding.weight.device
-    batch = pack(flat, device, model.config.decoder_start_token_id)
-    n_label, n_rationale = count_targets(flat)
-    return distillation_loss(model, batch, n_label, n_rationale, 1.0)[0] / 2
+    step = make_step(rows, 0, device, model.config.decoder_start_token_id)
+    (batch,) = step.batches
+    return distillation_loss(model, batch, step.n_label, step.n_rationale, 1.0)[0] / 2
 
 
 def recipe_loss(model: nn.Module, rows: list[Row]) -> Tensor:
@@ -230,19 +227,24 @@ def compare(setting: Setting, make: Callable) -> tuple[dict[str, dict], list[str
 
     make: trainer or decoder. A peer that cannot run here is left out, with a line that says why.
     """
-    function, expected = make(setting, OURS)
-    functions = {OURS: function}
-    differing = []
-    for name in PEERS:
+    functions = {}
+    values = {}
+    for name in (OURS, *PEERS):
         if name == "compile" and (make is decoder or setting.device.type == "cpu"):
             continue
         try:
             function, value = make(setting, name)
             function(setting.batch(0))
         except Exception as problem:
+            if name == OURS:
+                raise
             print(f"{name}: not timed: {cli.one_line(problem)[:200]}")
             continue
         functions[name] = function
+        values[name] = value
+    expected = values[OURS]
+    differing = []
+    for name, value in values.items():
         if make is trainer:
             same = abs(value / expected - 1) <= TOLERANCE[setting.config.dtype]
         else:
@@ -254,26 +256,29 @@ def compare(setting: Setting, make: Callable) -> tuple[dict[str, dict], list[str
 
 def time_in_turns(functions: dict[str, Callable], setting: Setting) -> dict[str, dict]:
     """{name: median milliseconds, their ratio to ours in the same turn (quartiles), tokens/s}."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    tokens = []
-    for turn in range(setting.config.repeats + 1):
-        rows = setting.batch(turn)
-        tokens.append(sum(count_tokens(row) for row in rows))
-        for name, function in functions.items():
+    turns = [setting.batch(turn) for turn in range(setting.config.repeats + 1)]
+    seconds = np.zeros((len(functions), len(turns)))
+    for turn, rows in enumerate(turns):
+        for place, function in enumerate(functions.values()):
             begin = time.perf_counter()
             function(rows)
             if setting.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[place, turn] = time.perf_counter() - begin
+    seconds = seconds[:, 1:]  # the first turn warms up
+    tokens = np.mean([count_tokens(row) for rows in turns[1:] for row in rows])
+    ratios = seconds / seconds[0]
     figures = {}
-    for name in functions:
-        times = seconds[name][1:]  # the first turn warms up
-        ratios = [theirs / ours for theirs, ours in zip(times, seconds[OURS][1:])]
-        low, middle, high = statistics.quantiles(ratios, method="inclusive")
-        median = statistics.median(times)
-        speed = statistics.mean(tokens[1:]) / median
-        figures[name] = {"ms": 1000 * median, "x ours": middle, "quartile 1": low}
-        figures[name] |= {"quartile 3": high, "tokens/s": speed}
+    for place, name in enumerate(functions):
+        low, middle, high = np.percentile(ratios[place], [25, 50, 75]).tolist()
+        median = np.median(seconds[place]).item()
+        figures[name] = {
+            "ms": 1000 * median,
+            "x ours": middle,
+            "quartile 1": low,
+            "quartile 3": high,
+            "tokens/s": setting.config.batch_size * tokens.item() / median,
+        }
     return figures
 
 

@@ -5,16 +5,15 @@ import contextlib
 import hashlib
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 
-from data.cli import Interrupted, flag, one_line
+from data.cli import Interrupted, one_line
 from data.files import locked, read_json, write_json
 from dss import distributed
 from dss.config import TrainConfig
@@ -37,33 +36,24 @@ class Ended(Exception):
         self.local = local
 
 
+@dataclass
 class Checkpoint(contextlib.AbstractContextManager):
     """In a `with` block of training: keeps the best student so far, and from time to time the state
     to go on from.
 
-    If training ends early, the block raises Ended, which says what is kept, or, for a bug, the
-    original exception.
+    A state that was saved in `out`, by any number of processes, is put back at once; ValueError if
+    it does not fit. If training ends early, the block raises Ended, which says what is kept, or,
+    for a bug, the original exception.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        student: Student,
-        optimizer: torch.optim.Optimizer,
-        placement: distributed.Replicas,
-        config: TrainConfig,
-    ) -> None:
-        """Put back the state that was saved in `out`, OUT/METHOD, if any, by any number of
-        processes.
+    out: Path  # OUT/METHOD
+    student: Student
+    optimizer: torch.optim.Optimizer
+    placement: distributed.Replicas
+    config: TrainConfig
 
-        Raises ValueError if it does not fit.
-        """
-        self.out = out
-        self.student = student
-        self.optimizer = optimizer
-        self.placement = placement
-        self.config = config
-        self.state_path = out / placement.state_name
+    def __post_init__(self) -> None:
+        self.state_path = self.out / self.placement.state_name
         self.progress = self.load_progress()
         self.saved_step = self.progress.step
         self.saved_time = time.monotonic()
@@ -83,12 +73,11 @@ class Checkpoint(contextlib.AbstractContextManager):
         """The student as it is now, with all its weights, in every process. Raises
         FloatingPointError if a weight is not finite: a diverged student is never evaluated, and
         never saved."""
-        self.require_finite()
-        return Student(**(vars(self.student) | {"model": self.placement.whole(self.student.model)}))
-
-    def require_finite(self) -> None:
-        if not self.placement.is_finite(self.student.model):
+        model = self.placement.whole(self.student.model)
+        finite = [parameter.isfinite().all() for parameter in model.parameters()]
+        if not torch.stack(finite).all():
             raise FloatingPointError("a weight is no longer a finite number")
+        return replace(self.student, model=model)
 
     def keep_if_best(self, student: Student, accuracy: float, score: float) -> None:
         """Keep a student with this accuracy and score on the validation rows, if none had a higher
@@ -96,15 +85,11 @@ class Checkpoint(contextlib.AbstractContextManager):
         self.progress.evaluated = self.progress.step
         if score < self.progress.best_score:
             return
-        self.save_student(student)
         best = {"best_step": self.progress.step, "best_accuracy": accuracy, "best_score": score}
         vars(self.progress).update(best)
         if distributed.is_first():
-            write_json(self.out / "best.json", best)
-
-    def save_student(self, student: Student) -> None:
-        if distributed.is_first():
             student.save(self.out / "student")
+            write_json(self.out / "best.json", best)
         distributed.wait_for_all()
 
     def load_best(self) -> T5:
@@ -125,16 +110,20 @@ class Checkpoint(contextlib.AbstractContextManager):
             self.saved_time = time.monotonic()
 
     def __exit__(self, _: type | None, error: BaseException | None, __: object) -> None:
-        if isinstance(error, Interrupted):
-            try:
-                self.keep_interrupted()
-            except (FloatingPointError, OSError) as second_error:
-                error = second_error
         if error is None:
             return
+        if isinstance(error, Interrupted):
+            try:
+                self.whole_student()  # a diverged one is not kept
+                self.keep_state(at_once=True)
+            except (FloatingPointError, OSError) as second_error:
+                error = second_error
         line = one_line(error)
         local = True
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if isinstance(error, Interrupted):
+            line = f"{self.out.name} interrupted at step {self.progress.step:,}"
+            raise Ended(130, f"{line}; {self.what_is_kept()}, --resume goes on")
         if out_of_memory or "DefaultCPUAllocator" in line:
             line = "out of memory; --micro-batch N computes the same steps N rows at a time"
         elif isinstance(error, FloatingPointError):
@@ -145,17 +134,6 @@ class Checkpoint(contextlib.AbstractContextManager):
         elif not isinstance(error, OSError):
             return  # a bug, which keeps its traceback
         raise Ended(1, f"{line}; {self.what_is_kept()}", local) from None
-
-    def keep_interrupted(self) -> None:
-        """Save what a later --resume needs. Raises Ended."""
-        self.require_finite()
-        self.keep_state(at_once=True)
-        kept = self.what_is_kept()
-        if not self.progress.best_step:
-            self.save_student(self.whole_student())
-            kept = f"{self.out}/student is the current one, none was evaluated yet"
-        step = f"{self.progress.step:,}"
-        raise Ended(130, f"{self.out.name} interrupted at step {step}; {kept}, --resume goes on")
 
     def what_is_kept(self) -> str:
         if self.progress.best_step:
@@ -184,25 +162,24 @@ MAY_CHANGE = {
 
 def find_output(config: TrainConfig, name: str) -> Path:
     """The output directory: --out or runs/NAME. Raises ValueError if it holds something and no flag
-    says what to do."""
+    says what to do, or if --overwrite would delete what is not the output of a run."""
     out = Path(config.out or Path("runs") / name)
     require_free(out, config)
     inputs = [config.weights, config.spiece, *config.data, config.eval_data, config.test_data]
     for directory in [out / method for method in config.method]:
         if directory.exists() and not directory.is_dir():
             raise ValueError(f"{directory}: not a directory")
-        if not config.overwrite or not directory.exists():
-            continue
-        if any(directory.iterdir()) and not (directory / "config.json").exists():
-            raise ValueError(
-                f"{directory} is not the output of a run; --overwrite will not delete it"
-            )
-        for path in inputs:
-            if path and Path(path).resolve().is_relative_to(directory.resolve()):
+        if config.overwrite and directory.exists():
+            if not (directory / "config.json").exists():
                 raise ValueError(
-                    f"--overwrite would delete {directory}, and with it {path}, "
-                    "which this run reads"
+                    f"{directory} is not the output of a run; --overwrite will not delete it"
                 )
+            for path in inputs:
+                if path and Path(path).resolve().is_relative_to(directory.resolve()):
+                    raise ValueError(
+                        f"--overwrite would delete {directory}, and with it {path}, "
+                        "which this run reads"
+                    )
     return out
 
 
@@ -248,7 +225,7 @@ def claimed(out: Path, config: TrainConfig, rows: Rows, tokenizer: T5Tokenizer) 
             held.enter_context(locked(out / "run"))
             identity = identify(config, rows, tokenizer)
             if config.resume:
-                require_same_run(out, config, identity)
+                require_same_run(out, identity)
             for method in config.method:
                 prepare_directory(out / method, config, identity | {"method": method})
         distributed.wait_for_all()
@@ -265,33 +242,15 @@ def prepare_directory(directory: Path, config: TrainConfig, identity: dict) -> N
         write_json(directory / "config.json", identity)
 
 
-def require_same_run(out: Path, config: TrainConfig, identity: dict) -> None:
+def require_same_run(out: Path, identity: dict) -> None:
     """Raise ValueError, naming the setting, if a method in `out` was trained as another run."""
+    identity = json.loads(json.dumps(identity))
     for method in METHODS:
-        if (out / method / "config.json").exists():
-            require_same(out / method, identity)
-    if not any((out / method / "config.json").exists() for method in config.method):
-        print(f"--resume: nothing to resume in {out}; starting", file=sys.stderr)
-
-
-def require_same(directory: Path, identity: dict) -> None:
-    before = read_json(directory / "config.json")
-    for key, now in json.loads(json.dumps(identity)).items():
-        was = before.get(key)
-        if key in MAY_CHANGE or was == now:
-            continue
-        if key == "weights" and was and now and Path(was).resolve() == Path(now).resolve():
-            continue
-        other = {"rows_sha256": "other rows", "tokenizer_sha256": "another tokenizer"}.get(key)
-        other = other or f"{describe(key, was)}, not {describe(key, now)}"
-        raise ValueError(
-            f"--resume: {directory} was started with {other}; another --out starts anew"
-        )
-
-
-def describe(key: str, value: object) -> str:
-    """A setting as its flag: `--seed 1`, `no --dropout`."""
-    name = flag("lr" if key == "learning_rate" else key)
-    if value in (None, ""):
-        return f"no {name}"
-    return f"{name} {value}"
+        path = out / method / "config.json"
+        before = read_json(path) if path.exists() else identity
+        for key in sorted(identity.keys() - MAY_CHANGE):
+            if before.get(key) != identity[key]:
+                raise ValueError(
+                    f"--resume: {path.parent} was started with {key} {before.get(key)!r}, not "
+                    f"{identity[key]!r}; another --out starts anew"
+                )

@@ -1,7 +1,6 @@
 """The two configurations: `T5Config`, the shape of a model, and `TrainConfig`, a whole run and its
 command line."""
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -79,7 +78,30 @@ for name, shape in SHAPES.items():
     SIZES[f"mt5-{name}"] = t5(*shape, **MT5)
 
 
-LARGEST = 2**20  # of a length or a batch size
+ANY = 1e300  # no limit but that it is finite
+LONGEST = 2**20  # tokens
+RANGES = {  # of flags: the least and the largest value
+    "steps": (1, ANY),
+    "batch_size": (1, LONGEST),
+    "micro_batch": (0, LONGEST),
+    "eval_every": (1, ANY),
+    "log_every": (1, ANY),
+    "vocab_size": (1, ANY),
+    "max_input_length": (2, LONGEST),
+    "max_target_length": (2, LONGEST),
+    "max_new_tokens": (1, LONGEST),
+    "warmup": (0, ANY),
+    "threads": (0, os.cpu_count() or 1),
+    "seed": (0, 2**63 - 1),
+    "lr": (0, ANY),
+    "lam": (0, ANY),
+    "weight_decay": (0, ANY),
+    "clip": (0, ANY),
+    "save_minutes": (0, ANY),
+    "subsample": (0, 1),
+    "dropout": (0, 0.99),
+    "rename_words": (0, 0.99),
+}
 METRICS = ("text", "choice", "equation")
 LABELS = ("gold", "teacher", "gold-or-teacher")
 
@@ -157,34 +179,14 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise ValueError, naming the flag, for a value that makes no sense."""
-        for name in (
-            "steps",
-            "batch_size",
-            "eval_every",
-            "log_every",
-            "max_new_tokens",
-            "vocab_size",
-        ):
-            require(getattr(self, name) >= 1, name, "at least 1", self)
-        for name in ("micro_batch", "warmup", "threads", "lam", "weight_decay", "clip", "seed"):
-            require(getattr(self, name) >= 0, name, "at least 0", self)
-        require(self.save_minutes >= 0, "save_minutes", "at least 0", self)
-        for name in ("max_input_length", "max_target_length"):
-            require(getattr(self, name) >= 2, name, "at least 2", self)
-        for name in ("batch_size", "max_input_length", "max_target_length", "max_new_tokens"):
-            require(getattr(self, name) <= LARGEST, name, f"at most {LARGEST:,}", self)
-        for name in ("lr", "lam", "weight_decay", "clip", "save_minutes"):
-            require(math.isfinite(getattr(self, name) or 0), name, "a finite number", self)
-        require(0 < self.subsample <= 1, "subsample", "more than 0 and at most 1", self)
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None:
+                require(least <= value <= most, name, f"from {least} to {most}", self)
+        require(self.subsample > 0, "subsample", "more than 0", self)
         require(0 < self.eval_fraction < 1, "eval_fraction", "between 0 and 1", self)
         require(0 < self.beta2 < 1, "beta2", "between 0 and 1", self)
         require(self.learning_rate > 0, "lr", "more than 0", self)
-        require(0 <= self.rename_words < 1, "rename_words", "at least 0 and less than 1", self)
-        dropout = self.dropout or 0.0
-        require(0 <= dropout < 1, "dropout", "at least 0 and less than 1", self)
-        require(self.seed < 2**63, "seed", "below 2**63", self)
-        cpus = os.cpu_count() or 1
-        require(self.threads <= cpus, "threads", f"at most {cpus}, the CPUs here", self)
         require(not (self.resume and self.overwrite), "resume", "left out beside --overwrite", self)
         random = not self.weights
         require(random or not self.look_alike, "look_alike", "left out beside --weights", self)

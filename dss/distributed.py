@@ -18,6 +18,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -122,11 +123,11 @@ def has_lost_a_process(error: BaseException | None) -> bool:
 # ---- Devices -------------------------------------------------------------------------------------
 
 
-def choose_device(name: str, dtype: str = "float32") -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda"; under torchrun each process of a machine has a GPU of
     its own.
 
-    Raises ValueError for cuda where there is none, or none for this process or dtype.
+    Raises ValueError for cuda where there is none, or none for this process.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
@@ -140,9 +141,6 @@ def choose_device(name: str, dtype: str = "float32") -> torch.device:
                 f"{torch.cuda.device_count()} GPUs here, too few for torchrun's --nproc_per_node"
             )
         torch.cuda.set_device(device)
-    if dtype == "bfloat16" and not computes_bfloat16():
-        gpu = torch.cuda.get_device_name()
-        raise ValueError(f"--dtype bfloat16: {gpu} does not compute it; --dtype float32 does")
     return device
 
 
@@ -150,11 +148,9 @@ def choose_dtype(asked: str, device: torch.device) -> str:
     """ "float32" or "bfloat16", as asked; for "auto" bfloat16 where a GPU computes it."""
     if asked != "auto":
         return asked
-    return "bfloat16" if device.type == "cuda" and computes_bfloat16() else "float32"
-
-
-def computes_bfloat16() -> bool:
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
 
 def require_memory(parameters: int, config: TrainConfig, device: torch.device) -> float:
@@ -182,14 +178,14 @@ def require_memory(parameters: int, config: TrainConfig, device: torch.device) -
 # ---- Where the student's weights are -------------------------------------------------------------
 
 
+@dataclass
 class Replicas:
     """The whole student on each device."""
 
-    state_name = "state.pt"  # in OUT/METHOD: what torch.save writes
+    config: TrainConfig
+    device: torch.device
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.config = config
-        self.device = device
+    state_name = "state.pt"  # in OUT/METHOD: what torch.save writes
 
     def place(self, model: T5) -> T5:
         """The model, a CPU model that nobody else uses, ready to train."""
@@ -215,11 +211,6 @@ class Replicas:
         """A plain T5 with all weights, on the device, to evaluate and to save."""
         return model
 
-    def is_finite(self, model: T5) -> bool:
-        """Whether all weights are finite numbers, in every process. Waits for the device once."""
-        finite = torch.stack([local(p).isfinite().all() for p in model.parameters()])
-        return not anyone(not finite.all())
-
     def save_state(
         self, path: Path, model: T5, optimizer: torch.optim.Optimizer, progress: dict
     ) -> None:
@@ -240,24 +231,25 @@ class Replicas:
 
     def load_state(self, path: Path, model: T5, optimizer: torch.optim.Optimizer) -> dict:
         """Put back what `save_state` wrote. Returns its `progress`, {} if there is no state. Raises
-        ValueError if the file is damaged or of another model."""
+        ValueError if the state is damaged or of another model."""
+        if not path.exists():  # perhaps the run was killed while one state replaced another
+            path = path.with_name("state.before")
         if not path.exists():
             return {}
         try:
-            if zipfile.ZipFile(
-                path
-            ).testzip():  # torch.load does not check the CRCs that torch.save writes
-                raise ValueError("damaged")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            return state["progress"]
-        except (
-            Exception
-        ) as problem:  # torch.load documents no closed set of errors for a damaged file
+            return self.read_state(path, model, optimizer)
+        except Exception as problem:  # torch documents no closed set of errors for a damaged file
             raise ValueError(
                 f"{path}: not the state of this run ({reason(problem)}); --overwrite starts anew"
             ) from None
+
+    def read_state(self, path: Path, model: T5, optimizer: torch.optim.Optimizer) -> dict:
+        if zipfile.ZipFile(path).testzip():  # torch.load does not check the CRCs
+            raise ValueError("damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["progress"]
 
 
 class Shards(Replicas):
@@ -324,22 +316,13 @@ class Shards(Replicas):
             shutil.rmtree(before, ignore_errors=True)
         wait_for_all()
 
-    def load_state(self, path: Path, model: T5, optimizer: torch.optim.Optimizer) -> dict:
+    def read_state(self, path: Path, model: T5, optimizer: torch.optim.Optimizer) -> dict:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
-        if not path.exists():  # the run was killed while it replaced one by the other
-            path = path.with_name("state.before")
-        if not path.exists():
-            return {}
+        progress = torch.load(path / "progress.pt", weights_only=True)
         tensors = sharded_tensors(model, optimizer)
-        try:
-            progress = torch.load(path / "progress.pt", weights_only=True)
-            dcp.load(tensors, checkpoint_id=path)
-        except Exception as problem:
-            raise ValueError(
-                f"{path}: not the state of this run ({one_line(problem)}); --overwrite starts anew"
-            ) from None
+        dcp.load(tensors, checkpoint_id=path)
         set_state_dict(
             model,
             optimizer,
@@ -363,8 +346,3 @@ def sharded_tensors(model: T5, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 def layers(model: T5) -> list[torch.nn.Module]:
     return [*model.encoder.layers, *model.decoder.layers]
-
-
-def local(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a parameter."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

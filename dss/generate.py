@@ -81,8 +81,7 @@ def generate(
 def generate_batch(
     model: T5, inputs: list[list[int]], max_new_tokens: int, stop: int | None
 ) -> list[list[int]]:
-    """`generate` for one batch. Rows of finished sequences are dropped when they are a quarter of
-    all rows."""
+    """`generate` for one batch. What a finished sequence still writes is passed over."""
     device = model.embedding.weight.device
     lengths = [len(ids) for ids in inputs]
     where = segments(lengths, device)
@@ -90,28 +89,18 @@ def generate_batch(
     caches = make_caches(model, memory, where, lengths, max_new_tokens)
 
     outputs = [[] for _ in inputs]
-    sequence_of_row = list(range(len(inputs)))
-    finished = [False] * len(inputs)
+    running = set(range(len(inputs)))
     token = torch.full((len(inputs),), model.config.decoder_start_token_id, device=device)
     for _ in range(max_new_tokens):
         hidden = model.decode(token, None, memory, where, caches)  # (B, C)
         token = model.read_out(hidden).argmax(-1)  # (B,)
-        for row, written in enumerate(token.tolist()):
-            sequence = sequence_of_row[row]
+        for i, written in enumerate(token.tolist()):
             if written in (model.config.eos_token_id, stop):
-                finished[sequence] = True
-            elif not finished[sequence]:
-                outputs[sequence].append(written)
-        running = [row for row, sequence in enumerate(sequence_of_row) if not finished[sequence]]
+                running.discard(i)
+            elif i in running:
+                outputs[i].append(written)
         if not running:
             break
-        if len(running) <= 0.75 * len(sequence_of_row):
-            sequence_of_row = [sequence_of_row[row] for row in running]
-            rows = torch.tensor(running, device=device)
-            token = token[rows]
-            for cache in caches:
-                cache.self_attention.select(rows)
-                cache.cross_attention.select(rows)
     return outputs
 
 
@@ -128,12 +117,10 @@ def score(
     candidate or list.
     """
     pairs = []
-    for ids, some in zip(inputs, candidates, strict=True):
-        if not ids or not some or not all(some):
-            raise ValueError(
-                "score: every input needs a token and a candidate, every candidate a token"
-            )
-        pairs += [Sequence(ids, candidate, LABEL) for candidate in some]
+    for ids, outputs in zip(inputs, candidates, strict=True):
+        pairs += [Sequence(ids, output, LABEL) for output in outputs]
+    if not all(candidates) or not all(pair.input_ids and pair.target_ids for pair in pairs):
+        raise ValueError("score: an input, a candidate or a list of candidates is empty")
     scores = []
     for first in range(0, len(pairs), batch_size):
         some = pairs[first : first + batch_size]

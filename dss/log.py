@@ -1,5 +1,5 @@
-"""What a run says: its first lines, metrics.jsonl and the progress bar, and the report at the
-end."""
+"""What a run says before and while it trains: its first lines, metrics.jsonl and the progress
+bar."""
 
 import contextlib
 import json
@@ -14,26 +14,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.answers import merge_labels, token_f1, written
-from data.jsonl import Record, read_lines
+from data.answers import written
+from data.jsonl import Record
 from dss import distributed
 from dss.config import TrainConfig
-from dss.methods import BASELINE, METHODS, PREDICT
+from dss.methods import PREDICT
 from dss.rows import Rows, sample_rows
-from dss.stats import (
-    COVERAGES,
-    accuracy_at,
-    bag_of_words,
-    calibration_error,
-    commonest_label,
-    macro_f1,
-    paired_interval,
-)
-from dss.student import Answer, Student
+from dss.student import Student
 from tokenizer.t5 import UNK
-
-MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
-LONGEST_SAMPLE = 100  # characters of a text in the report
 
 
 def introduce(
@@ -44,16 +32,14 @@ def introduce(
 
     state_bytes: what weights, gradients and optimiser state take on each device.
     """
-    where = str(device)
+    where = f"{device}, {student.dtype}"
     if distributed.size() > 1:
-        where = f"{distributed.size()} x {device.type}"
-    where += f", {student.dtype}"
-    if device.type == "cuda" and student.dtype == "float32":
-        where += " (--dtype bfloat16 is faster)"
+        where = f"{distributed.size()} x {device.type}, {student.dtype}"
     size = f"{student.model.num_parameters():,} parameters"
     ids = f"{student.tokenizer.vocab_size:,} token ids"
+    megabytes = f"{state_bytes / 1e6:,.1f} MB"
     print(f"student: {config.weights or config.size}, {size}, {ids}; {where}")
-    print(f"memory: weights, gradients and optimiser state take {format_bytes(state_bytes)}")
+    print(f"memory: weights, gradients and optimiser state take {megabytes}")
 
     with_rationale = sum(row.rationale is not None for row in rows.train)
     training = f"{len(rows.train):,} training rows, {with_rationale:,} with a rationale"
@@ -61,63 +47,36 @@ def introduce(
         training += f" ({rows.unlabelled:,} more without a label)"
     others = f"{len(rows.validation):,} validation, {len(rows.test):,} test"
     print(f"{rows.name}: {training}; {others}; metric: {rows.metric}")
-    warn_of_shared_inputs(rows)
-    if rows.free_text:
-        warn(
-            "nearly all labels differ (free text): the student with the lowest validation loss is "
-            "kept, and token F1 is reported"
-        )
-    elif rows.metric == "text":
-        warn_of_labels(rows, rows.validation + rows.test)
-    warn_of_texts(rows, rows.validation + rows.test, student)
-    number = len(rows.validation)
-    if number < 50:
-        width = 196 / math.sqrt(number + 3.84)  # in points: Wilson's interval at 50 %
-        warn(
-            f"{number} validation rows: the 95 % interval of an accuracy is up to {width:.0f} "
-            "points wide; see --eval-data, --eval-fraction"
-        )
-    if config.warmup >= config.steps:
-        warn(
-            f"--warmup {config.warmup:,} is not over within --steps {config.steps:,}: "
-            "the learning rate only rises"
-        )
-
-
-def format_bytes(number: float) -> str:
-    if number < 1e9:
-        return f"{number / 1e6:.1f} MB"
-    return f"{number / 1e9:.1f} GB"
+    held_out = rows.validation + rows.test
+    warn_of_rows(rows, held_out)
+    warn_of_texts(rows, held_out, student)
 
 
 def warn(text: str) -> None:
     print(f"train.py: warning: {text}", file=sys.stderr)
 
 
-def warn_of_shared_inputs(rows: Rows) -> None:
-    known = {row.input for row in rows.train}
-    shared = []
-    for name, part in (("validation", rows.validation), ("test", rows.test)):
-        number = sum(row.input in known for row in part)
-        if number:
-            shared.append(f"{number:,} of {len(part):,} {name} inputs")
+def warn_of_rows(rows: Rows, held_out: list[Record]) -> None:
+    total = f"of {len(held_out):,} validation and test"
+    inputs = {row.input for row in rows.train}
+    shared = sum(row.input in inputs for row in held_out)
     if shared:
-        print(f"{rows.name}: {' and '.join(shared)} are training inputs too", file=sys.stderr)
-
-
-def warn_of_labels(rows: Rows, held_out: list[Record]) -> None:
-    """Warn of labels that differ in case, `_`, `-` and spaces alone, and of those that no training
-    row has."""
-    known = {written(row.label) for row in rows.train}
-    others = [written(row.label) for row in held_out]
-    spelling = merge_labels(sorted(known | set(others)), "class")
-    alike = [f"{label!r} and {other!r}" for label, other in spelling.items() if label != other]
-    if alike:
-        warn(f"labels that are nearly alike count as different: {'; '.join(alike[:3])}")
-    unseen = sum(label not in known for label in others)
-    if unseen:
+        warn(f"{shared:,} {total} inputs are training inputs too")
+    labels = {written(row.label) for row in rows.train}
+    unseen = sum(written(row.label) not in labels for row in held_out)
+    if rows.free_text:
         warn(
-            f"{unseen:,} of {len(others):,} validation and test labels are no training row's label"
+            "nearly all labels differ (free text): the student with the lowest validation loss is "
+            "kept, and token F1 is reported"
+        )
+    elif rows.metric == "text" and unseen:
+        warn(f"{unseen:,} {total} labels are no training row's label")
+    number = len(rows.validation)
+    if number < 50:
+        width = 196 / math.sqrt(number + 3.84)  # in points: Wilson's interval at 50 %
+        warn(
+            f"{number} validation rows: the 95 % interval of an accuracy is up to {width:.0f} "
+            "points wide; see --eval-data, --eval-fraction"
         )
 
 
@@ -146,16 +105,11 @@ def warn_of_texts(rows: Rows, held_out: list[Record], student: Student) -> None:
         warn(f"tokens that are unknown to the tokenizer (<unk>): {', '.join(parts)}")
 
 
-def warn_of_cut_sequences(method: str, cut: Counter, config: TrainConfig) -> None:
+def warn_of_cut_sequences(method: str, cut: Counter) -> None:
     """cut: {"inputs": number, "targets": number} of the sequences that a method trains on."""
-    parts = []
-    if cut["inputs"]:
-        parts.append(f"{cut['inputs']:,} inputs cut at {config.max_input_length:,} tokens")
-    if cut["targets"]:
-        parts.append(f"{cut['targets']:,} targets cut at {config.max_target_length:,} tokens")
-    if parts:
-        flags = "--max-input-length, --max-target-length"
-        print(f"{method}: {', '.join(parts)}; see {flags}", file=sys.stderr)
+    if cut.total():
+        numbers = f"{cut['inputs']:,} inputs and {cut['targets']:,} targets"
+        warn(f"{method}: {numbers} are cut; see --max-input-length, --max-target-length")
 
 
 @dataclass
@@ -260,194 +214,3 @@ class Log(contextlib.AbstractContextManager):
                 line = json.dumps({"step": self.progress.step} | figures) + "\n"
                 file.write(line.encode())
                 self.progress.logged = file.tell()
-
-
-# ---- Figures of a test ---------------------------------------------------------------------------
-
-
-def measure_baselines(rows: Rows) -> dict[str, float | None]:
-    """The accuracies of simple predictors on the rows that students are compared on."""
-    labels = [row.label for row in rows.train]
-    _, commonest = commonest_label(labels, rows.asked, rows.metric)
-    bag = None
-    if rows.labels and len(rows.train) <= MOST_BAG_ROWS:
-        bag = bag_of_words(rows.train, rows.validation, rows.asked, rows.labels)
-    return {"commonest_label": commonest, "bag_of_words": bag}
-
-
-def reliability(student: Student, rows: Rows, right: list[bool], answers: list[Answer]) -> dict:
-    """Token F1 of free text; macro-F1, expected calibration error and accuracies at coverages,
-    where labels are a closed set. A student's confidence is the probability of its answer among the
-    labels."""
-    gold = [written(row.label) for row in rows.asked]
-    said = [written(answer.label) for answer in answers]
-    if rows.free_text:
-        return {"token_f1": np.mean([token_f1(a, b) for a, b in zip(said, gold)]).item()}
-    if not rows.labels:
-        return {}
-    figures = {"macro_f1": macro_f1(said, gold)}
-    if METHODS[student.method].label_position == "last":  # its label cannot be scored
-        return figures
-    pairs = list(zip(rows.asked, said))
-    labels = [written(label) for label in rows.labels]
-
-    def confidences(some: list[tuple[Record, str]]) -> list[float]:
-        scores = student.score([row.input for row, _ in some], [labels] * len(some))
-        return [scores[i].get(label, 0.0) for i, (_, label) in enumerate(some)]
-
-    confidence = np.array(distributed.share_out(confidences, pairs))
-    correct = np.array(right, dtype=float)
-    figures["calibration_error"] = calibration_error(confidence, correct)
-    for coverage in COVERAGES:
-        figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidence, correct)
-    return figures
-
-
-# ---- The report at the end -----------------------------------------------------------------------
-
-
-def report(out: Path, rows: Rows, config: TrainConfig, results: list[dict]) -> None:
-    """Print a table of the methods, the difference that rationales made, three answers, and where
-    the files are."""
-    print_table(results)
-    label, accuracy = commonest_label([row.label for row in rows.train], rows.asked, rows.metric)
-    print(
-        f"always answering {shorten_text(label)!r}, the commonest label in training: {accuracy:.1%}"
-    )
-    if results[0]["bag_of_words"] is not None:
-        print(f"a bag of words (dss/stats.py): {results[0]['bag_of_words']:.1%}")
-    print_differences(out, rows, results)
-    for result in results:
-        if "token_f1" in result:
-            print(f"{result['method']}: token F1 {result['token_f1']:.1%}")
-        if result["doubt"]:
-            print(f"{result['method']}: {result['doubt']}")
-    print_reliability(results)
-    print_samples(rows, config, results)
-    print(
-        f"\n{out}/METHOD/ holds result.json, predictions.jsonl, metrics.jsonl and student/, "
-        "for transformers too."
-    )
-    trained = [name for name in METHODS if (out / name / "result.json").exists()]
-    left = [name for name in METHODS if name not in trained]
-    if left:
-        print(
-            f"Next: the same command with --resume --method {' '.join(trained)} NAME adds a student"
-        )
-        print(f"      (NAME is one of {', '.join(left)})")
-
-
-def print_table(results: list[dict]) -> None:
-    print(
-        f"\n{'method':<18}{'rows':>7}{'steps':>8}{'best at':>9}{'validation':>12}{'test':>8}"
-        f"{'tokens':>9}{'time':>9}"
-    )
-    for r in results:
-        test = "-"
-        if r["test_accuracy"] is not None:
-            test = f"{r['test_accuracy']:.1%}"
-        minutes, seconds = divmod(r["seconds"], 60)
-        print(
-            f"{r['method']:<18}{r['rows']:>7,}{r['steps']:>8,}{r['best_step']:>9,}"
-            f"{r['validation_accuracy']:>12.1%}{test:>8}{tqdm.format_sizeof(r['tokens']):>9}"
-            f"{minutes:>6.0f}m{seconds:02.0f}s"
-        )
-
-
-def print_reliability(results: list[dict]) -> None:
-    """How far each student's probabilities can be trusted, where labels are a closed set."""
-    columns = {"macro_f1": "macro-F1", "calibration_error": "ECE"}
-    for coverage in COVERAGES:
-        columns[f"accuracy_at_{coverage}"] = f"at {coverage:.0%} coverage"
-    shown = [result for result in results if "macro_f1" in result]
-    if not shown:
-        return
-    heads = "".join(f"{head:>18}" for head in columns.values())
-    print(f"\n{'method':<18}{heads}")
-    for result in shown:
-        cells = ["-" if name not in result else f"{result[name]:.1%}" for name in columns]
-        print(f"{result['method']:<18}" + "".join(f"{cell:>18}" for cell in cells))
-
-
-def print_differences(out: Path, rows: Rows, results: list[dict]) -> None:
-    """Compare every method with the baseline, question by question, if that was trained too."""
-    right = {r["method"]: read_correct(out / r["method"]) for r in results}
-    baseline = right.pop(BASELINE, None)
-    if baseline is None:
-        return
-    for method in right:
-        mean, low, high = paired_interval([right[method] - baseline])
-        print(
-            f"{method} - {BASELINE}: {100 * mean:+.1f} points of label accuracy "
-            f"[{100 * low:+.1f}, {100 * high:+.1f}] on {len(rows.asked):,} {rows.asked_name} rows, "
-            "95 % interval over questions"
-        )
-
-
-def read_correct(directory: Path) -> np.ndarray:
-    """(n,) of 0 or 1: whether each prediction in OUT/METHOD/predictions.jsonl is right."""
-    path = directory / "predictions.jsonl"
-    with open(path, "rb") as file:
-        right = [json.loads(line)["correct"] for _, _, line in read_lines(file, str(path))]
-    return np.array(right, dtype=int)
-
-
-def reason_to_doubt(result: dict, metrics: Path) -> str:
-    """Why a run's accuracy may say little about its method; an empty text if nothing speaks against
-    it. result: a result.json; metrics: the metrics.jsonl beside it."""
-    losses = []
-    for line in metrics.read_text("utf-8").splitlines():
-        figures = json.loads(line)
-        if "label_loss" in figures:
-            losses.append(figures["label_loss"])
-    tenth = max(1, len(losses) // 10)
-    last = sum(losses[-tenth:]) / tenth
-    before = sum(losses[-2 * tenth : -tenth]) / tenth
-    at_most_commonest = result["validation_accuracy"] <= result["commonest_label"] + 0.01
-    if at_most_commonest and "token_f1" not in result:
-        return (
-            "no better than the commonest label; try more --steps, another student or "
-            "pretrained --weights"
-        )
-    accuracy = result["test_accuracy"]
-    if accuracy is None:
-        accuracy = result["validation_accuracy"]
-    if result["bag_of_words"] is not None and accuracy < result["bag_of_words"]:
-        return "less accurate than a bag of words: nothing follows from comparing it"
-    fell_fast = before - last > max(0.1 * before, 0.02)  # nats a token
-    if fell_fast and result["best_step"] == result["steps"]:
-        return (
-            "trained too briefly to be judged: its loss was falling fast, its last evaluation "
-            "was its best"
-        )
-    return ""
-
-
-def print_samples(rows: Rows, config: TrainConfig, results: list[dict]) -> None:
-    """Print three questions as one of the students answers them: the first that explains, if any
-    does."""
-    shown = results[-1]
-    for result in reversed(results):
-        if METHODS[result["method"]].learns_rationales:
-            shown = result
-    from_teacher = config.labels == "teacher" and not rows.test and not config.eval_data
-    gold = "teacher's" if from_teacher else "gold"
-    samples = shown["samples"]
-    method = shown["method"]
-    print(
-        f"\nThe first {len(samples)} {rows.asked_name} rows, as the {method} student answers them:"
-    )
-    for sample in samples:
-        answer = shorten_text(sample["prediction"]) or "(nothing)"
-        print(f"\n  question   {shorten_text(sample['input'])}")
-        print(f"  predicted  {answer}   ({gold}: {shorten_text(sample['label'])})")
-        if sample["rationale"]:
-            print(f"  because    {shorten_text(sample['rationale'])}")
-
-
-def shorten_text(text: str) -> str:
-    """On one line, and cut where it is long."""
-    line = " ".join(text.split())
-    if len(line) > LONGEST_SAMPLE:
-        return line[: LONGEST_SAMPLE - 4] + " ..."
-    return line

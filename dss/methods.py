@@ -111,7 +111,6 @@ class Method:
     rationales_needed: int = 0  # training rows with a rationale, at least
     label_position: Literal["alone", "first", "last"] = "alone"  # in what is written after PREDICT
     match_tokens_of: str = ""  # train for as many tokens as this method sees in --steps
-    title: str = ""  # in the legend of a picture; default: the method's name
     colour: str = "black"  # in a picture (Okabe and Ito's, which colour-blind readers tell apart)
     marker: str = "o"  # in a picture
 
@@ -119,17 +118,12 @@ class Method:
     def learns_rationales(self) -> bool:
         return self.rationales_needed > 0
 
-    @property
-    def needs_separator(self) -> bool:
-        return self.label_position != "alone"
-
 
 METHODS = {
-    "standard": Method(label_only, title="standard finetuning", colour="#555555", marker="o"),
+    "standard": Method(label_only, colour="#555555", marker="o"),
     "dss": Method(
         label_and_rationale,
         rationales_needed=1,
-        title="step-by-step",
         colour="#0072B2",
         marker="s",
     ),
@@ -137,7 +131,6 @@ METHODS = {
         label_then_rationale,
         rationales_needed=1,
         label_position="first",
-        title="label first, then rationale",
         colour="#CC79A7",
         marker="P",
     ),
@@ -145,7 +138,6 @@ METHODS = {
         rationale_then_label,
         rationales_needed=1,
         label_position="last",
-        title="single-task: rationale, then label",
         colour="#009E73",
         marker="^",
     ),
@@ -153,7 +145,6 @@ METHODS = {
         label_and_rationale,
         change_rows=swap_rationales,
         rationales_needed=2,
-        title="step-by-step, rationales of other rows",
         colour="#D55E00",
         marker="D",
     ),
@@ -161,14 +152,12 @@ METHODS = {
         label_and_rationale,
         change_rows=scramble_rationales,
         rationales_needed=1,
-        title="step-by-step, words in random order",
         colour="#E69F00",
         marker="X",
     ),
     "standard-matched": Method(
         label_only,
         match_tokens_of="dss",
-        title="standard, as many tokens as step-by-step",
         colour="#999999",
         marker="v",
     ),

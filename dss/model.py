@@ -337,13 +337,6 @@ class Cache:
         weights = scores.softmax(-1).to(v.dtype)
         return (weights[:, :, None] @ v)[:, :, 0]
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these sequences, int64 indices, in this order."""
-        self.k = self.k[rows]
-        self.v = self.v[rows]
-        if len(self.bias) > 1:
-            self.bias = self.bias[rows]
-
 
 @dataclass
 class LayerCache:

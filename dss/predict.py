@@ -19,19 +19,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from data import cli
-from data.answers import same_label
+from data.answers import written
 from data.files import replacing
 from data.jsonl import START, Record, other_format, parse_record, read_lines, to_line
 from dss.distributed import choose_device
-from dss.stats import COVERAGES, accuracy_at, calibration_error, macro_f1
+from dss.methods import PREDICT
+from dss.stats import TITLES, reliability
 from dss.student import Student
 
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark and white space
-LEAST = {"batch_size": 1, "max_input_length": 2, "max_new_tokens": 1}
 
 
 @dataclass
@@ -43,14 +42,13 @@ class Row:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 the arguments or files are wrong, 130 interrupted."""
     args = parse(argv)
+    settings = {"dtype": args.dtype, "batch_size": args.batch_size}
+    for name in ("max_input_length", "max_new_tokens"):
+        if getattr(args, name):  # it replaces the setting of the training
+            settings[name] = getattr(args, name)
     try:
         rows = read_rows(args.file)
-        settings = {"dtype": args.dtype}
-        for name in LEAST:
-            if getattr(args, name) is not None:  # it replaces the setting of the training
-                settings[name] = getattr(args, name)
-        device = choose_device(args.device, args.dtype)
-        student = Student.load(args.student, device, **settings)
+        student = Student.load(args.student, choose_device(args.device), **settings)
         labels = choose_labels(args, student)
         answers = []
         part_size = 8 * args.batch_size  # enough to sort by length
@@ -59,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         with bar, replacing(args.output) if args.output else to_stdout as sink:
             for start in range(0, len(rows), part_size):
                 part = rows[start : start + part_size]
-                for row, answer in zip(part, answer_rows(student, part, labels, args)):
+                answers += answer_rows(student, part, labels, args)
+                for row, answer in zip(part, answers[start:]):
                     sink.write(output_line(row, answer).encode() + b"\n")
-                    answers.append(answer)
                 sink.flush()
                 bar.update(len(part))
         report(student, rows, answers, chosen=bool(labels))
@@ -75,25 +73,18 @@ def choose_labels(args: argparse.Namespace, student: Student) -> list[str]:
 
     Raises ValueError for a label that the student was not trained on, if its labels are known.
     """
-    if args.labels:
-        if len(args.labels) < 2:
-            raise ValueError(
-                f"--labels needs at least two, with spaces between; got {args.labels[0]!r}"
-            )
-        for label in args.labels:
-            if student.labels and label not in student.labels:
-                raise ValueError(
-                    f"--labels: {label!r} is not a label of this student: "
-                    f"{', '.join(student.labels)}"
-                )
-        return args.labels
     if args.labels is None and not args.scores:
         return []
-    if not student.labels:
+    labels = args.labels or student.labels
+    if len(labels) < 2:
         raise ValueError(
-            f"{args.student}: no closed set of labels is stored with it; name them after --labels"
+            f"name at least two labels after --labels, with spaces between; got {labels}"
         )
-    return student.labels
+    for label in labels:
+        if student.labels and label not in student.labels:
+            known = ", ".join(student.labels)
+            raise ValueError(f"--labels: {label!r} is not a label of this student: {known}")
+    return labels
 
 
 def read_rows(file: str) -> list[Row]:
@@ -150,57 +141,49 @@ def output_line(row: Row, answer: dict) -> str:
 
 
 def report(student: Student, rows: list[Row], answers: list[dict], chosen: bool) -> None:
-    """Print to stderr what a reader of the answers should know: how many inputs were cut, how many
-    answers are not labels (unless they were `chosen` from a set), and how many are right."""
+    """Print to stderr how many inputs were cut, how many answers are not labels (unless they were
+    `chosen` from a set), and of rows with a label how many are right."""
+    labels = {written(label) for label in student.labels}
     cut = 0
     outside = 0
-    right = []
-    asked = []
-    for row, given in zip(rows, answers):
-        answer = given["prediction"]
+    labelled = []
+    for row, answer in zip(rows, answers):
         record = row.record
-        ids = student.tokenizer.encode(student.prefixes["predict"] + record.input)
-        cut += len(ids) > student.max_input_length
-        same = [same_label(answer, label, student.metric, record.input) for label in student.labels]
-        outside += record.input.strip() != "" and not any(same)
+        cut += len(student.tokenizer.encode(PREDICT + record.input)) > student.max_input_length
+        outside += bool(record.input.strip()) and written(answer["prediction"]) not in labels
         if record.label is not None:
-            right.append(same_label(answer, record.label, student.metric, record.input))
-            asked.append((record.label, given))
+            labelled.append((record, answer))
+    total = f"of {len(rows):,}"
     lines = []
     if cut:
+        limit = f"{student.max_input_length:,} tokens (--max-input-length)"
+        lines.append(f"{cut:,} {total} inputs cut at {limit}")
+    if outside and labels and not chosen:
         lines.append(
-            f"{cut:,} of {len(rows):,} inputs cut at {student.max_input_length:,} tokens "
-            "(--max-input-length)"
-        )
-    if outside and student.labels and not chosen:
-        lines.append(
-            f"{outside:,} of {len(rows):,} answers are not among the student's labels; "
+            f"{outside:,} {total} answers are not among the student's labels; "
             "--labels chooses among these"
         )
-    if right:
-        share = sum(right) / len(right)
-        lines.append(f"right on {sum(right):,} of {len(right):,} rows with a label ({share:.1%})")
-        lines += reliability(student, asked, right)
+    if labelled:
+        lines += figures(student, labelled, closed=bool(labels) or chosen)
     for line in lines:
         print(line, file=sys.stderr)
 
 
-def reliability(student: Student, asked: list[tuple[str, dict]], right: list[bool]) -> list[str]:
-    """Lines with macro-F1, where labels are a closed set, and, with --scores, the expected
-    calibration error and the accuracies at three coverages. asked: (gold label, answer) pairs."""
-    lines = []
-    if student.labels:
-        gold = [label for label, _ in asked]
-        score = macro_f1([answer["prediction"] for _, answer in asked], gold)
-        lines.append(f"macro-F1 {score:.1%}")
-    if all("scores" in answer for _, answer in asked):
-        confidence = np.array([max(answer["scores"].values()) for _, answer in asked])
-        correct = np.array(right, dtype=float)
-        text = f"expected calibration error {calibration_error(confidence, correct):.1%}"
-        for coverage in COVERAGES:
-            accuracy = accuracy_at(coverage, confidence, correct)
-            text += f", right on {accuracy:.1%} at {coverage:.0%} coverage"
-        lines.append(text)
+def figures(student: Student, labelled: list[tuple[Record, dict]], closed: bool) -> list[str]:
+    """Lines with the accuracy, and for a closed set of labels `reliability`.
+
+    labelled: (row, answer) pairs.
+    """
+    gold = [record.label for record, _ in labelled]
+    predicted = [answer["prediction"] for _, answer in labelled]
+    right = [student.is_right(answer["prediction"], record) for record, answer in labelled]
+    share = sum(right) / len(right)
+    lines = [f"right on {sum(right):,} of {len(right):,} rows with a label ({share:.1%})"]
+    if closed:
+        scores = [answer["scores"] for _, answer in labelled if "scores" in answer]
+        confidence = [max(row.values()) for row in scores]
+        for name, value in reliability(predicted, gold, right, confidence).items():
+            lines.append(f"{TITLES[name]}: {value:.1%}")
     return lines
 
 
@@ -215,22 +198,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--scores", action="store_true", help="--labels, with the probability of each")
     add("--explain", action="store_true", help='add the student\'s own rationale, "explanation"')
-    add("--batch-size", type=int, default=64, help="inputs at a time [64]")
-    add("--max-input-length", type=int, help="tokens; longer inputs are cut [as trained]")
-    add("--max-new-tokens", type=int, help="tokens of a label [as trained]")
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda if there is one",
-    )
+    add("--batch-size", type=number, default=64, help="inputs at a time [64]")
+    add("--max-input-length", type=number, help="tokens; longer inputs are cut [as trained]")
+    add("--max-new-tokens", type=number, help="tokens of a label [as trained]")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="[auto]")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="[float32]")
-    args = parser.parse_args(argv)
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value <= 2**20:
-            parser.error(f"{cli.flag(name)} must be from {least} to {2**20}, got {value}")
-    return args
+    return parser.parse_args(argv)
+
+
+def number(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 2**20:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {2**20}, got {text}")
+    return value
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ train."""
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from dss.methods import BASELINE, EXPLAIN, METHODS, PREDICT, SEPARATOR
 from dss.weights import resolve_checkpoint
 from tokenizer import T5Tokenizer, train
 
-Read = Callable[[str], Iterable[Record]]
 TEXTS_ROWS = 50_000  # rows whose texts train a tokenizer; more take minutes and change little
 
 
@@ -42,7 +40,7 @@ class Rows:
         return "test" if self.test else "validation"
 
 
-def load_rows(config: TrainConfig, read: Read = read_jsonl) -> Rows:
+def load_rows(config: TrainConfig) -> Rows:
     """The `Rows` of a TrainConfig. Raises OSError or ValueError, naming the file, for rows that
     cannot be used.
 
@@ -53,18 +51,10 @@ def load_rows(config: TrainConfig, read: Read = read_jsonl) -> Rows:
     share of gold labels; every other row with a teacher's label trains on that, as the paper does
     with unlabelled questions (section 4.2).
     """
-    if config.data:
-        name = Path(config.data[0]).stem
-        everything = [record for path in config.data for record in read(path)]
-        validation = read_labelled(config.eval_data, read, "evaluate on")
-        test = read_labelled(config.test_data, read, "test on")
-    elif config.eval_data or config.test_data:
-        raise ValueError("--eval-data and --test-data go with --data")
-    else:
-        name = "toy"
-        everything, validation, test = toy.make_rows(config.seed)
+    name, everything, validation, test = read_files(config)
     files = ", ".join(config.data) or name
-    usable = labelled(everything, files, "train on", by_teacher=config.labels == "teacher")
+    kind = "teacher" if config.labels == "teacher" else "gold"
+    usable = labelled(everything, files, kind, "train on")
 
     order = np.random.default_rng(config.seed).permutation(len(usable))
     share = max(1, round(config.subsample * len(usable)))
@@ -87,23 +77,47 @@ def load_rows(config: TrainConfig, read: Read = read_jsonl) -> Rows:
     metric = config.metric
     if metric == "auto":
         metric = choose_label_type(rows + validation + test)
-    texts = [row.label for row in rows]
-    labels = closed_set(texts, metric)
-    free = is_free_text(texts, metric)
-    return Rows(name, rows, validation, test, metric, labels, unlabelled, free)
+    labels = [row.label for row in rows]
+    return Rows(
+        name,
+        rows,
+        validation,
+        test,
+        metric,
+        labels=closed_set(labels, metric),
+        unlabelled=unlabelled,
+        free_text=is_free_text(labels, metric),
+    )
 
 
-def read_labelled(path: str, read: Read, use: str) -> list[Record]:
-    return labelled(list(read(path)), path, use) if path else []
+def read_files(config: TrainConfig) -> tuple[str, list[Record], list[Record], list[Record]]:
+    """(name of the data, rows of --data, labelled rows of --eval-data, and of --test-data)."""
+    if not config.data and (config.eval_data or config.test_data):
+        raise ValueError("--eval-data and --test-data go with --data")
+    if not config.data:
+        return "toy", *toy.make_rows(config.seed)
+    everything = [record for path in config.data for record in read_jsonl(path)]
+    validation = read_labelled(config.eval_data, "evaluate on")
+    test = read_labelled(config.test_data, "test on")
+    return Path(config.data[0]).stem, everything, validation, test
 
 
-def labelled(rows: list[Record], files: str, use: str, by_teacher: bool = False) -> list[Record]:
-    """The rows with a label, gold or the teacher's. Raises ValueError if there are none."""
-    kind = "teacher" if by_teacher else "gold"
-    having = with_teacher_labels(rows) if by_teacher else [r for r in rows if r.label is not None]
-    if not having:
+def read_labelled(path: str, use: str) -> list[Record]:
+    if not path:
+        return []
+    return labelled(list(read_jsonl(path)), path, "gold", use)
+
+
+def labelled(rows: list[Record], files: str, kind: str, use: str) -> list[Record]:
+    """The rows with a label of this kind, gold or teacher, as their label. Raises ValueError if
+    there are none."""
+    if kind == "teacher":
+        found = with_teacher_labels(rows)
+    else:
+        found = [row for row in rows if row.label is not None]
+    if not found:
         raise ValueError(f"{files}: no row has a {kind} label to {use}")
-    return having
+    return found
 
 
 def with_teacher_labels(rows: list[Record]) -> list[Record]:
@@ -112,17 +126,15 @@ def with_teacher_labels(rows: list[Record]) -> list[Record]:
 
 
 def require_rationales(files: str, rows: list[Record], methods: tuple[str, ...]) -> None:
-    """Raise ValueError for a method whose rows have too few rationales: none, or only one to
-    swap."""
-    having = sum(record.rationale is not None for record in rows)
+    """Raise ValueError for a method that needs more rationales than the rows have."""
+    number = sum(record.rationale is not None for record in rows)
+    unread = sorted({key for record in rows for key in record.other})
+    keys = f" (keys that are not read: {', '.join(unread[:5])})" if unread else ""
     for method in methods:
-        if having < METHODS[method].rationales_needed:
-            few = "only one training row has" if having else "no training row has"
-            unread = sorted({key for record in rows for key in record.other})
-            keys = f" (keys that are not read: {', '.join(unread[:5])})" if unread else ""
+        if number < METHODS[method].rationales_needed:
             raise ValueError(
-                f"{files}: {few} a rationale{keys}, too few for --method {method}; "
-                f"--method {BASELINE} needs none"
+                f"{files}: {number} training rows have a rationale{keys}, too few for --method "
+                f"{method}; --method {BASELINE} needs none"
             )
 
 
@@ -135,7 +147,11 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
     """
     if config.spiece:
         tokenizer = T5Tokenizer(config.spiece)
-        warn_of_another_tokenizer(config, tokenizer)
+        if config.weights:
+            own = resolve_checkpoint(config.weights, weights=False) / "spiece.model"
+            if own.exists() and own.read_bytes() != tokenizer.model:
+                what = f"--spiece {config.spiece} is not the tokenizer of {config.weights}"
+                print(f"train.py: warning: {what}", file=sys.stderr)
     elif config.weights:
         tokenizer = T5Tokenizer(resolve_checkpoint(config.weights, weights=False))
     elif config.resume and (out / "spiece.model").exists():
@@ -145,7 +161,8 @@ def make_tokenizer(config: TrainConfig, rows: Rows, out: Path) -> T5Tokenizer:
             path = Path(directory) / "spiece.model"
             tokenizer = train(texts_of(rows.train), path, config.vocab_size)
     for method in config.method:
-        if METHODS[method].needs_separator and SEPARATOR not in tokenizer.special:
+        writes_separator = METHODS[method].label_position != "alone"
+        if writes_separator and SEPARATOR not in tokenizer.special:
             raise ValueError(
                 f"--method {method} needs the token {SEPARATOR}, and this tokenizer has "
                 "no sentinels"
@@ -181,15 +198,3 @@ def texts_of(rows: list[Record]) -> list[str]:
         if row.rationale is not None:
             texts.append(row.rationale)
     return texts
-
-
-def warn_of_another_tokenizer(config: TrainConfig, tokenizer: T5Tokenizer) -> None:
-    if not config.weights:
-        return
-    own = resolve_checkpoint(config.weights, weights=False) / "spiece.model"
-    if own.exists() and own.read_bytes() != tokenizer.model:
-        print(
-            f"train.py: warning: --spiece {config.spiece} is not the tokenizer that "
-            f"{config.weights} was trained with",
-            file=sys.stderr,
-        )

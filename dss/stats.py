@@ -6,11 +6,12 @@ The bag of words is multinomial logistic regression. A student that is less accu
 enough for a comparison of methods to mean anything.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import cli
-from data.answers import choose_label_type, closed_set, merge_labels, same_label, written
-from data.jsonl import Record, read_jsonl
+from data.answers import merge_labels, same_label, written
+from data.jsonl import Record, read_lines
+from dss.config import TrainConfig
+from dss.rows import Rows, load_rows
 
 RESAMPLES = 10_000
 COVERAGES = (0.5, 0.8, 0.9)  # shares of the questions, of which the most confident answers count
 STRENGTHS = (2e-4, 5e-4, 1e-3)  # of the sum of squared weights in the bag of words' loss
+MOST_BAG_ROWS = 50_000  # with more training rows a bag of words would take minutes
+
+TITLES = {"macro_f1": "macro-F1", "calibration_error": "ECE"}  # of what `reliability` returns
+for share in COVERAGES:
+    TITLES[f"accuracy_at_{share}"] = f"at {share:.0%} coverage"
 
 
 def paired_interval(differences: list[np.ndarray], seed: int = 0) -> tuple[float, float, float]:
@@ -49,17 +57,37 @@ def paired_interval(differences: list[np.ndarray], seed: int = 0) -> tuple[float
     return float(mean), float(low), float(high)
 
 
-def commonest_label(
-    train_labels: Sequence[str], asked_rows: Sequence[Record], metric: str
-) -> tuple[str, float]:
-    """The commonest training label, and the accuracy of answering every asked row with it."""
-    spelling = merge_labels(train_labels, metric)
-    label, _ = Counter(spelling[label] for label in train_labels).most_common(1)[0]
-    right = [same_label(label, row.label, metric, row.input) for row in asked_rows]
-    return label, sum(right) / len(right)
+def read_correct(directory: Path) -> np.ndarray:
+    """(n,) of 0 or 1: whether each prediction in OUT/METHOD/predictions.jsonl is right."""
+    path = directory / "predictions.jsonl"
+    with open(path, "rb") as file:
+        right = [json.loads(line)["correct"] for _, _, line in read_lines(file, str(path))]
+    return np.array(right, dtype=int)
 
 
-def macro_f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
+# ---- How far the answers of one student can be trusted -------------------------------------------
+
+
+def reliability(
+    answers: list[str], gold: list[str], right: list[bool], confidence: list[float] | None
+) -> dict[str, float]:
+    """Macro-F1 of labels of a closed set; and with a confidence, which is the probability of each
+    answer among the labels, the calibration error and the accuracies at COVERAGES.
+
+    The keys of the result are those of TITLES.
+    """
+    answers = [written(text) for text in answers]
+    figures = {"macro_f1": macro_f1(answers, [written(text) for text in gold])}
+    if confidence:
+        confidences = np.array(confidence)
+        correct = np.array(right, dtype=float)
+        figures["calibration_error"] = calibration_error(confidences, correct)
+        for coverage in COVERAGES:
+            figures[f"accuracy_at_{coverage}"] = accuracy_at(coverage, confidences, correct)
+    return figures
+
+
+def macro_f1(predicted: list[str], gold: list[str]) -> float:
     """The mean, over the gold labels, of each label's F1."""
     scores = []
     for label in set(gold):
@@ -86,7 +114,25 @@ def accuracy_at(coverage: float, confidence: np.ndarray, correct: np.ndarray) ->
     return float(correct[kept].mean())
 
 
-# ---- The bag of words ----------------------------------------------------------------------------
+# ---- Simple predictors ---------------------------------------------------------------------------
+
+
+def measure_baselines(rows: Rows) -> dict[str, float | None]:
+    """The accuracies of simple predictors on the rows that students are compared on; None for a bag
+    of words where labels are no closed set."""
+    bag = None
+    if rows.labels and len(rows.train) <= MOST_BAG_ROWS:
+        bag = bag_of_words(rows)
+    return {"commonest_label": commonest_label(rows)[1], "bag_of_words": bag}
+
+
+def commonest_label(rows: Rows) -> tuple[str, float]:
+    """The commonest training label, and the accuracy of answering every asked row with it."""
+    labels = [row.label for row in rows.train]
+    spelling = merge_labels(labels, rows.metric)
+    label, _ = Counter(spelling[label] for label in labels).most_common(1)[0]
+    right = [same_label(label, row.label, rows.metric, row.input) for row in rows.asked]
+    return label, sum(right) / len(right)
 
 
 def features(text: str) -> set[str]:
@@ -122,36 +168,30 @@ class Bags:
         return (self.logits(weight).argmax(1) == self.labels).double().mean().item()
 
 
-def bag_of_words(
-    train: Sequence[Record],
-    validation: Sequence[Record],
-    asked: Sequence[Record],
-    labels: Sequence[str],
-) -> float:
+def bag_of_words(rows: Rows) -> float:
     """The accuracy, on the asked rows, of multinomial logistic regression on `features`.
 
     The strength of its regularisation is the best of STRENGTHS on validation rows.
     """
     numbers: dict[str, int] = {}
-    for row in train:
+    for row in rows.train:
         for name in sorted(features(row.input)):
             numbers.setdefault(name, len(numbers))
-    classes = {written(label): number for number, label in enumerate(labels)}
+    classes = {written(label): number for number, label in enumerate(rows.labels)}
 
-    def encode(rows: Sequence[Record]) -> Bags:
+    def encode(records: list[Record]) -> Bags:
         ids: list[int] = []
         offsets = []
-        for row in rows:
+        for record in records:
             offsets.append(len(ids))
-            ids += [numbers[name] for name in features(row.input) if name in numbers]
-        known = [classes.get(written(row.label), -1) for row in rows]
+            ids += [numbers[name] for name in features(record.input) if name in numbers]
+        known = [classes.get(written(record.label), -1) for record in records]
         return Bags(torch.tensor(ids), torch.tensor(offsets), torch.tensor(known))
 
-    bags = encode(train)
-    held_out = encode(validation)
-    fits = [fit(bags, len(numbers), len(labels), strength) for strength in STRENGTHS]
-    best = max(fits, key=held_out.accuracy)
-    return encode(asked).accuracy(best)
+    bags = encode(rows.train)
+    fits = [fit(bags, len(numbers), len(classes), strength) for strength in STRENGTHS]
+    best = max(fits, key=encode(rows.validation).accuracy)
+    return encode(rows.asked).accuracy(best)
 
 
 def fit(bags: Bags, number_of_features: int, number_of_labels: int, strength: float) -> Tensor:
@@ -175,24 +215,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = cli.OneLineParser(prog="dss.stats", description="Accuracies of two simple predictors.")
     parser.add_argument("train", help="JSONL rows with labels; a tenth is cut for validation")
     parser.add_argument("test", help="JSONL rows with labels")
-    arguments = parser.parse_args(argv)
+    files = parser.parse_args(argv)
     try:
-        rows = [row for row in read_jsonl(arguments.train) if row.label is not None]
-        test = [row for row in read_jsonl(arguments.test) if row.label is not None]
-        if len(rows) < 2 or not test:
-            raise ValueError("TRAIN needs two rows with a label, and TEST needs one")
+        rows = load_rows(TrainConfig(data=(files.train,), test_data=files.test, method=()))
     except (OSError, ValueError) as problem:
         return cli.fail("dss.stats", 2, problem)
-    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    cut = max(1, len(rows) // 10)
-    metric = choose_label_type(rows + test)
-    label, accuracy = commonest_label([row.label for row in rows[cut:]], test, metric)
+    label, accuracy = commonest_label(rows)
     print(f"always answering {label!r}: {accuracy:.1%}")
-    labels = closed_set([row.label for row in rows[cut:]], metric)
-    if labels:
-        print(f"bag of words: {bag_of_words(rows[cut:], rows[:cut], test, labels):.1%}")
-    else:
-        print("bag of words: none, since the labels are no closed set")
+    bag = measure_baselines(rows)["bag_of_words"]
+    print("bag of words: none" if bag is None else f"bag of words: {bag:.1%}")
     return 0
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from data.answers import CHOICES, same_label
+from data.answers import CHOICES, same_label, written
 from data.files import read_json, write_json
 from data.jsonl import Record
-from dss.config import METRICS, TrainConfig
+from dss.config import TrainConfig
 from dss.generate import generate, score
 from dss.methods import EXPLAIN, METHODS, PREDICT, SEPARATOR, Method, label_ids, shorten
 from dss.model import T5
@@ -23,7 +23,7 @@ ABOUT = "dss.json"  # beside config.json in a student's directory; transformers 
 
 
 @dataclass(frozen=True)
-class Answer:
+class Prediction:
     label: str
     rationale: str | None = None  # where the student writes one before its label
 
@@ -35,9 +35,6 @@ class Student:
     model: T5  # on any device
     tokenizer: T5Tokenizer
     method: str = "dss"  # a name in dss.methods.METHODS; it says where in an output the label is
-    prefixes: dict[str, str] = field(
-        default_factory=lambda: {"predict": PREDICT, "explain": EXPLAIN}
-    )
     metric: str = "text"  # how a label counts as right: text, choice or equation
     labels: list[str] = field(default_factory=list)  # the closed set of labels, if there is one
     answers: str = "write"  # or likeliest: of the choices that an input lists, else of `labels`
@@ -56,10 +53,6 @@ class Student:
 
         settings: fields that override dss.json. Raises OSError or ValueError, naming the file.
         """
-        if (Path(directory) / "student").is_dir():
-            raise ValueError(
-                f"{directory}: this is the output of a run; its student is {directory}/student"
-            )
         directory = resolve_checkpoint(directory)
         tokenizer = T5Tokenizer(directory)
         model = load_t5(directory).to(device)
@@ -76,21 +69,25 @@ class Student:
 
     def answer(self, inputs: list[str]) -> list[str]:
         """The label for each input: written greedily, or the likeliest (see `answers`)."""
-        return [answer.label for answer in self.answer_with_rationale(inputs)]
+        return [prediction.label for prediction in self.predict(inputs)]
 
-    def answer_with_rationale(self, inputs: list[str]) -> list[Answer]:
-        """The Answer to each input."""
-        if self.of_method.label_position == "last":  # it must write its rationale first
+    def predict(self, inputs: list[str]) -> list[Prediction]:
+        """As `answer`, with the rationales that are written before labels."""
+        if self.of_method.label_position == "last":
             return self.write_both(inputs)
         if self.answers == "likeliest":
             return self.choose(inputs)
-        stop = None
+        end = None
         if self.of_method.label_position == "first":
-            stop = self.tokenizer.special.get(SEPARATOR)
-        written = self.write("predict", inputs, self.max_new_tokens, stop)
-        return [Answer(self.tokenizer.decode(ids)) for ids in written]
+            end = self.tokenizer.special.get(SEPARATOR)
+        outputs = self.write(PREDICT, inputs, self.max_new_tokens, end)
+        return [Prediction(self.tokenizer.decode(ids)) for ids in outputs]
 
-    def choose(self, inputs: list[str]) -> list[Answer]:
+    def is_right(self, label: str, row: Record) -> bool:
+        """Whether a label that the student gave is the row's own."""
+        return same_label(label, row.label, self.metric, row.input)
+
+    def choose(self, inputs: list[str]) -> list[Prediction]:
         """The likeliest label for each input, of the choices it lists or else of the closed set.
 
         Raises ValueError for an input that lists no choices where there is no closed set.
@@ -102,13 +99,9 @@ class Student:
                 raise ValueError(
                     f"no choices in the input {text[:60]!r}, and no closed set of labels"
                 )
-            candidates.append(self.told_apart(choices))
-        return [Answer(next(iter(ranked))) for ranked in self.score(inputs, candidates)]
-
-    def told_apart(self, labels: list[str]) -> list[str]:
-        """The labels, without those that are the same tokens to this student as another one."""
-        by_ids = {tuple(label_ids(self.tokenizer, x, self.method)): x for x in labels}
-        return list(by_ids.values())
+            by_ids = {tuple(label_ids(self.tokenizer, x, self.method)): x for x in choices}
+            candidates.append(list(by_ids.values()))  # a choice may be listed twice
+        return [Prediction(next(iter(ranked))) for ranked in self.score(inputs, candidates)]
 
     def explain(self, inputs: list[str]) -> list[str]:
         """The student's own rationale for each input: its second task, or the part of its output
@@ -121,24 +114,24 @@ class Student:
                 f"a {self.method} student was trained without rationales: it has none to give"
             )
         if self.of_method.label_position == "alone":
-            written = self.write("explain", inputs, self.max_target_length)
-            return [self.tokenizer.decode(ids) for ids in written]
-        return [answer.rationale for answer in self.write_both(inputs)]
+            outputs = self.write(EXPLAIN, inputs, self.max_target_length)
+            return [self.tokenizer.decode(ids) for ids in outputs]
+        return [prediction.rationale for prediction in self.write_both(inputs)]
 
-    def write_both(self, inputs: list[str]) -> list[Answer]:
+    def write_both(self, inputs: list[str]) -> list[Prediction]:
         """Label and rationale, if a student writes both in one output: the first separator is
         between them."""
         separator = self.tokenizer.special.get(SEPARATOR)
-        answers = []
-        for ids in self.write("predict", inputs, self.max_target_length):
+        predictions = []
+        for ids in self.write(PREDICT, inputs, self.max_target_length):
             end = ids.index(separator) if separator in ids else len(ids)
             first = self.tokenizer.decode(ids[:end])
             second = self.tokenizer.decode(ids[end + 1 :])
             if self.of_method.label_position == "first":
-                answers.append(Answer(label=first, rationale=second))
+                predictions.append(Prediction(label=first, rationale=second))
             else:
-                answers.append(Answer(label=second, rationale=first))
-        return answers
+                predictions.append(Prediction(label=second, rationale=first))
+        return predictions
 
     def score(self, inputs: list[str], labels: list[list[str]]) -> list[dict[str, float]]:
         """{label: probability} for each input and its set of labels, likeliest first.
@@ -163,41 +156,41 @@ class Student:
             candidates.append(ids)
         self.model.eval()
         with self.autocast():
-            encoded = self.encode("predict", inputs)
+            encoded = self.encode(PREDICT, inputs)
             likelihoods = score(self.model, encoded, candidates, self.batch_size)
         ranked = []
         for row, logs in zip(labels, likelihoods):
             shares = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
-            likeliest_first = sorted(range(len(row)), key=lambda i: -logs[i])
-            ranked.append({row[i]: shares[i] for i in likeliest_first})
+            likeliest_first = sorted(zip(logs, row, shares), reverse=True)
+            ranked.append({label: share for _, label, share in likeliest_first})
         return ranked
 
-    def evaluate(self, rows: list[Record]) -> tuple[list[bool], list[Answer]]:
-        """(right or not, the student's Answer) for each row, which has a label."""
-        answers = self.answer_with_rationale([row.input for row in rows])
-        right = [
-            same_label(answer.label, row.label, self.metric, row.input)
-            for answer, row in zip(answers, rows)
-        ]
-        return right, answers
+    def confidence(self, answers: list[tuple[str, str]]) -> list[float]:
+        """The probability of each answer among the closed set; 0 for one that is none of it.
+
+        answers: (input, label that the student gave) pairs.
+        """
+        labels = [written(label) for label in self.labels]
+        scores = self.score([text for text, _ in answers], [labels] * len(answers))
+        return [row.get(written(label), 0.0) for row, (_, label) in zip(scores, answers)]
 
     def write(
         self, prefix: str, inputs: list[str], longest: int, stop: int | None = None
     ) -> list[list[int]]:
-        """What the model writes after a prefix ("predict" or "explain"): at most `longest` token
-        ids for each input, none for a blank one."""
+        """What the model writes after a prefix: at most `longest` token ids for each input, none
+        for a blank one."""
         encoded = self.encode(prefix, inputs)
         asked = [ids for ids, text in zip(encoded, inputs) if text.strip()]
         self.model.eval()
         with self.autocast():
-            written = iter(generate(self.model, asked, longest, self.batch_size, stop))
-        return [next(written) if text.strip() else [] for text in inputs]
+            outputs = iter(generate(self.model, asked, longest, self.batch_size, stop))
+        return [next(outputs) if text.strip() else [] for text in inputs]
 
     def encode(self, prefix: str, inputs: list[str]) -> list[list[int]]:
         """The ids of each input after a prefix. Raises TypeError for a text in place of a list."""
         if isinstance(inputs, str):
             raise TypeError("inputs must be a list of texts, not a text")
-        encoded = [self.tokenizer.encode(self.prefixes[prefix] + text) for text in inputs]
+        encoded = [self.tokenizer.encode(prefix + text) for text in inputs]
         return [shorten(ids, self.max_input_length) for ids in encoded]
 
     def autocast(self) -> torch.autocast:
@@ -210,7 +203,7 @@ class Student:
 
 
 LENGTHS = ("max_input_length", "max_target_length", "max_new_tokens")
-KEYS = ("method", "prefixes", "metric", "labels", "answers", *LENGTHS)
+KEYS = ("method", "metric", "labels", "answers", *LENGTHS)  # of dss.json
 
 
 def read_about(path: Path) -> dict:
@@ -219,27 +212,6 @@ def read_about(path: Path) -> dict:
     if not path.exists():
         return {}
     about = read_json(path)
-    if isinstance(about, dict):
-        about.setdefault("answers", "write")  # students of earlier versions wrote their answers
-    if not is_about(about):
-        raise ValueError(f"{path}: not a valid {ABOUT}; delete it to use the defaults")
-    return about
-
-
-def is_about(about: object) -> bool:
-    """Whether a value read from JSON has the keys and types of dss.json."""
-    if not isinstance(about, dict) or about.keys() != set(KEYS):
-        return False
-    prefixes = about["prefixes"]
-    labels = about["labels"]
-    if not isinstance(prefixes, dict) or prefixes.keys() != {"predict", "explain"}:
-        return False
-    if not isinstance(labels, list):
-        return False
-    if not all(isinstance(text, str) for text in [*prefixes.values(), *labels]):
-        return False
-    if not all(type(about[name]) is int and 1 <= about[name] <= 2**20 for name in LENGTHS):
-        return False
-    if about["answers"] not in ("likeliest", "write"):
-        return False
-    return about["method"] in METHODS and about["metric"] in METRICS
+    if not isinstance(about, dict) or about.get("method") not in METHODS:
+        raise ValueError(f"{path}: no method that this code has; known: {', '.join(METHODS)}")
+    return {name: about[name] for name in KEYS if name in about}

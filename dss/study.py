@@ -11,7 +11,6 @@ one seed have the same rows, tokenizer, initial weights and order of rows. With 
 """
 
 import itertools
-import json
 import os
 import shlex
 import subprocess
@@ -32,7 +31,7 @@ from dss.checkpoint import require_free
 from dss.config import LABELS, SIZES, TrainConfig
 from dss.methods import BASELINE, METHODS, require_methods
 from dss.rows import load_rows
-from dss.stats import paired_interval
+from dss.stats import paired_interval, read_correct
 from dss.weights import resolve_checkpoint
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -115,12 +114,14 @@ Cell = dict[str, object]  # {a name of GRID: its value}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished cell."""
-
+class FinishedRun:
     cell: Cell
     result: dict  # its result.json
     correct: np.ndarray  # (questions,): 1 where the answer is right, else 0
+
+    def key(self, *without: str) -> tuple:
+        """The cell's values but some, to be compared with those of other cells."""
+        return tuple(value for name, value in self.cell.items() if name not in without)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -187,18 +188,13 @@ def make_cells(study: StudyConfig) -> list[Cell]:
 
 def choose_rates(cells: list[Cell], study: StudyConfig) -> list[Cell]:
     """The cells with the best rate of each method on validation rows, for all seeds."""
-    best: dict[tuple, Run] = {}
+    best: dict[tuple, FinishedRun] = {}
     for run in read_runs(cells, study.directory):
-        arm = key(run.cell, without=("lr", "seed"))
+        arm = run.key("lr", "seed")
         score = run.result["validation_score"]
         if arm not in best or score > best[arm].result["validation_score"]:
             best[arm] = run
     return [run.cell | {"seed": seed} for run in best.values() for seed in study.seed]
-
-
-def key(cell: Cell, without: tuple[str, ...]) -> tuple:
-    """A cell's values but some, to be compared with those of other cells."""
-    return tuple(value for name, value in cell.items() if name not in without)
 
 
 # ---- Running train.py ----
@@ -226,29 +222,20 @@ def run_cells(cells: list[Cell], study: StudyConfig, train_flags: list[str], sto
     """
     print(f"{study.directory}: {len(cells)} runs, {study.jobs} at a time")
     waiting = list(cells)
-    running: dict[int, tuple[Path, subprocess.Popen]] = {}
+    running: dict[int, tuple[Path, subprocess.Popen]] = {}  # at most one in each of --jobs slots
     failed = False
     with tqdm(total=len(cells), unit="run") as bar:
         try:
             while waiting or running:
                 stop.check()
                 for slot in range(study.jobs):
-                    if waiting and slot not in running:
+                    if slot in running and running[slot][1].poll() is not None:
+                        failed |= has_failed(*running.pop(slot))
+                        bar.update()
+                    if slot not in running and waiting:
                         cell = waiting.pop(0)
                         log = study.directory / f"{directory_name(cell)}.log"
                         running[slot] = (log, start(command(cell, study, train_flags), log, slot))
-                for slot, (log, process) in list(running.items()):
-                    status = process.poll()
-                    if status is None:
-                        continue
-                    del running[slot]
-                    if status != 0:
-                        problem = log.read_text("utf-8").splitlines()[-1]
-                        if status == 2:
-                            raise ValueError(problem)
-                        bar.write(f"dss.study: see {log}: {problem}", file=sys.stderr)
-                        failed = True
-                    bar.update()
                 time.sleep(0.2)
         finally:
             for _, process in running.values():
@@ -256,6 +243,18 @@ def run_cells(cells: list[Cell], study: StudyConfig, train_flags: list[str], sto
             for _, process in running.values():
                 process.wait()
     return failed
+
+
+def has_failed(log: Path, process: subprocess.Popen) -> bool:
+    """Whether a run that has ended failed in training, which is printed. Raises ValueError if its
+    arguments or files were wrong."""
+    if process.returncode == 0:
+        return False
+    problem = log.read_text("utf-8").splitlines()[-1]
+    if process.returncode == 2:
+        raise ValueError(problem)
+    tqdm.write(f"dss.study: see {log}: {problem}", file=sys.stderr)
+    return True
 
 
 def start(words: list[str], log: Path, slot: int) -> subprocess.Popen:
@@ -273,25 +272,23 @@ def start(words: list[str], log: Path, slot: int) -> subprocess.Popen:
 # ---- The report ----
 
 
-def read_runs(cells: list[Cell], out: Path) -> list[Run]:
+def read_runs(cells: list[Cell], out: Path) -> list[FinishedRun]:
     runs = []
     for cell in cells:
         directory = out / directory_name(cell) / cell["method"]
-        lines = (directory / "predictions.jsonl").read_text("utf-8").splitlines()
-        correct = [json.loads(line)["correct"] for line in lines]
         result = read_json(directory / "result.json")
-        runs.append(Run(cell, result, np.array(correct, dtype=int)))
+        runs.append(FinishedRun(cell, result, read_correct(directory)))
     return runs
 
 
-def write_report(out: Path, runs: list[Run]) -> str:
+def write_report(out: Path, runs: list[FinishedRun]) -> str:
     """Write study.md, study.json and, with several --subsample and matplotlib, study.png. Returns
-    Returns the text of study.md."""
+    the text of study.md."""
     groups = summarise(runs)
     command = f"python -m dss.study {shlex.join(sys.argv[1:])}"
     about = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}: `{command}`"
     write_json(out / "study.json", dict(about=about, groups=groups))
-    text = f"{table(groups)}\n\n{about}\n"
+    text = f"{table(groups)}\n{ABOUT_TABLE}\n\n{about}\n"
     with replacing(out / "study.md") as file:
         file.write(text.encode())
     if len({group["subsample"] for group in groups}) > 1:  # else there is no line to draw
@@ -302,44 +299,57 @@ def write_report(out: Path, runs: list[Run]) -> str:
     return text
 
 
-def summarise(runs: list[Run]) -> list[dict]:
+def summarise(runs: list[FinishedRun]) -> list[dict]:
     """For each cell, seeds taken together: figures, and the difference from standard finetuning."""
     standard = {}
-    members: dict[tuple, list[Run]] = {}
+    members: dict[tuple, list[FinishedRun]] = {}
     for run in runs:
         if run.cell["method"] == BASELINE:
-            standard[key(run.cell, without=("method", "lam", "lr"))] = run.correct
-        members.setdefault(key(run.cell, without=("seed",)), []).append(run)
+            standard[run.key("method", "lam", "lr")] = run.correct
+        members.setdefault(run.key("seed"), []).append(run)
     groups = []
-    for some in members.values():
-        accuracies = [float(run.correct.mean()) for run in some]
-        group = some[0].cell | {"seed": len(some), "accuracies": accuracies}
-        group["accuracy"] = float(np.mean(accuracies))
-        group["deviation"] = float(np.std(accuracies, ddof=1)) if len(some) > 1 else 0.0
-        for figure in ("rows", "steps", "seconds", *BASELINES):
-            values = [run.result.get(figure) for run in some]
-            group[figure] = None if None in values else float(np.mean(values))
+    for same_but_seed in members.values():
+        first = same_but_seed[0]
+        accuracies = [run.correct.mean() for run in same_but_seed]
+        group = first.cell | {
+            "seed": len(accuracies),
+            "accuracies": accuracies,
+            "accuracy": np.mean(accuracies),
+            "deviation": np.std(accuracies, ddof=min(1, len(accuracies) - 1)),
+            "doubts": sorted({run.result["doubt"] for run in same_but_seed} - {""}),
+        }
+        for figure in ("rows", "steps", "seconds"):
+            group[figure] = np.mean([run.result[figure] for run in same_but_seed])
+        for baseline in BASELINES:
+            values = [run.result[baseline] for run in same_but_seed]
+            group[baseline] = None if None in values else np.mean(values)
         differences = []
-        for run in some:
-            partner = standard.get(key(run.cell, without=("method", "lam", "lr")))
+        for run in same_but_seed:
+            partner = standard.get(run.key("method", "lam", "lr"))
             if partner is not None:
                 differences.append(run.correct - partner)
-        if differences and group["method"] != BASELINE:
+        if differences and first.cell["method"] != BASELINE:
             group["gain"] = paired_interval(differences)
-        group["doubts"] = sorted({run.result["doubt"] for run in some if run.result["doubt"]})
         groups.append(group)
     return groups
 
 
+ABOUT_TABLE = """
+seed: their number. Label accuracy is a mean over seeds ± the standard deviation between them. Its
+difference from standard finetuning on the same rows and questions has a 95 % bootstrap interval
+over seeds and questions. Beside it: always answering the commonest label, and a bag of words."""
+
+
 def table(groups: list[dict]) -> str:
     """The groups in Markdown."""
-    names = [name for name in GRID if name in groups[0]]
-    names += ["rows", "steps", "seconds"]
+    names = [name for name in (*GRID, "rows", "steps", "seconds") if name in groups[0]]
     heads = [*names, "accuracy, %", f"- {BASELINE}, points", *BASELINES, "doubt"]
     lines = [heads, ["---"] * len(heads)]
     for group in groups:
-        values = [group[name] for name in names]
-        line = [f"{value:,.4g}" if isinstance(value, float) else str(value) for value in values]
+        line = []
+        for name in names:
+            value = group[name]
+            line.append(f"{value:,.4g}" if isinstance(value, float) else str(value))
         line.append(f"{100 * group['accuracy']:.1f} ± {100 * group['deviation']:.1f}")
         gain = ""
         if "gain" in group and not group["doubts"]:  # no interval beside a student in doubt
@@ -350,42 +360,38 @@ def table(groups: list[dict]) -> str:
             line.append("none" if group[name] is None else f"{100 * group[name]:.1f}")
         line.append("; ".join(group["doubts"]))
         lines.append(line)
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"""{text}
-
-seed: their number. Label accuracy is a mean over seeds ± the standard deviation between them. Its
-difference from standard finetuning on the same rows and questions has a 95 % bootstrap interval
-over seeds and questions. Beside it: always answering the commonest label, and a bag of words."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw(groups: list[dict], path: Path) -> None:
-    """Accuracy over the number of training rows, one line for each method and baseline.
-
-    Students, label sources and lambdas have lines of their own, in the colour of the method. Raises
-    ImportError without matplotlib.
-    """
+    """Accuracy over the number of training rows: a line for each method (and, if there are several,
+    student, source of labels and lambda) and baseline. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[dict]] = {}
     for group in sorted(groups, key=lambda group: group["rows"]):
-        names = [name for name in ("method", "labels", "weights", "size", "lam") if name in group]
-        lines.setdefault(", ".join(str(group[name]) for name in names), []).append(group)
+        names = ("method", "labels", "weights", "size", "lam")
+        label = ", ".join(str(group[name]) for name in names if name in group)
+        lines.setdefault(label, []).append(group)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
     for label, points in lines.items():
         method = METHODS[points[0]["method"]]
-        rows = [group["rows"] for group in points]
-        accuracy = [group["accuracy"] for group in points]
-        deviation = [group["deviation"] for group in points]
-        look = {"color": method.colour, "marker": method.marker}
-        axis.errorbar(rows, accuracy, deviation, capsize=3, label=label, **look)
+        axis.errorbar(
+            [group["rows"] for group in points],
+            [group["accuracy"] for group in points],
+            [group["deviation"] for group in points],
+            label=label,
+            color=method.colour,
+            marker=method.marker,
+            capsize=3,
+        )
+    rows = [group["rows"] for group in points]
     for baseline, style in zip(BASELINES, (":", "--")):
         level = [group[baseline] for group in points]
         if None not in level:
-            axis.plot(rows, level, color="black", linestyle=style, marker=".", label=baseline)
+            axis.plot(rows, level, color="black", linestyle=style, label=baseline)
     axis.set(xscale="log", xlabel="training rows", ylabel="label accuracy")
-    axis.set_xticks(rows, [f"{number:,.0f}" for number in rows])
-    axis.minorticks_off()
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     with replacing(path) as file:

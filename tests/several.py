@@ -7,7 +7,9 @@ import sys
 from torch.distributed import TCPStore
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
+context.set_forkserver_preload(  # torch._dynamo: the first optimiser of a process imports it
+    ["train", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+)
 
 
 def run(n, directory, work, *arguments):
@@ -29,7 +31,7 @@ def run(n, directory, work, *arguments):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(100)
+        process.join(300)
         if process.exitcode is None:
             process.kill()
     return [process.exitcode for process in processes]

@@ -20,8 +20,8 @@ MAY_IMPORT = {
 }
 # Inside dss a file imports none that is listed later in its own line, and config none of the first.
 LINES = [
-    "batch methods model aids loss generate download weights student".split(),
-    "config distributed stats rows log graph checkpoint".split(),
+    "batch methods model loss generate download weights student aids".split(),
+    "config distributed rows stats log graph checkpoint report".split(),
     "predict study bench".split(),
 ]
 PACKAGES = {"torch", "triton", "sentencepiece", "numpy", "tqdm"}

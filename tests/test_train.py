@@ -22,9 +22,10 @@ import train
 from data.files import read_json
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
+from dss.bench import padded
 from dss.config import parse_args
 from dss.generate import score
-from dss.methods import METHODS
+from dss.methods import METHODS, PREDICT
 from dss.weights import save_t5
 
 
@@ -99,7 +100,7 @@ def test_of_free_text_the_student_with_the_lowest_loss_is_kept(tmp_path, monkeyp
     total = 0.0
     for row in rows[:3]:
         ids = student.tokenizer.encode(row.label)
-        total -= score(student.model, student.encode("predict", [row.input]), [[ids]])[0][0]
+        total -= score(student.model, student.encode(PREDICT, [row.input]), [[ids]])[0][0]
     tokens = sum(len(student.tokenizer.encode(row.label)) for row in rows[:3])
     assert train.label_loss(student, rows[:3]) == pytest.approx(total / tokens, rel=1e-4)
     losses = iter([3.0, 1.0, 2.0])
@@ -148,10 +149,6 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=5e-5, weight_decay=0.0)
     schedule = transformers.get_linear_schedule_with_warmup(their_optimizer, 0, 30)
     first = {name: p.detach().clone() for name, p in theirs.named_parameters()}
-
-    def padded(lists, value):
-        tensors = [torch.tensor(ids) for ids in lists]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
     examples, _ = train.make_examples(ready, "dss")
     optimizer = train.make_optimizer(ready.student.model, ready.config)
@@ -238,7 +235,7 @@ def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, 
     query = model.decoder.layers[0].self_attention.q
     query.register_forward_hook(lambda _, __, output: found.append(output.dtype))
     step(ready, plain_descent(model))
-    ready.student.write("predict", [ready.rows.test[0].input], 1)
+    ready.student.write(PREDICT, [ready.rows.test[0].input], 1)
     assert found == [getattr(torch, dtype)] * 2
     assert all(p.dtype == torch.float32 for p in model.parameters())
 

@@ -16,16 +16,16 @@ train stray | unrecognized arguments: stray
 train --step 3 | unrecognized arguments: --step
 train --steps | --steps: expected one argument
 train --steps x | --steps: invalid int value: 'x'
-train --steps 0 | --steps must be at least 1, got 0
-train --subsample 0 | --subsample must be more than 0 and at most 1, got 0.0
-train --lam -1 | --lam must be at least 0
-train --lr inf | --lr must be a finite number, got inf
-train --clip nan | --clip must be at least 0, got nan
-train --dropout 1 | --dropout must be at least 0 and less than 1, got 1.0
-train --seed 9223372036854775808 | --seed must be below 2**63
-train --threads 100000 | --threads must be at most
-train --max_input_length 1 | --max-input-length must be at least 2, got 1
-train --max_new_tokens 2147483647 | --max-new-tokens must be at most 1,048,576
+train --steps 0 | --steps must be from 1 to
+train --subsample 0 | --subsample must be more than 0, got 0.0
+train --lam -1 | --lam must be from 0 to
+train --lr inf | --lr must be from 0 to 1e+300, got inf
+train --clip nan | --clip must be from 0 to
+train --dropout 1 | --dropout must be from 0 to 0.99, got 1.0
+train --seed 9223372036854775808 | --seed must be from 0 to
+train --threads 100000 | --threads must be from 0 to
+train --max_input_length 1 | --max-input-length must be from 2 to 1048576, got 1
+train --max_new_tokens 2147483647 | --max-new-tokens must be from 1 to
 train --size huge | --size: invalid choice: 'huge'
 train --method dss dss | --method must be named once each
 train --method finetune | --method finetune: no such method; known: standard, dss, 
@@ -71,9 +71,9 @@ dss.predict folder rows.jsonl | folder
 dss.predict student rows.jsonl | student
 dss.predict student none.jsonl | none.jsonl: No such file
 dss.predict student bad.jsonl --output made | bad.jsonl:2: there is no "input"; the line has inputs
-dss.predict student rows.jsonl --batch_size 0 | --batch-size must be from 1 to
-dss.predict student rows.jsonl --max-new-tokens 0 | --max-new-tokens must be from 1 to
-dss.predict student rows.jsonl --max-input-length 1 | --max-input-length must be from 2 to
+dss.predict student rows.jsonl --batch_size 0 | --batch-size: must be from 1 to
+dss.predict student rows.jsonl --max-new-tokens 0 | --max-new-tokens: must be from 1 to
+dss.predict student rows.jsonl --max-input-length x | --max-input-length: invalid number value
 dss.study --nonsense 1 | --nonsense
 dss.study --data none.jsonl | none.jsonl: No such file
 dss.study --data rows.jsonl --method finetune | finetune

@@ -129,7 +129,7 @@ def test_torchrun_ends_a_run_whose_process_dies_and_one_process_goes_on(
     line = f"{files} --save-minutes 0 --out {tmp_path}/cut"
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node=2 {tmp_path}/dies.py"
     command = [sys.executable, *torchrun.split(), *line.split()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     words = "train.py: another process has ended; --resume goes on from step 6; "
     kept = f"{tmp_path}/cut/dss/student is the best so far"
     assert ended.returncode == 1 and words + kept in ended.stderr
@@ -182,10 +182,8 @@ def test_a_full_disk_is_named_as_such(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_bfloat16_is_refused_on_a_gpu_that_does_not_compute_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
-    with pytest.raises(ValueError, match="--dtype bfloat16: Tesla V100"):
-        distributed.choose_device("auto", "bfloat16")
-    assert distributed.choose_dtype("auto", torch.device("cuda")) == "float32"
+def test_bfloat16_is_not_chosen_where_a_gpu_only_emulates_it(monkeypatch):
+    for computes in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda _=computes, **__: _)
+        chosen = distributed.choose_dtype("auto", torch.device("cuda"))
+        assert chosen == ("bfloat16" if computes else "float32")

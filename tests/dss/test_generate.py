@@ -69,9 +69,9 @@ def test_a_score_is_the_models_likelihood_and_depends_on_nothing_else_scored(
             assert found == pytest.approx(log_p.item(), rel=1e-4)
 
 
-def test_empty_inputs_and_candidates_are_refused(model):
+@pytest.mark.parametrize("inputs, candidates", [([[]], [[[1]]]), ([[1]], [[]]), ([[1]], [[[]]])])
+def test_empty_inputs_and_candidates_are_refused(model, inputs, candidates):
+    with pytest.raises(ValueError, match="score: .* is empty"):
+        score(model, inputs, candidates)
     with pytest.raises(ValueError, match="input 1 is empty"):
         generate(model, [[3, 1], []])
-    for ids, candidates in (([], [[1]]), ([1], []), ([1], [[]])):
-        with pytest.raises(ValueError, match="score"):
-            score(model, [ids], [candidates])

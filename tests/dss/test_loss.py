@@ -6,6 +6,7 @@ from comparing import relative_error
 from running import student
 
 from dss.batch import LABEL, RATIONALE, Sequence, count_targets, pack
+from dss.bench import padded
 from dss.loss import distillation_loss
 from dss.weights import checkpoint_name, save_t5
 
@@ -46,10 +47,6 @@ def test_one_packed_pass_is_transformers_two_padded_passes(transformers, measure
     ours = student().eval()
     save_t5(ours, tmp_path)
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
-
-    def padded(lists, value):
-        tensors = [torch.tensor(ids) for ids in lists]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
     def task_loss(task):
         some = [s for s in SEQUENCES if s.task == task]

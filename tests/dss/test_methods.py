@@ -114,9 +114,3 @@ def test_a_new_entry_is_a_method_that_trains_tests_and_reports(tmp_path, monkeyp
     assert result(tmp_path / "out", "asking")["test_accuracy"] is not None
     line = json_lines(tmp_path / "out" / "asking" / "metrics.jsonl")[-2]
     assert line["rationale_loss"] > 0
-
-
-def test_an_unknown_method_is_refused_with_the_list_of_methods(capsys):
-    assert run("--method finetune") == 2
-    words = f"--method finetune: no such method; known: {', '.join(METHODS)}"
-    assert words in capsys.readouterr().err

@@ -95,7 +95,10 @@ def classes(student, tmp_path_factory):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--labels one,two", "--labels needs at least two, with spaces between; got 'one,two'"),
+        (
+            "--labels one,two",
+            "at least two labels after --labels, with spaces between; got ['one,two']",
+        ),
         ("--labels one, two", "'one,' is not a label of this student: one, two, three"),
         ("--scores --labels One two", "'One' is not a label of this student"),
     ],
@@ -113,7 +116,7 @@ def test_scores_alone_are_of_the_stored_labels(classes, rows, capsysbinary):
 
 
 def test_scores_alone_need_stored_labels(student, rows, refused):
-    assert "name them after --labels" in refused(predict.main, student, rows, "--scores")
+    assert "at least two labels" in refused(predict.main, student, rows, "--scores")
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,6 @@ import tokenizer
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows
-from dss.student import Answer
-from dss.weights import save_t5
 
 
 @pytest.fixture
@@ -127,26 +125,25 @@ def test_a_label_is_right_as_the_tokenizer_writes_it(tmp_path, label):
     rows = [Record(f"r{i}", f"q {i}", (label, "no")[i % 2]) for i in range(20)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     student = prepare("--data", tmp_path / "rows.jsonl", "--method", "standard").student
-    written = student.tokenizer.decode(student.tokenizer.encode(label))
-    student.answer_with_rationale = lambda inputs: [Answer(written) for _ in inputs]
-    assert written != label and student.evaluate(rows[:2])[0] == [True, False]
+    answer = student.tokenizer.decode(student.tokenizer.encode(label))
+    assert answer != label and student.is_right(answer, rows[0])
+    assert not student.is_right(answer, rows[1])
 
 
 def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(spiece, tmp_path, capsys):
     rows = [Record(f"r{i}", f"how many are {i}", ("one", "two")[i % 2]) for i in range(20)]
-    files = [*write_rows(tmp_path, rows, 16), "--method", "standard"]
-    student = prepare(*files, "--spiece", spiece, "--out", tmp_path / "a").student
-    save_t5(student.model, tmp_path / "weights")
-    student.tokenizer.save(tmp_path / "weights")
-    small = tmp_path / "small"
-    small.mkdir()
-    tokenizer.train(["one two"], small / "spiece.model", 12)
-    for own, path in ((True, spiece / "spiece.model"), (False, small)):
+    line = [
+        *write_rows(tmp_path, rows, 16),
+        "--method standard --out",
+        tmp_path / "out",
+        "--spiece",
+    ]
+    prepare(*line, spiece).student.save(tmp_path / "weights")
+    tokenizer.train(["one two"], tmp_path / "spiece.model", 12)
+    for path, warned in ((spiece, False), (tmp_path, True)):
         capsys.readouterr()
-        prepare(
-            *files, "--weights", tmp_path / "weights", "--spiece", path, "--out", tmp_path / "b"
-        )
-        assert ("warning: --spiece" in capsys.readouterr().err) != own
+        prepare(*line, path, "--weights", tmp_path / "weights")
+        assert ("warning: --spiece" in capsys.readouterr().err) == warned
 
 
 def test_keys_that_hold_no_rationale_are_named(tmp_path):

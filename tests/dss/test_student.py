@@ -4,8 +4,8 @@ import pytest
 import torch
 from checkpoints import make_student
 
-from data.files import read_json, write_json
 from dss.generate import score
+from dss.methods import PREDICT
 from dss.student import Student
 
 QUESTIONS = ["how many apples are there?", "Tom gave Mia pears", "boxes left plus one", "two?"]
@@ -24,7 +24,7 @@ def test_scores_are_the_models_probabilities_shared_among_the_labels(student, me
     labels = ["one", "two", "apples left", "pears"]
     ids = [loaded.tokenizer.encode(label + end)[:-1] for label in labels]
     for text, scores in zip(QUESTIONS, loaded.score(QUESTIONS, [labels] * 4)):
-        logs = score(loaded.model, loaded.encode("predict", [text]), [ids])[0]
+        logs = score(loaded.model, loaded.encode(PREDICT, [text]), [ids])[0]
         want = dict(zip(labels, torch.tensor(logs).softmax(0).tolist()))
         assert scores == pytest.approx(want, rel=1e-4)
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
@@ -61,7 +61,7 @@ def test_label_and_rationale_in_one_output_are_told_apart(student, monkeypatch, 
     assert loaded.answer(["x"]) == ["two"] and loaded.explain(["x"]) == ["Tom gave"]
 
 
-@pytest.mark.parametrize("ask", ["answer", "explain", "answer_with_rationale"])
+@pytest.mark.parametrize("ask", ["answer", "explain", "predict"])
 def test_one_text_in_place_of_a_list_is_refused(student, ask):
     """Each of its letters would be answered."""
     with pytest.raises(TypeError, match="a list of texts"):
@@ -84,11 +84,3 @@ def test_the_likeliest_of_the_choices_is_the_answer(student):
         (scores,) = loaded.score([question], [labels])
         assert loaded.answer([question]) == [next(iter(scores))]
     assert Student.load(student, method="single_task", answers="likeliest").answer([choices])
-
-
-def test_a_student_of_an_earlier_version_writes_its_answers(student, tmp_path):
-    Student.load(student).save(tmp_path)
-    about = read_json(tmp_path / "dss.json")
-    del about["answers"]
-    write_json(tmp_path / "dss.json", about)
-    assert Student.load(tmp_path).answers == "write"

@@ -1,16 +1,18 @@
 """The study: its grid, its files, and that nothing finished is ever trained twice."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from running import ROOT, wait_until, write_rows
 
-from data.jsonl import Record, write_jsonl
+import train
+from data.jsonl import Record
 from dss import study
 from dss.config import parse_args
 
@@ -33,12 +35,16 @@ def run(*arguments):
     return study.main([str(a) for a in arguments])
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The directory of a study of one run."""
-    directory = tmp_path_factory.mktemp("finished")
-    assert run(*write_rows(directory, ROWS, 20), *ONE, "--out", directory / "study") == 0
-    return directory / "study"
+@pytest.fixture
+def in_process(monkeypatch):
+    """Each run is made in this process, at once."""
+
+    def start(words, log, slot):
+        with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+            status = train.main(words)
+        return Mock(returncode=status, poll=lambda: status)
+
+    monkeypatch.setattr(study, "start", start)
 
 
 def times(out):
@@ -52,7 +58,9 @@ def cells(*arguments):
     return {c.out: c for c in configs}
 
 
-def test_a_study_runs_its_grid_once_and_a_wider_one_adds_to_it(files, tmp_path, capsys, refused):
+def test_a_study_runs_its_grid_once_and_a_wider_one_adds_to_it(
+    files, tmp_path, capsys, refused, in_process
+):
     out = tmp_path / "study"
     first = [*files, *ONE, "--out", out]
     assert run(*first) == 0
@@ -77,7 +85,7 @@ def test_each_method_gets_the_rate_that_is_best_on_validation_rows(files, tmp_pa
             directory.mkdir(parents=True, exist_ok=True)
             good = {("standard", 0.1), ("dss", 0.01)}
             accuracy = 0.9 if (cell["method"], cell["lr"]) in good else 0.5
-            result = dict(validation_score=accuracy, rows=18, steps=4, seconds=1, doubt="")
+            result = dict(FIGURES, validation_score=accuracy)
             (directory / "result.json").write_text(json.dumps(result))
             (directory / "predictions.jsonl").write_text('{"correct": true}\n')
             ran.append((cell["method"], cell["lr"], cell["seed"]))
@@ -96,47 +104,20 @@ def test_each_method_gets_the_rate_that_is_best_on_validation_rows(files, tmp_pa
     ]
 
 
-def test_other_rows_are_refused(files, tmp_path, capsys, finished):
-    out = shutil.copytree(finished, tmp_path / "study")
-    before = times(out)
-    write_jsonl(files[1], [Record("new", "How many?", "1", "Count.")] * 20)
-    assert run(*files, *ONE, "--out", out, "--resume") == 2
-    assert "other rows" in capsys.readouterr().err and times(out) == before
-
-
-def test_a_stopped_study_goes_on_where_it_was_and_leaves_no_run_behind(files, tmp_path):
-    """Killed while its first run trains, which then ends by itself, and stopped by Ctrl-C later."""
+def test_a_stopped_study_leaves_no_run_behind_and_goes_on_where_it_was(files, tmp_path, in_process):
     out = tmp_path / "study"
-    quick = [
-        "--steps",
-        "80",
-        "--eval_every",
-        "10",
-        *QUICK[4:],
-        "--method",
-        "standard",
-        "--seed",
-        "0",
-        "1",
-        "2",
-    ]
-    arguments = [*files, *quick, "--resume", "--out", str(out)]
+    many = f"--steps 40 --eval_every 10 {' '.join(QUICK[4:])} --method standard --seed 0 1"
+    arguments = [*files, *many.split(), "--resume", "--out", str(out)]
     command = [sys.executable, "-m", "dss.study", *arguments]
-    done = {}
-    for number, (stop, status) in enumerate(
-        [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
-    ):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        wait_until(lambda seen=number: len(times(out)) > seen, seconds=400)
-        process.send_signal(stop)
-        process.communicate(timeout=120)
-        assert process.returncode == status
-        wait_until(lambda: str(out) not in commands())
-        assert str(out) not in commands()
-        before, done = done, times(out)
-        assert number < len(done) < 3 and before.items() <= done.items()
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: times(out))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130 and str(out) not in commands()
+    before = times(out)
+    assert len(before) == 1
     assert run(*arguments) == 0
-    assert len(times(out)) == 3 and done.items() < times(out).items()
+    assert len(times(out)) == 2 and before.items() < times(out).items()
 
 
 def commands():
@@ -146,17 +127,10 @@ def commands():
     ).stdout
 
 
-def test_bad_input_ends_in_one_line_and_nothing_is_made(files, tmp_path, refused):
-    for wrong, what in (
-        (["--data", tmp_path / "none.jsonl"], "none.jsonl"),
-        (["--subsample", "0.5", "2"], "--subsample must be"),
-        (["--jobs", "-1"], "--jobs must be"),
-        (["--seed", "1", "1"], "--seed must be"),
-        (["--batch-sise", "4"], "unrecognized arguments: --batch-sise"),
-        (["--weights", tmp_path], "config.json: missing"),
-    ):
-        assert what in refused(study.main, *files, *QUICK, *wrong, "--out", tmp_path / "study")
-        assert not (tmp_path / "study").exists()
+def test_a_run_that_fails_is_named(files, tmp_path, capsys, in_process):
+    out = tmp_path / "study"
+    assert run(*files, *ONE, "--lr", "1e30", "--clip", "0", "--out", out) == 1
+    assert "try a smaller --lr" in capsys.readouterr().err
 
 
 def test_presets_have_the_papers_settings_and_a_flag_beside_one_overrides_it():
@@ -185,17 +159,7 @@ def test_students_of_one_name_are_two_runs():
     }
 
 
-def test_overwrite_deletes_runs_and_nothing_else(files, tmp_path, capsys, finished):
-    """It deleted a directory of a run's name whatever was in it."""
-    mine = tmp_path / "mine" / CELL / "standard" / "mine.txt"
-    mine.parent.mkdir(parents=True)
-    mine.touch()
-    assert run(*files, *ONE, "--overwrite", "--out", tmp_path / "mine") == 2
-    assert "is not the output of a run" in capsys.readouterr().err and mine.exists()
-    out = shutil.copytree(finished, tmp_path / "study")
-    before = times(out)
-    assert run(*files, *ONE, "--overwrite", "--out", out) == 0
-    assert times(out).keys() == before.keys() and times(out) != before
+FIGURES = dict(rows=18, steps=1, seconds=1, commonest_label=0.25, bag_of_words=None, doubt="")
 
 
 def make_runs():
@@ -207,10 +171,8 @@ def make_runs():
         ):
             for method, correct in (("standard", standard), ("dss", dss)):
                 cell = dict(size="tiny", subsample=rows / 20, method=method, seed=seed)
-                result = dict(
-                    rows=rows, steps=1, seconds=1, commonest_label=0.25, bag_of_words=None, doubt=""
-                )
-                runs.append(study.Run(cell, result, np.array(correct)))
+                result = FIGURES | dict(rows=rows)
+                runs.append(study.FinishedRun(cell, result, np.array(correct)))
     return runs
 
 

@@ -70,9 +70,8 @@ def test_safetensors_files_are_as_the_library_reads_them(tmp_path_factory, shape
 
 
 def test_half_precision_checkpoints_load_in_fp32(saved, model):
-    library = pytest.importorskip("safetensors.torch", reason="it writes half precision here")
     tensors = {name: tensor.bfloat16() for name, tensor in read_weights(saved).items()}
-    library.save_file(tensors, saved / WEIGHTS)
+    in_bin(tensors)(saved)
     loaded = load_t5(saved)
     assert all(p.dtype == torch.float32 for p in loaded.parameters()) and not loaded.training
     assert torch.equal(loaded.embedding.weight, model.embedding.weight.bfloat16().float())
@@ -163,6 +162,15 @@ def without_index(directory):
     (directory / "model.safetensors.index.json").unlink()
 
 
+def index_of(shard):
+    def change(directory):
+        (directory / WEIGHTS).unlink()
+        index = {"weight_map": {"shared.weight": shard}}
+        (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+    return change
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
@@ -175,7 +183,7 @@ class Evil:
         (write("config.json", b"{"), "config.json: not JSON"),
         (change_config(model_type="umt5"), "model_type is 'umt5'"),
         (change_config(feed_forward_proj="gated-silu"), "is 'gated-silu'"),
-        (change_config(d_ff=True), "d_ff is True, not int"),
+        (change_config(d_ff="64"), "config.json: d_ff is .64."),
         (change_config(d_kv=-8), "config.json: cannot be read: .*negative dimension"),
         (change_config(vocab_size=10**9), "shared.weight is .*, but config.json makes"),
         (change_config(num_layers=3), "lack encoder.block.2."),
@@ -190,10 +198,13 @@ class Evil:
         (write(WEIGHTS, b"<html>no</html>"), "model.safetensors: cannot be read"),
         (lambda d: os.truncate(d / WEIGHTS, 30_000), "model.safetensors: cannot be read"),
         (write(WEIGHTS, POINTER), "model.safetensors: .* git-lfs pointer"),
-        (in_bin({"model": {Q: torch.ones(1)}}), "'model' in it is not a tensor"),
+        (in_bin({"model": {Q: torch.ones(1)}}), "pytorch_model.bin: cannot be read"),
         (in_bin({Q: torch.ones(1, dtype=torch.int8)}), f"{Q} is torch.int8; quantized weights"),
         (in_bin({"shared.weight": Evil()}), "it holds more than a state_dict"),
         (flipped_bit_in_bin, "pytorch_model.bin: cannot be read: it is damaged"),
+        (index_of("../../outside.bin"), "index.json: not an index of files of weights beside it"),
+        (index_of(".."), "index.json: not an index"),
+        (index_of(3), "index.json: not an index"),
         (adapter, "this is an adapter: merge it"),
         (one_folder_up, "did you mean .*checkpoint-9"),
         (without_index, "model-00001-of-00002.safetensors is there, but"),
