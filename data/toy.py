@@ -51,7 +51,7 @@ WORDS = {  # of each kind
 WORDS = {kind: words.split() for kind, words in WORDS.items()}
 NAMES = "Mia Noah Lena Omar Ruth Ivan Sara Hugo Nina Paul Vera Finn"
 VERBS = "packed drew bought sold found moved"
-SIZES = {"train": 450, "validation": 200, "test": 1000}
+SIZES = {"train": 400, "validation": 200, "test": 1000}
 
 
 def make_rows(seed: int = 0) -> tuple[list[Record], list[Record], list[Record]]:

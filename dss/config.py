@@ -135,10 +135,10 @@ class TrainConfig:
     max_target_length: int = 256  # tokens of a target or a written rationale; longer ones are cut
     max_new_tokens: int = 64  # tokens of a predicted label
     # optimisation
-    steps: int = 700  # optimiser steps
-    batch_size: int = 32  # rows a step; a row with a rationale is two sequences under dss
+    steps: int = 800  # optimiser steps
+    batch_size: int = 16  # rows a step; a row with a rationale is two sequences under dss
     micro_batch: int = 0  # rows that a device computes at a time, to save memory; 0: all
-    lr: float | None = None  # peak learning rate; default: 0.02 scaled, with --weights 5e-5 (paper)
+    lr: float | None = None  # peak learning rate; default: 0.03 scaled, with --weights 5e-5 (paper)
     schedule: Literal["linear", "constant"] = "linear"  # after warm-up: down to 0, or level
     warmup: int = 100  # steps of linear warm-up
     optimizer: Literal["auto", "adamw", "adamw-scaled"] = "auto"  # auto: adamw with --weights
@@ -167,7 +167,7 @@ class TrainConfig:
         if self.lr is not None:
             return self.lr
         if self.scales_rates:
-            return 0.02
+            return 0.03
         return 5e-5 if self.weights else 1e-3
 
     @property

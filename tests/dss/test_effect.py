@@ -20,7 +20,7 @@ def test_step_by_step_beats_standard_and_other_rows_rationales_in_a_short_run(tm
     rows = dict(zip(("data", "eval-data", "test-data"), toy.make_rows(0)))
     settings = "--steps 300 --eval-every 300 --warmup 50"
     for name, records in rows.items():
-        write_jsonl(tmp_path / name, records[:450])
+        write_jsonl(tmp_path / name, records[:400])
         settings += f" --{name} {tmp_path / name}"
     standard, dss, shuffled = accuracies(tmp_path, settings)
     assert dss > standard and dss > shuffled
