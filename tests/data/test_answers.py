@@ -34,7 +34,6 @@ def test_a_value_is_what_python_computes_of_bounded_arithmetic(text):
 def test_equations_are_equal_by_value_classes_in_any_case_and_texts_by_their_words():
     for a, b in (("84 / 2", "( 84.0 / 2.0 )"), ("(7 * 30)", "( 30.0 * 7.0 )")):
         assert same_label(a, b, "equation") and not same_label(a, "84 - 2", "equation")
-    assert not same_label("x", "x", "equation")
     assert same_label("Neutral ", "neutral", "class") and not same_label("a b", "ab", "text")
 
 

@@ -39,15 +39,8 @@ def test_flags_are_the_fields_with_their_types():
     assert given == Config(5, 1e-3, ("c", "d"), "y", True)
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("--steps 0", "p: --steps must be at least 1, got 0"),
-        ("--kind z", "--kind: invalid choice: 'z'"),
-    ],
-)
-def test_a_wrong_flag_is_one_line_and_exit_2(refused, line, words):
-    assert words in refused(lambda argv: parse(" ".join(argv)), *line.split())
+def test_a_wrong_value_is_one_line_and_exit_2(refused):
+    assert "p: --steps must be at least 1, got 0" in refused(lambda _: parse("--steps 0"))
 
 
 def test_errors_are_one_line_that_a_terminal_does_not_obey(capsys):

@@ -10,22 +10,6 @@ from data import official, report
 from data.jsonl import read_jsonl
 from data.official import import_all
 
-OUTPUTS = [  # (dataset, raw output, rationale, teacher label)
-    ("svamp", "Unknown. The answer is (23 + x).", "Unknown.", None),
-    ("svamp", "It never says.\n\nQ: Next? The answer is (1 + 1).", None, None),
-    ("anli1", "\nThey differ. The answer is neutral.", "They differ.", "neutral"),
-    ("esnli", "Same.\nAnswer: entailment\n\nPremise: x\nAnswer: no", "Same.", "entailment"),
-]
-
-
-@pytest.mark.parametrize("name, output, rationale, label", OUTPUTS)
-def test_outputs_are_cut_at_the_answer_and_before_the_invented_example(
-    name, output, rationale, label
-):
-    found = official.parse_output(output, official.FORMATS[name])
-    assert (found.rationale, found.label) == (rationale, label)
-
-
 CHOICES = "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1"
 CQA = {"question": "Where?", "choices": ["a1", "b1", "c1", "d1", "e1"], "answer": "c1"}
 SVAMP = {"input": "Two boxes of 42?", "label": "( 84.0 / 2.0 )"}
@@ -49,9 +33,10 @@ def release(root, name, rows, outputs):
 @pytest.mark.parametrize("name", RELEASED)
 def test_each_dataset_is_imported_with_its_teachers_outputs(tmp_path, capsys, name):
     row, question, good, label = RELEASED[name]
-    outputs = {"train_CoT_10.json": ["no answer"]}  # 10 comes after 9, not after 1
+    invented = f"\n{official.FORMATS[name].next_example} {good}"
+    outputs = {"train_CoT_10.json": ["No answer." + invented]}  # 10 comes after 9, not after 1
     for k in range(10):
-        outputs[f"train_CoT_{k}.json"] = [good.replace("Because", f"Because {k}")]
+        outputs[f"train_CoT_{k}.json"] = [good.replace("Because", f"Because {k}") + invented]
     release(tmp_path, name, [row] * 12, outputs)
     assert official.main([str(tmp_path), "--out", str(tmp_path)]) == 0
     rows = list(read_jsonl(tmp_path / f"{name}_train.jsonl"))

@@ -19,14 +19,12 @@ def prompt(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_file_reads_back_its_own_answers_with_and_without_what_a_teacher_invents_next(name):
+def test_each_file_reads_back_its_own_answers_before_what_a_teacher_invents_next(name):
     p = prompt(name)
     assert 9 <= len(p.exemplars) <= 12
     for e in p.exemplars:
-        next_example = p.stop[0] + " next" + p.reply(p.exemplars[0])
-        for text in (p.reply(e), p.reply(e).strip(), p.reply(e) + next_example):
-            read = p.parse(text, e.input)
-            assert (read.rationale, read.label, read.error) == (e.rationale, e.label, None)
+        read = p.parse(p.reply(e).strip() + p.stop[0] + " next" + p.reply(p.exemplars[0]), e.input)
+        assert (read.rationale, read.label, read.error) == (e.rationale, e.label, None)
 
 
 def test_the_prompt_file_in_the_readme_works(tmp_path):

@@ -47,7 +47,6 @@ def test_what_misleads_is_counted(tmp_path, capsys, spiece):
     assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for line in (
-        "no row with a gold label has a teacher's label",
         "20 rationales are the same: 'yes.'",
         "a ☃ 10 50.0%",
         "0 (over 64) 15 rationale",  # with <unk>
