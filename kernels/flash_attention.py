@@ -17,8 +17,8 @@ The **reference** is the formula in PyTorch, on padded sequences. Tests compare 
 use it. The **Triton kernels** (attention_kernels.py) store no scores:
 
     forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)
-    backward   reads those and do; writes dq, dk, dv, stats (lse and delta), and sums of the table's
-               gradient; computes S, P and the dropout mask again
+    backward   reads those and do; writes dq, dk, dv, delta, and sums of the table's gradient;
+               computes S, P and the dropout mask again
 
 They use FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) over tiles of
 scores.
@@ -59,7 +59,6 @@ from .launch import (
     architecture,
     check_tensors,
     launch,
-    make_rows_contiguous,
     stages,
     triton,
 )
@@ -277,7 +276,8 @@ def launch_kernel(
 
     tensors: what the kernel takes up to `tiles_ptr`; the first four are q, k, v and diag.
     """
-    q, k, v, diag = tensors[:4]
+    q = tensors[0]
+    diag = tensors[3]
     Tq, H, D = q.shape
     rows = call.tiles_q.query_rows
     step = call.tiles_k.key_rows
@@ -299,11 +299,12 @@ def launch_kernel(
         step = max(step // 2, 16)
     if fp32:
         warps *= 2 if D <= 64 else 4
+    if of_keys and D > 64:
+        warps = max(warps, 2)  # dk and dv of 16 keys do not fit into the registers of one
     size = dict(BM=step, BN=rows) if of_keys else dict(BM=rows, BN=step)
     flags |= dict(CAUSAL=call.causal, BIAS=diag is not None, DROPOUT=call.threshold > 0, LONG=long)
     flags |= dict(D=D, num_warps=warps, num_stages=num_stages, **size)
-    strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]  # of tokens and heads
-    numbers = [Tq, H, *strides, call.reach, call.threshold]
+    numbers = [Tq, H, call.reach, call.threshold]
     where = [tiles, call.cu_seqlens_q, call.cu_seqlens_k, seed]
     launch(kernel, (len(tiles), H), *tensors, *where, *numbers, **flags)
 
@@ -320,7 +321,7 @@ class Attention(torch.autograd.Function):
         seed: Tensor | None,
         call: Call,
     ) -> Tensor:
-        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        o = torch.empty_like(q)
         lse = torch.empty(q.shape[1], q.shape[0], device=q.device)
         tensors = [q, k, v, diag, o, lse]
         launch_kernel(attention_forward_kernel, call, False, tensors, seed)
@@ -335,13 +336,13 @@ class Attention(torch.autograd.Function):
         call = ctx.call
         do = do.contiguous()
         dq = torch.empty_like(o)
-        stats = torch.empty(*lse.shape, 2, device=q.device)
+        delta = torch.empty_like(lse)
         buckets = 0
         partial = None
         if ctx.needs_input_grad[3]:
             buckets = max(triton.next_power_of_2(call.num_buckets), 16)  # a product needs 16
             partial = torch.empty(len(call.tiles_q.queries), q.shape[1], buckets, device=q.device)
-        tensors = [q, k, v, diag, call.lut, o, do, dq, lse, stats, partial]
+        tensors = [q, k, v, diag, call.lut, o, do, dq, lse, delta, partial]
         launch_kernel(attention_dq_kernel, call, False, tensors, seed, BUCKETS=buckets)
         d_table = None
         if partial is not None:
@@ -349,9 +350,9 @@ class Attention(torch.autograd.Function):
         dk = None
         dv = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-            dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-            tensors = [q, k, v, diag, do, dk, dv, stats]
+            dk = torch.empty_like(k)
+            dv = torch.empty_like(v)
+            tensors = [q, k, v, diag, do, dk, dv, lse, delta]
             launch_kernel(attention_dkdv_kernel, call, True, tensors, seed)
         return dq, dk, dv, d_table, None, None, None
 
@@ -375,15 +376,14 @@ def attention_triton(
 ) -> Tensor:
     """`attention_reference` by the Triton kernels. dropout_p is rounded to a multiple of 1/256.
 
-    q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The
-    gradients are contiguous.
+    q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; copied where they are not contiguous.
     """
     check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance)
     if q.shape[2] not in (16, 32, 64, 128):
         raise ValueError(f"attention: Triton takes D of 16, 32, 64 or 128, got {q.shape[2]}")
     where = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_tensors("attention", q=q, k=k, v=v, table=table, **where)
-    q, k, v = make_rows_contiguous(q, k, v)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     if tiles_q is None:
         tiles_q = make_tiles(cu_seqlens_q, len(q))
     if tiles_k is None and cu_seqlens_k is cu_seqlens_q:
