@@ -4,11 +4,12 @@
 Triton reads the annotations of a kernel: nothing but tl.constexpr may stand there.
 """
 
+from . import buckets
 from .dropout import dropout_mask
 from .launch import INTERPRETED, tl, triton
 
 VARYING = ["Tq", "reach", "threshold"]  # change often: one compilation serves all values
-MARGIN = tl.constexpr(128)  # distances of `diag` beyond `reach` on each side; at least BM + BN
+MARGIN = tl.constexpr(buckets.MARGIN)
 WIDEN = tl.constexpr(INTERPRETED)  # convert the operands of products to fp32
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware knows 2^x only
 
@@ -37,14 +38,14 @@ def locate(tiles_ptr, cu_q_ptr, cu_k_ptr):
 
 
 @triton.jit
-def tile_range(EDGE, p0, count, reach, OF_KEYS, CAUSAL, BIAS, LONG, ROWS, STEP):
+def tile_range(EDGE, p0, count, diag_ptr, reach, OF_KEYS, CAUSAL, LONG, ROWS, STEP):
     """(begin, stop, skip, end) of the tiles, of STEP tokens, that a program walks along.
 
     The program has ROWS queries, and the tiles hold the `count` keys, or the reverse if OF_KEYS.
     p0: the token of the tiles' side that has distance 0 from the program's first.
     """
-    # In sight are first .. last - 1. Of these, plain are those before `left`, and from `right` on
-    # up to `whole`, where STEP may not divide count.
+    # In sight are first .. last - 1. Plain are those before `left`, and those from `right` up to
+    # `whole`, which leaves out a last tile that the end of the sequence cuts off.
     first = 0
     last = (count + STEP - 1) // STEP
     if CAUSAL and OF_KEYS:
@@ -55,7 +56,7 @@ def tile_range(EDGE, p0, count, reach, OF_KEYS, CAUSAL, BIAS, LONG, ROWS, STEP):
     left = first
     right = whole
     if LONG:
-        if not (BIAS or CAUSAL):
+        if diag_ptr is None and not CAUSAL:
             left = whole
         elif not (CAUSAL and OF_KEYS):
             left = tl.minimum(tl.maximum(p0 - reach + 1, 0) // STEP, whole)
@@ -68,13 +69,18 @@ def tile_range(EDGE, p0, count, reach, OF_KEYS, CAUSAL, BIAS, LONG, ROWS, STEP):
 
 
 @triton.jit
+def place_of(ptr, start, first, h, H, ROWS, D):
+    """Where rows (ROWS, D) of head h are, from row `first` of a sequence on. May need 64 bits."""
+    ptr += ((start + first).to(tl.int64) * H + h) * D
+    return ptr + (tl.arange(0, ROWS)[:, None] * (H * D) + tl.arange(0, D)[None, :])
+
+
+@triton.jit
 def load_rows(ptr, start, first, count, h, H, ROWS, D, MASK):
-    """(ROWS, D) of head h from row `first` of a sequence on. MASK: 0 from row `count` on."""
-    row = tl.arange(0, ROWS)[:, None]
-    ptr += ((start + first).to(tl.int64) * H + h) * D  # may need 64 bits
-    place = ptr + (row * (H * D) + tl.arange(0, D)[None, :])
+    """MASK: 0 from row `count` on."""
+    place = place_of(ptr, start, first, h, H, ROWS, D)
     if MASK:
-        x = tl.load(place, mask=first + row < count, other=0.0)
+        x = tl.load(place, mask=first + tl.arange(0, ROWS)[:, None] < count, other=0.0)
     else:
         x = tl.load(place)
     return x.to(tl.float32) if WIDEN else x
@@ -82,12 +88,10 @@ def load_rows(ptr, start, first, count, h, H, ROWS, D, MASK):
 
 @triton.jit
 def store_rows(ptr, x, start, first, count, h, H):
-    """Store x (ROWS, D), except for rows from `count` on."""
-    D: tl.constexpr = x.shape[1]
-    row = tl.arange(0, x.shape[0])[:, None]
-    ptr += ((start + first).to(tl.int64) * H + h) * D
-    place = ptr + (row * (H * D) + tl.arange(0, D)[None, :])
-    tl.store(place, x.to(ptr.dtype.element_ty), mask=first + row < count)
+    """All but the rows from `count` on."""
+    place = place_of(ptr, start, first, h, H, x.shape[0], x.shape[1])
+    row = first + tl.arange(0, x.shape[0])[:, None]
+    tl.store(place, x.to(ptr.dtype.element_ty), mask=row < count)
 
 
 @triton.jit
@@ -101,18 +105,30 @@ def at_distance(ptr, h, corner, reach):
 
 
 @triton.jit
-def edge_scores(s, row, column, diag_ptr, h, corner, keys, reach, CAUSAL, BIAS):
-    """The scores s of an edge tile with their bias, and -inf for a key that is not seen.
+def tile_scores(a, b, diag_ptr, h, corner, keys, reach, EDGE, OF_KEYS, CAUSAL):
+    """(a b^T, bias). In an edge tile the scores have their bias, and -inf for a key out of sight.
 
-    row: of the queries, and column: of the keys, counted from the tile's corner.
+    In a plain tile, `bias` is that of the whole tile, times log2 e. a: queries, and b: keys, of
+    which `keys` are left; the reverse if OF_KEYS. Then keys past the end are not masked: what
+    they get is not stored.
     """
-    if BIAS:
-        place = at_distance(diag_ptr, h, corner, reach)
-        s += tl.load(place + (column.to(tl.int64) - row.to(tl.int64)))
-    visible = column < keys
-    if CAUSAL:
-        visible = visible & (column - row <= -corner)
-    return tl.where(visible, s, float("-inf"))
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    bias = 0.0
+    if diag_ptr is not None:
+        diag_ptr = at_distance(diag_ptr, h, corner, reach)
+    if EDGE:
+        row = tl.arange(0, a.shape[0])[:, None]
+        column = tl.arange(0, b.shape[0])[None, :]
+        distance = row - column if OF_KEYS else column - row  # from the corner's
+        if diag_ptr is not None:
+            s += tl.load(diag_ptr + distance.to(tl.int64))
+        if CAUSAL:
+            s = tl.where(distance <= -corner, s, float("-inf"))
+        if not OF_KEYS:
+            s = tl.where(column < keys, s, float("-inf"))
+    elif diag_ptr is not None:
+        bias = tl.load(diag_ptr) * LOG2E
+    return s, bias
 
 
 # ---- Forward ------------------------------------------------------------------------------------
@@ -131,7 +147,7 @@ def attention_forward_kernel(
     tiles_ptr, cu_q_ptr, cu_k_ptr,
     seed_ptr,  # (1,) int64
     Tq, H, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
@@ -142,25 +158,20 @@ def attention_forward_kernel(
     p0 = i0 + (N - M if CAUSAL else 0)
 
     q = load_rows(q_ptr, q_start, i0, M, h, H, BM, D, True)
-    row = tl.arange(0, BM)[:, None]
-    column = tl.arange(0, BN)[None, :]
     rows = i0 + tl.arange(0, BM)
     acc = tl.zeros([BM, D], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
 
     for EDGE in tl.static_range(0 if LONG else 1, 2):  # plain tiles, then edge tiles
-        begin, stop, skip, end = tile_range(EDGE, p0, N, reach, False, CAUSAL, BIAS, LONG, BM, BN)
+        begin, stop, skip, end = tile_range(
+            EDGE, p0, N, diag_ptr, reach, False, CAUSAL, LONG, BM, BN
+        )
         for t in range(begin, end):
             j0 = tl.where(t < stop, t, t + skip) * BN
             k = load_rows(k_ptr, k_start, j0, N, h, H, BN, D, EDGE)
             v = load_rows(v_ptr, k_start, j0, N, h, H, BN, D, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            bias = 0.0  # of the whole tile, times log2 e
-            if EDGE:
-                s = edge_scores(s, row, column, diag_ptr, h, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-            elif BIAS:
-                bias = tl.load(at_distance(diag_ptr, h, j0 - p0, reach)) * LOG2E
+            s, bias = tile_scores(q, k, diag_ptr, h, j0 - p0, N - j0, reach, EDGE, False, CAUSAL)
             higher = tl.maximum(m, tl.max(s, 1) * LOG2E + bias)
             p = tl.exp2(s * LOG2E - (higher - bias)[:, None])  # one multiply-add and a power
             shrink = tl.exp2(m - higher)
@@ -219,7 +230,7 @@ def attention_dq_kernel(
     partial_ptr,  # (programs, H, BUCKETS) fp32
     tiles_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,  # as in forward
     Tq, H, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BUCKETS: tl.constexpr,  # a power of two; 0: the table needs no gradient
 ):  # fmt: skip
@@ -232,17 +243,13 @@ def attention_dq_kernel(
         sum_before = tl.zeros([BM], tl.float32)
         sum_after = tl.zeros([BM], tl.float32)
     if i0 >= M:
-        if BUCKETS > 0:
-            tl.store(partial_ptr, tl.zeros([BUCKETS], tl.float32))
-        return
+        N = 0  # sees no key, and its sums are 0
     seed = tl.load(seed_ptr) if DROPOUT else 0
     p0 = i0 + (N - M if CAUSAL else 0)
 
     q = load_rows(q_ptr, q_start, i0, M, h, H, BM, D, True)
     do = load_rows(do_ptr, q_start, i0, M, h, H, BM, D, True)
     o = load_rows(o_ptr, q_start, i0, M, h, H, BM, D, True)
-    row = tl.arange(0, BM)[:, None]
-    column = tl.arange(0, BN)[None, :]
     rows = i0 + tl.arange(0, BM)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     place = h * Tq + q_start + rows
@@ -251,17 +258,14 @@ def attention_dq_kernel(
     dq = tl.zeros([BM, D], tl.float32)
 
     for EDGE in tl.static_range(0 if LONG else 1, 2):  # plain tiles, then edge tiles
-        begin, stop, skip, end = tile_range(EDGE, p0, N, reach, False, CAUSAL, BIAS, LONG, BM, BN)
+        begin, stop, skip, end = tile_range(
+            EDGE, p0, N, diag_ptr, reach, False, CAUSAL, LONG, BM, BN
+        )
         for t in range(begin, end):
             j0 = tl.where(t < stop, t, t + skip) * BN
             k = load_rows(k_ptr, k_start, j0, N, h, H, BN, D, EDGE)
             v = load_rows(v_ptr, k_start, j0, N, h, H, BN, D, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            bias = 0.0
-            if EDGE:
-                s = edge_scores(s, row, column, diag_ptr, h, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-            elif BIAS:
-                bias = tl.load(at_distance(diag_ptr, h, j0 - p0, reach)) * LOG2E
+            s, bias = tile_scores(q, k, diag_ptr, h, j0 - p0, N - j0, reach, EDGE, False, CAUSAL)
             p = tl.exp2(s * LOG2E - (lse - bias)[:, None])  # 0 where s is -inf
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if DROPOUT:
@@ -296,7 +300,7 @@ def attention_dkdv_kernel(
     tiles_ptr,  # of the keys
     cu_q_ptr, cu_k_ptr, seed_ptr,
     Tq, H, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
@@ -308,13 +312,13 @@ def attention_dkdv_kernel(
 
     k = load_rows(k_ptr, k_start, j0, N, h, H, BN, D, True)
     v = load_rows(v_ptr, k_start, j0, N, h, H, BN, D, True)
-    row = tl.arange(0, BM)[None, :]
-    column = tl.arange(0, BN)[:, None]
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
 
     for EDGE in tl.static_range(0 if LONG else 1, 2):  # plain tiles, then edge tiles
-        begin, stop, skip, end = tile_range(EDGE, p0, M, reach, True, CAUSAL, BIAS, LONG, BN, BM)
+        begin, stop, skip, end = tile_range(
+            EDGE, p0, M, diag_ptr, reach, True, CAUSAL, LONG, BN, BM
+        )
         for t in range(begin, end):
             i0 = tl.where(t < stop, t, t + skip) * BM
             rows = i0 + tl.arange(0, BM)
@@ -323,12 +327,9 @@ def attention_dkdv_kernel(
             place = h * Tq + q_start + rows
             lse = tl.load(lse_ptr + place, mask=rows < M, other=float("inf"))
             delta = tl.load(delta_ptr + place, mask=rows < M, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM), as both products want it
-            bias = 0.0
-            if EDGE:  # keys past the end may stay: what they get is not stored
-                s = edge_scores(s, row, column, diag_ptr, h, p0 - i0, BN, reach, CAUSAL, BIAS)
-            elif BIAS:
-                bias = tl.load(at_distance(diag_ptr, h, p0 - i0, reach)) * LOG2E
+            s, bias = tile_scores(  # (BN, BM), as both products want it
+                k, q, diag_ptr, h, p0 - i0, N - j0, reach, EDGE, True, CAUSAL
+            )
             p = tl.exp2(s * LOG2E - (lse - bias)[None, :])
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dropped = p
