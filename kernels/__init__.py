@@ -17,6 +17,7 @@ from . import launch
 from .activations import geglu_reference, geglu_triton
 from .dropout import seeds_drawn_together  # noqa: F401, for the model
 from .flash_attention import (  # noqa: F401, for the model
+    HEAD_WIDTHS,
     Tiles,
     attention_reference,
     attention_triton,
@@ -31,7 +32,6 @@ from .losses import (
 )
 from .norms import rms_norm_reference, rms_norm_triton
 
-HEAD_WIDTHS = (16, 32, 64, 128)  # for which attention has Triton kernels
 __version__ = "0.3.0"  # transformers probes for a package named `kernels` and reads its version
 
 
@@ -85,9 +85,7 @@ def attention(
     diag: Tensor | None = None,
 ) -> Tensor:
     """Attention within packed sequences, with T5's position bias: see `attention_reference`."""
-    sequences = (cu_seqlens_q, cu_seqlens_k, causal)
-    dropout = (dropout_p, seed)
-    prepared = (max_distance, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k, diag)
+    options = (causal, dropout_p, seed, max_distance, max_seqlen_q, max_seqlen_k)
     function = attention_reference
     if choice(q.device) == "triton":
         if q.shape[-1] in HEAD_WIDTHS:
@@ -95,7 +93,7 @@ def attention(
         else:
             text = f"attention: no Triton kernel for heads of width {q.shape[-1]}"
             warnings.warn(f"{text}; the reference computes instead", stacklevel=2)
-    return function(q, k, v, table, *sequences, *dropout, *prepared)
+    return function(q, k, v, table, cu_seqlens_q, cu_seqlens_k, *options, tiles_q, tiles_k, diag)
 
 
 def cross_entropy(

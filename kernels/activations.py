@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import launch
 from .dropout import drop, dropout_reference, seed_on, threshold_of
-from .launch import INTERPRETED, check_tensors, launch, load_fp32, make_rows_contiguous, tl, triton
+from .launch import INTERPRETED, check_tensors, load_fp32, require, tl, triton
 
 # A tile is 4 rows of 512 numbers: 16 values a thread, and rows long enough for whole cache lines.
 # The interpreter takes as long for a large tile as for a small one.
@@ -45,9 +46,8 @@ def geglu_reference(
 
 
 def check_arguments(gate: Tensor, up: Tensor) -> None:
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        got = f"{list(gate.shape)} {gate.dtype} and {list(up.shape)} {up.dtype}"
-        raise ValueError(f"geglu: gate and up must have one shape and dtype, got {got}")
+    fits = gate.shape == up.shape and gate.dtype == up.dtype
+    require(fits, "geglu: gate and up must have one shape and dtype", gate, up)
 
 
 # ---- Triton -------------------------------------------------------------------------------------
@@ -64,15 +64,13 @@ def check_arguments(gate: Tensor, up: Tensor) -> None:
 def geglu_kernel(
     gate_ptr,
     up_ptr,
-    y_ptr,  # forward's result, or None in backward; this and the others (T, F), contiguous
+    y_ptr,  # forward's result, or None in backward; (T, F) as all are
     dy_ptr,  # backward's input and results, or None in forward
     d_gate_ptr,
     d_up_ptr,
     seed_ptr,  # None without dropout
     T,
     F,
-    gate_stride,
-    up_stride,
     threshold,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -83,8 +81,8 @@ def geglu_kernel(
     row = rows[:, None].to(tl.int64)
     inside = (row < T) & (columns < F)
     here = row * F + columns
-    gate = load_fp32(gate_ptr + row * gate_stride + columns, inside)
-    up = load_fp32(up_ptr + row * up_stride + columns, inside)
+    gate = load_fp32(gate_ptr + here, inside)
+    up = load_fp32(up_ptr + here, inside)
     t = 1 / (1 + tl.exp(-(gate + gate * gate * gate * CUBIC) * TWO_ROOT_2_BY_PI))
     if dy_ptr is None:
         y = drop(gate * t * up, seed_ptr, rows, first_column, threshold, BLOCK)
@@ -105,7 +103,7 @@ class GEGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
-        y = up.new_empty(up.shape)
+        y = torch.empty_like(up)
         launch_tiles([gate, up, y, None, None, None, seed], threshold)
         ctx.save_for_backward(gate, up, seed)
         ctx.threshold = threshold
@@ -115,19 +113,18 @@ class GEGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, seed = ctx.saved_tensors
-        d_gate = gate.new_empty(gate.shape)
-        d_up = up.new_empty(up.shape)
+        d_gate = torch.empty_like(gate)
+        d_up = torch.empty_like(up)
         launch_tiles([gate, up, None, dy.contiguous(), d_gate, d_up, seed], ctx.threshold)
         return d_gate, d_up, None, None
 
 
 def launch_tiles(tensors: list[Tensor | None], threshold: int) -> None:
     """tensors: the kernel's, in order."""
-    gate, up = tensors[:2]
-    T, width = gate.shape
+    T, width = tensors[0].shape
     grid = (triton.cdiv(T, ROWS), triton.cdiv(width, BLOCK))
-    sizes = (T, width, gate.stride(0), up.stride(0), threshold)
-    launch(geglu_kernel, grid, *tensors, *sizes, ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    tile = dict(ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch.launch(geglu_kernel, grid, *tensors, T, width, threshold, **tile)
 
 
 def geglu_triton(
@@ -135,10 +132,8 @@ def geglu_triton(
 ) -> Tensor:
     """`geglu_reference` in one pass; dropout_p is rounded as dropout.py says."""
     check_arguments(gate, up)
-    if up.dim() != 2:
-        raise ValueError(f"geglu: the Triton kernel takes inputs of (T, F), got {list(up.shape)}")
-    check_tensors("geglu", gate=gate, up=up)
+    require(up.dim() == 2, "geglu: the Triton kernel takes inputs of (T, F)", up)
+    check_tensors("geglu", gate, up)
     threshold = threshold_of(dropout_p)
     seed = seed_on(up.device, seed) if threshold else None
-    gate, up = make_rows_contiguous(gate, up)
-    return GEGLU.apply(gate, up, seed, threshold)
+    return GEGLU.apply(gate.contiguous(), up.contiguous(), seed, threshold)

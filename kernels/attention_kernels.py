@@ -4,11 +4,12 @@
 Triton reads the annotations of a kernel: nothing but tl.constexpr may stand there.
 """
 
+from . import buckets
 from .dropout import dropout_mask
 from .launch import INTERPRETED, tl, triton
 
 VARYING = ["Tq", "reach", "threshold"]  # change often: one compilation serves all values
-MARGIN = tl.constexpr(128)  # distances of `diag` beyond `reach` on each side; at least BM + BN
+MARGIN = tl.constexpr(buckets.MARGIN)
 WIDEN = tl.constexpr(INTERPRETED)  # convert the operands of products to fp32
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = 2^(x log2 e): the hardware knows 2^x only
 
@@ -37,117 +38,97 @@ def locate(tiles_ptr, cu_q_ptr, cu_k_ptr):
 
 
 @triton.jit
-def rows_at(ptr, token, h, token_stride, head_stride):
-    """The rows of head h from a token on. Numbers of elements may need 64 bits."""
-    return ptr + token.to(tl.int64) * token_stride + h.to(tl.int64) * head_stride
+def tile_range(EDGE, p0, count, diag_ptr, reach, OF_KEYS, CAUSAL, LONG, ROWS, STEP):
+    """(begin, stop, skip, end) of the tiles, of STEP tokens, that a program walks along.
 
-
-@triton.jit
-def far_bias(diag_ptr, reach, FAR):
-    """The bias of keys far before, and of keys far after the query, times log2 e."""
-    before = 0.0
-    after = 0.0
-    if FAR:
-        before = tl.load(diag_ptr) * LOG2E
-        after = tl.load(diag_ptr + 2 * (reach + MARGIN)) * LOG2E
-    return before, after
-
-
-@triton.jit
-def key_tiles(EDGE, p0, N, reach, CAUSAL, BIAS, LONG, BM, BN):
-    """(begin, stop, skip, end) of the key tiles that the queries from position p0 on see.
-
-    Plain tiles are the first `left`, and `right` more from first_right on. Edge tiles lie between
-    them and, where BN does not divide N, at the end.
+    The program has ROWS queries, and the tiles hold the `count` keys, or the reverse if OF_KEYS.
+    p0: the token of the tiles' side that has distance 0 from the program's first.
     """
-    whole = N // BN
-    left = 0
-    first_right = whole
-    visible = N
-    if CAUSAL:
-        visible = tl.minimum(N, p0 + BM)
-    if LONG:
-        left = whole
-        if BIAS or CAUSAL:
-            left = tl.minimum(tl.maximum(p0 - reach + 1, 0) // BN, whole)
-        if BIAS and not CAUSAL:
-            first_right = tl.minimum((p0 + BM - 1 + reach + BN - 1) // BN, whole)
-    right = whole - first_right
-    if EDGE:
-        return left, first_right, right, (visible + BN - 1) // BN - right
-    return 0, left, first_right - left, left + right
-
-
-@triton.jit
-def query_tiles(EDGE, j0, M, shift, reach, CAUSAL, BIAS, LONG, BM, BN):
-    """(begin, stop, skip, end) of the query tiles that see the keys from j0 on.
-
-    Plain tiles are 0 .. early - 1 and late .. whole - 1. Edge tiles are first .. late - 1 and,
-    where BM does not divide M, the last one.
-    """
-    whole = M // BM
-    early = 0
+    # In sight are first .. last - 1. Plain are those before `left`, and those from `right` up to
+    # `whole`, which leaves out a last tile that the end of the sequence cuts off.
     first = 0
-    late = whole
-    if LONG and not (BIAS or CAUSAL):
-        early = whole
-        first = whole
-    if LONG and (BIAS or CAUSAL):
-        late = tl.minimum((tl.maximum(j0 + BN - 1 + reach - shift, 0) + BM - 1) // BM, whole)
-    if LONG and BIAS and not CAUSAL:
-        early = tl.minimum(tl.maximum(j0 - reach - shift + 1, 0) // BM, late)
-        first = early
-    if CAUSAL:
-        first = tl.minimum(tl.maximum(j0 - shift, 0) // BM, late)
+    last = (count + STEP - 1) // STEP
+    if CAUSAL and OF_KEYS:
+        first = tl.maximum(p0, 0) // STEP
+    if CAUSAL and not OF_KEYS:
+        last = tl.minimum(last, (p0 + ROWS + STEP - 1) // STEP)
+    whole = tl.minimum(count // STEP, last)
+    left = first
+    right = whole
+    if LONG:
+        if diag_ptr is None and not CAUSAL:
+            left = whole
+        elif not (CAUSAL and OF_KEYS):
+            left = tl.minimum(tl.maximum(p0 - reach + 1, 0) // STEP, whole)
+        if OF_KEYS or not CAUSAL:
+            near = tl.maximum(p0 + ROWS - 1 + reach, 0)
+            right = tl.maximum(tl.minimum((near + STEP - 1) // STEP, whole), left)
     if EDGE:
-        return first, late, whole - late, late + (M + BM - 1) // BM - whole
-    return 0, early, late - early, early + whole - late
+        return left, right, whole - right, last - whole + right
+    return first, left, right - left, left + whole - right
 
 
 @triton.jit
-def load_rows(ptr, first, count, stride, ROWS, D, MASK):
-    """(ROWS, D) from row `first` on; rows are `stride` apart. MASK: 0 from row `count` on."""
-    row = tl.arange(0, ROWS)[:, None]
-    place = ptr + first.to(tl.int64) * stride + (row * stride + tl.arange(0, D)[None, :])
+def place_of(ptr, start, first, h, H, ROWS, D):
+    """Where rows (ROWS, D) of head h are, from row `first` of a sequence on. May need 64 bits."""
+    ptr += ((start + first).to(tl.int64) * H + h) * D
+    return ptr + (tl.arange(0, ROWS)[:, None] * (H * D) + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def load_rows(ptr, start, first, count, h, H, ROWS, D, MASK):
+    """MASK: 0 from row `count` on."""
+    place = place_of(ptr, start, first, h, H, ROWS, D)
     if MASK:
-        x = tl.load(place, mask=first + row < count, other=0.0)
+        x = tl.load(place, mask=first + tl.arange(0, ROWS)[:, None] < count, other=0.0)
     else:
         x = tl.load(place)
     return x.to(tl.float32) if WIDEN else x
 
 
 @triton.jit
-def store_rows(ptr, x, first, count, stride):
-    """Store x (ROWS, D) from row `first` on, except for rows from `count` on."""
+def store_rows(ptr, x, start, first, count, h, H):
+    """All but the rows from `count` on."""
+    place = place_of(ptr, start, first, h, H, x.shape[0], x.shape[1])
     row = first + tl.arange(0, x.shape[0])[:, None]
-    place = ptr + row * stride + tl.arange(0, x.shape[1])[None, :]
     tl.store(place, x.to(ptr.dtype.element_ty), mask=row < count)
 
 
 @triton.jit
-def limit(corner, reach):
-    """A corner whose tile has the same buckets, and whose distances `diag` and `lut` all hold."""
-    return tl.minimum(tl.maximum(corner, -reach - MARGIN // 2), reach + MARGIN // 2)
+def at_distance(ptr, h, corner, reach):
+    """Where row h of `diag` or of `lut` has the distance of a tile's corner.
+
+    Or one whose tile has the same buckets: the rows hold MARGIN distances beyond `reach` only.
+    """
+    corner = tl.minimum(tl.maximum(corner, -reach - MARGIN // 2), reach + MARGIN // 2)
+    return ptr + (h * (2 * (reach + MARGIN) + 1) + corner + reach + MARGIN)
 
 
 @triton.jit
-def add_bias(s, row, column, diag_ptr, corner, reach):
-    """s plus the bias of each distance corner + column - row. row, column: (n, 1) and (1, m)."""
-    start = diag_ptr + (limit(corner, reach) + reach + MARGIN)
-    return s + tl.load(start + (column.to(tl.int64) - row.to(tl.int64)))
+def tile_scores(a, b, diag_ptr, h, corner, keys, reach, EDGE, OF_KEYS, CAUSAL):
+    """(a b^T, bias). In an edge tile the scores have their bias, and -inf for a key out of sight.
 
-
-@triton.jit
-def edge_scores(s, diag_ptr, corner, keys_left, reach, CAUSAL, BIAS):
-    """The scores s of an edge tile with their bias, and -inf for a key that is not seen."""
-    row = tl.arange(0, s.shape[0])[:, None]
-    column = tl.arange(0, s.shape[1])[None, :]
-    if BIAS:
-        s = add_bias(s, row, column, diag_ptr, corner, reach)
-    visible = column < keys_left
-    if CAUSAL:
-        visible = visible & (column - row <= -corner)
-    return tl.where(visible, s, float("-inf"))
+    In a plain tile, `bias` is that of the whole tile, times log2 e. a: queries, and b: keys, of
+    which `keys` are left; the reverse if OF_KEYS. Then keys past the end are not masked: what
+    they get is not stored.
+    """
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    bias = 0.0
+    if diag_ptr is not None:
+        diag_ptr = at_distance(diag_ptr, h, corner, reach)
+    if EDGE:
+        row = tl.arange(0, a.shape[0])[:, None]
+        column = tl.arange(0, b.shape[0])[None, :]
+        distance = row - column if OF_KEYS else column - row  # from the corner's
+        if diag_ptr is not None:
+            s += tl.load(diag_ptr + distance.to(tl.int64))
+        if CAUSAL:
+            s = tl.where(distance <= -corner, s, float("-inf"))
+        if not OF_KEYS:
+            s = tl.where(column < keys, s, float("-inf"))
+    elif diag_ptr is not None:
+        bias = tl.load(diag_ptr) * LOG2E
+    return s, bias
 
 
 # ---- Forward ------------------------------------------------------------------------------------
@@ -165,8 +146,8 @@ def attention_forward_kernel(
     lse_ptr,  # (H, Tq) fp32
     tiles_ptr, cu_q_ptr, cu_k_ptr,
     seed_ptr,  # (1,) int64
-    Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
+    Tq, H, reach, threshold,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
@@ -174,33 +155,23 @@ def attention_forward_kernel(
     if i0 >= M:
         return
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    q_ptr = rows_at(q_ptr, q_start, h, q_stride, q_head)
-    k_ptr = rows_at(k_ptr, k_start, h, k_stride, k_head)
-    v_ptr = rows_at(v_ptr, k_start, h, v_stride, v_head)
-    o_ptr = rows_at(o_ptr, q_start, h, H * D, D)
     p0 = i0 + (N - M if CAUSAL else 0)
-    if BIAS:
-        diag_ptr += h * (2 * (reach + MARGIN) + 1)
-    before, after = far_bias(diag_ptr, reach, LONG and BIAS)
 
-    q = load_rows(q_ptr, i0, M, q_stride, BM, D, True)
+    q = load_rows(q_ptr, q_start, i0, M, h, H, BM, D, True)
     rows = i0 + tl.arange(0, BM)
     acc = tl.zeros([BM, D], tl.float32)
     l = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
 
     for EDGE in tl.static_range(0 if LONG else 1, 2):  # plain tiles, then edge tiles
-        begin, stop, skip, end = key_tiles(EDGE, p0, N, reach, CAUSAL, BIAS, LONG, BM, BN)
+        begin, stop, skip, end = tile_range(
+            EDGE, p0, N, diag_ptr, reach, False, CAUSAL, LONG, BM, BN
+        )
         for t in range(begin, end):
             j0 = tl.where(t < stop, t, t + skip) * BN
-            k = load_rows(k_ptr, j0, N, k_stride, BN, D, EDGE)
-            v = load_rows(v_ptr, j0, N, v_stride, BN, D, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            bias = 0.0  # of the whole tile, times log2 e
-            if EDGE:
-                s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-            else:
-                bias = tl.where(t < stop, before, after)
+            k = load_rows(k_ptr, k_start, j0, N, h, H, BN, D, EDGE)
+            v = load_rows(v_ptr, k_start, j0, N, h, H, BN, D, EDGE)
+            s, bias = tile_scores(q, k, diag_ptr, h, j0 - p0, N - j0, reach, EDGE, False, CAUSAL)
             higher = tl.maximum(m, tl.max(s, 1) * LOG2E + bias)
             p = tl.exp2(s * LOG2E - (higher - bias)[:, None])  # one multiply-add and a power
             shrink = tl.exp2(m - higher)
@@ -213,7 +184,7 @@ def attention_forward_kernel(
     if DROPOUT:
         acc *= 256.0 / (256 - threshold)
     tl.store(lse_ptr + h * Tq + q_start + rows, m + tl.log2(l), mask=rows < M)
-    store_rows(o_ptr, acc / l[:, None], i0, M, H * D)
+    store_rows(o_ptr, acc / l[:, None], q_start, i0, M, h, H)
 
 
 # ---- Backward -----------------------------------------------------------------------------------
@@ -238,7 +209,7 @@ def add_diagonals(sums, ds, lut_ptr, corner, reach, dtype):
     """sums (BM, BUCKETS) plus those of an edge tile ds (BM, BN), to be added over the rows."""
     BM: tl.constexpr = ds.shape[0]
     BN: tl.constexpr = ds.shape[1]
-    lut_ptr += limit(corner, reach) + reach + MARGIN + tl.arange(0, BN)
+    lut_ptr = at_distance(lut_ptr, 0, corner, reach) + tl.arange(0, BN)
     place = tl.arange(0, BM)[:, None] + tl.arange(0, BN)[None, :]
     skewed = tl.gather(ds, place % BN, 1)
     bucket = tl.arange(0, sums.shape[1])[None, :]
@@ -255,11 +226,11 @@ def attention_dq_kernel(
     lut_ptr,  # (2 (reach + MARGIN) + 1,) int32, the bucket of each distance
     o_ptr, do_ptr, dq_ptr,  # (Tq, H, D), contiguous
     lse_ptr,
-    stats_ptr,  # (H, Tq, 2) fp32: lse and delta, written here for attention_dkdv_kernel
+    delta_ptr,  # (H, Tq) fp32, written here for attention_dkdv_kernel
     partial_ptr,  # (programs, H, BUCKETS) fp32
     tiles_ptr, cu_q_ptr, cu_k_ptr, seed_ptr,  # as in forward
-    Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
+    Tq, H, reach, threshold,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BUCKETS: tl.constexpr,  # a power of two; 0: the table needs no gradient
 ):  # fmt: skip
@@ -272,44 +243,29 @@ def attention_dq_kernel(
         sum_before = tl.zeros([BM], tl.float32)
         sum_after = tl.zeros([BM], tl.float32)
     if i0 >= M:
-        if BUCKETS > 0:
-            tl.store(partial_ptr, tl.zeros([BUCKETS], tl.float32))
-        return
+        N = 0  # sees no key, and its sums are 0
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    q_ptr = rows_at(q_ptr, q_start, h, q_stride, q_head)
-    k_ptr = rows_at(k_ptr, k_start, h, k_stride, k_head)
-    v_ptr = rows_at(v_ptr, k_start, h, v_stride, v_head)
-    o_ptr = rows_at(o_ptr, q_start, h, H * D, D)
-    do_ptr = rows_at(do_ptr, q_start, h, H * D, D)
-    dq_ptr = rows_at(dq_ptr, q_start, h, H * D, D)
     p0 = i0 + (N - M if CAUSAL else 0)
-    if BIAS:
-        diag_ptr += h * (2 * (reach + MARGIN) + 1)
-    before, after = far_bias(diag_ptr, reach, LONG and BIAS)
 
-    q = load_rows(q_ptr, i0, M, q_stride, BM, D, True)
-    do = load_rows(do_ptr, i0, M, H * D, BM, D, True)
-    o = load_rows(o_ptr, i0, M, H * D, BM, D, True)
+    q = load_rows(q_ptr, q_start, i0, M, h, H, BM, D, True)
+    do = load_rows(do_ptr, q_start, i0, M, h, H, BM, D, True)
+    o = load_rows(o_ptr, q_start, i0, M, h, H, BM, D, True)
     rows = i0 + tl.arange(0, BM)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    lse = tl.load(lse_ptr + h * Tq + q_start + rows, mask=rows < M, other=float("inf"))  # P = 0
-    stats_ptr += 2 * (h * Tq + q_start + rows)
-    tl.store(stats_ptr, lse, mask=rows < M)
-    tl.store(stats_ptr + 1, delta, mask=rows < M)
+    place = h * Tq + q_start + rows
+    lse = tl.load(lse_ptr + place, mask=rows < M, other=float("inf"))  # P = 0 past the end
+    tl.store(delta_ptr + place, delta, mask=rows < M)
     dq = tl.zeros([BM, D], tl.float32)
 
     for EDGE in tl.static_range(0 if LONG else 1, 2):  # plain tiles, then edge tiles
-        begin, stop, skip, end = key_tiles(EDGE, p0, N, reach, CAUSAL, BIAS, LONG, BM, BN)
+        begin, stop, skip, end = tile_range(
+            EDGE, p0, N, diag_ptr, reach, False, CAUSAL, LONG, BM, BN
+        )
         for t in range(begin, end):
             j0 = tl.where(t < stop, t, t + skip) * BN
-            k = load_rows(k_ptr, j0, N, k_stride, BN, D, EDGE)
-            v = load_rows(v_ptr, j0, N, v_stride, BN, D, EDGE)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee")
-            bias = 0.0
-            if EDGE:
-                s = edge_scores(s, diag_ptr, j0 - p0, N - j0, reach, CAUSAL, BIAS)
-            else:
-                bias = tl.where(t < stop, before, after)
+            k = load_rows(k_ptr, k_start, j0, N, h, H, BN, D, EDGE)
+            v = load_rows(v_ptr, k_start, j0, N, h, H, BN, D, EDGE)
+            s, bias = tile_scores(q, k, diag_ptr, h, j0 - p0, N - j0, reach, EDGE, False, CAUSAL)
             p = tl.exp2(s * LOG2E - (lse - bias)[:, None])  # 0 where s is -inf
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if DROPOUT:
@@ -325,7 +281,7 @@ def attention_dq_kernel(
                     sum_before += tl.where(t < stop, of_row, 0.0)
                     sum_after += tl.where(t < stop, 0.0, of_row)
 
-    store_rows(dq_ptr, dq, i0, M, H * D)
+    store_rows(dq_ptr, dq, q_start, i0, M, h, H)
     if BUCKETS > 0:
         total = tl.sum(sums, 0)
         if LONG:
@@ -340,11 +296,11 @@ def attention_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, diag_ptr,
     do_ptr,  # (Tq, H, D), contiguous
     dk_ptr, dv_ptr,  # (Tk, H, D), contiguous
-    stats_ptr,
+    lse_ptr, delta_ptr,
     tiles_ptr,  # of the keys
     cu_q_ptr, cu_k_ptr, seed_ptr,
-    Tq, H, q_stride, q_head, k_stride, k_head, v_stride, v_head, reach, threshold,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
+    Tq, H, reach, threshold,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LONG: tl.constexpr,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(1)
@@ -352,44 +308,28 @@ def attention_dkdv_kernel(
     if j0 >= N:
         return
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    q_ptr = rows_at(q_ptr, q_start, h, q_stride, q_head)
-    k_ptr = rows_at(k_ptr, k_start, h, k_stride, k_head)
-    v_ptr = rows_at(v_ptr, k_start, h, v_stride, v_head)
-    do_ptr = rows_at(do_ptr, q_start, h, H * D, D)
-    stats_ptr += 2 * (h * Tq + q_start)
-    dk_ptr = rows_at(dk_ptr, k_start, h, H * D, D)
-    dv_ptr = rows_at(dv_ptr, k_start, h, H * D, D)
-    shift = N - M if CAUSAL else 0
-    if BIAS:
-        diag_ptr += h * (2 * (reach + MARGIN) + 1)
-    before, after = far_bias(diag_ptr, reach, LONG and BIAS)
+    p0 = j0 - (N - M if CAUSAL else 0)
 
-    k = load_rows(k_ptr, j0, N, k_stride, BN, D, True)
-    v = load_rows(v_ptr, j0, N, v_stride, BN, D, True)
+    k = load_rows(k_ptr, k_start, j0, N, h, H, BN, D, True)
+    v = load_rows(v_ptr, k_start, j0, N, h, H, BN, D, True)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
 
     for EDGE in tl.static_range(0 if LONG else 1, 2):  # plain tiles, then edge tiles
-        begin, stop, skip, end = query_tiles(EDGE, j0, M, shift, reach, CAUSAL, BIAS, LONG, BM, BN)
+        begin, stop, skip, end = tile_range(
+            EDGE, p0, M, diag_ptr, reach, True, CAUSAL, LONG, BN, BM
+        )
         for t in range(begin, end):
             i0 = tl.where(t < stop, t, t + skip) * BM
             rows = i0 + tl.arange(0, BM)
-            q = load_rows(q_ptr, i0, M, q_stride, BM, D, EDGE)
-            do = load_rows(do_ptr, i0, M, H * D, BM, D, EDGE)
-            stats = load_rows(stats_ptr, i0, M, 2, BM, 2, EDGE)  # in one load
-            lse, delta = tl.split(stats)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BN, BM), as both products want it
-            bias = 0.0
-            if EDGE:
-                lse = tl.where(rows < M, lse, float("inf"))  # P = 0 past the end
-                row = tl.arange(0, BM)[None, :]
-                column = tl.arange(0, BN)[:, None]
-                if BIAS:
-                    s = add_bias(s, row, column, diag_ptr, j0 - i0 - shift, reach)
-                if CAUSAL:
-                    s = tl.where(column - row <= i0 + shift - j0, s, float("-inf"))
-            else:
-                bias = tl.where(t < stop, after, before)  # the keys lie far after early queries
+            q = load_rows(q_ptr, q_start, i0, M, h, H, BM, D, EDGE)
+            do = load_rows(do_ptr, q_start, i0, M, h, H, BM, D, EDGE)
+            place = h * Tq + q_start + rows
+            lse = tl.load(lse_ptr + place, mask=rows < M, other=float("inf"))
+            delta = tl.load(delta_ptr + place, mask=rows < M, other=0.0)
+            s, bias = tile_scores(  # (BN, BM), as both products want it
+                k, q, diag_ptr, h, p0 - i0, N - j0, reach, EDGE, True, CAUSAL
+            )
             p = tl.exp2(s * LOG2E - (lse - bias)[None, :])
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dropped = p
@@ -402,5 +342,5 @@ def attention_dkdv_kernel(
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
 
-    store_rows(dk_ptr, dk, j0, N, H * D)
-    store_rows(dv_ptr, dv, j0, N, H * D)
+    store_rows(dk_ptr, dk, k_start, j0, N, h, H)
+    store_rows(dv_ptr, dv, k_start, j0, N, h, H)

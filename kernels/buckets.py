@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+MARGIN = 128  # distances of `near_buckets` beyond `reach` on each side; at least two tiles' rows
+
 
 def relative_position_bucket(
     distance: Tensor, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
@@ -51,17 +53,17 @@ def bucket_table(
 @functools.cache
 @torch.inference_mode(False)
 def near_buckets(
-    num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device, margin: int
+    num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device
 ) -> tuple[int, Tensor]:
     """(reach, buckets).
 
     reach: the least number >= 1 such that all distances <= -reach share a bucket, and all >= reach
-    share another. buckets: those of the distances from -(reach + margin) to reach + margin, int32.
+    share another. buckets: those of the distances from -(reach + MARGIN) to reach + MARGIN, int32.
     """
     bucket = bucket_table(num_buckets, max_distance, bidirectional, torch.device("cpu"))
     before = bucket[:max_distance] != bucket[0]
     after = bucket[max_distance + 1 :] != bucket[-1]
     reach = 1 + max(int(before.sum()), int(after.sum()))
-    distances = torch.arange(-reach - margin, reach + margin + 1, device="cpu")
+    distances = torch.arange(-reach - MARGIN, reach + MARGIN + 1, device="cpu")
     near = distances.clamp(-max_distance, max_distance)
     return reach, bucket[near + max_distance].int().to(device)

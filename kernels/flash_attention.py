@@ -17,8 +17,8 @@ The **reference** is the formula in PyTorch, on padded sequences. Tests compare 
 use it. The **Triton kernels** (attention_kernels.py) store no scores:
 
     forward    reads q, k, v; writes o and, per query, lse = log2 sum_j 2^(S log2 e)
-    backward   reads those and do; writes dq, dk, dv, stats (lse and delta), and sums of the table's
-               gradient; computes S, P and the dropout mask again
+    backward   reads those and do; writes dq, dk, dv, delta, and sums of the table's gradient;
+               computes S, P and the dropout mask again
 
 They use FlashAttention's online softmax (Milakov and Gimelshein 2018; Dao 2023) over tiles of
 scores.
@@ -46,23 +46,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from . import launch
 from .attention_kernels import (
-    MARGIN,
     attention_dkdv_kernel,
     attention_dq_kernel,
     attention_forward_kernel,
 )
 from .buckets import near_buckets, relative_position_bucket
 from .dropout import dropout_reference, seed_on, threshold_of
-from .launch import (
-    INTERPRETED,
-    architecture,
-    check_tensors,
-    launch,
-    make_rows_contiguous,
-    stages,
-    triton,
-)
+from .launch import INTERPRETED, check_tensors, require, triton
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ def bias_by_distance(table: Tensor, causal: bool, max_distance: int = 128) -> Te
     table: (num_buckets, H). Returns (H, distances) fp32. No gradient flows through it; that of the
     table comes from `attention` itself.
     """
-    _, lut = near_buckets(len(table), max_distance, not causal, table.device, MARGIN.value)
+    _, lut = near_buckets(len(table), max_distance, not causal, table.device)
     return table.detach().float().T.index_select(1, lut)
 
 
@@ -166,7 +158,7 @@ def attention_reference(
 
     Returns (Tq, H, D) in q's dtype. Raises ValueError for shapes that do not fit together.
     """
-    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance)
+    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal)
     len_q = cu_seqlens_q.diff()[:, None]  # (B, 1)
     len_k = cu_seqlens_k.diff()[:, None]
     i = torch.arange(int(len_q.max()), device=q.device)  # (M,)
@@ -205,61 +197,44 @@ def check_arguments(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     causal: bool,
-    max_distance: int,
 ) -> None:
     """Raise ValueError and name what does not fit. Values are read on the CPU only."""
-    if q.dim() != 3 or k.dim() != 3 or q.shape[1:] != k.shape[1:]:
-        shapes = f"{list(q.shape)} and {list(k.shape)}"
-        raise ValueError(f"attention: q and k must be (Tq, H, D) and (Tk, H, D), got {shapes}")
-    if v.shape != k.shape:
-        raise ValueError(f"attention: v must have k's shape {list(k.shape)}, got {list(v.shape)}")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
-        raise ValueError(f"attention: q, k and v must share one float dtype, got {dtypes}")
-    if table is not None and (table.dim() != 2 or table.shape[1] != q.shape[1]):
-        shape = list(table.shape)
-        raise ValueError(f"attention: table must be (num_buckets, {q.shape[1]}), got {shape}")
-    if max_distance < 1:
-        raise ValueError(f"attention: max_distance must be at least 1, got {max_distance}")
-    for name, cu_seqlens, tokens in (("q", cu_seqlens_q, len(q)), ("k", cu_seqlens_k, len(k))):
-        check_cu_seqlens(name, cu_seqlens, tokens)
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must have one length")
-    on_cpu = cu_seqlens_q.device.type == "cpu"
-    if causal and on_cpu and (cu_seqlens_q.diff() > cu_seqlens_k.diff()).any():
-        raise ValueError("attention: causal: a sequence has more queries than keys")
-
-
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    if tokens == 0:
-        raise ValueError(f"attention: {name} has no tokens; give at least one")
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 2:
-        got = f"{list(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        raise ValueError(f"attention: cu_seqlens_{name} must be (B + 1,) int32, got {got}")
-    if cu_seqlens.device.type == "cpu":  # on a GPU reading the values would stall the queue
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
-            ends = f"{cu_seqlens[0]} to {cu_seqlens[-1]}"
-            raise ValueError(
-                f"attention: cu_seqlens_{name} must run from 0 to {tokens}, not {ends}"
-            )
-        if cu_seqlens.diff().min() < 1:
-            raise ValueError(f"attention: cu_seqlens_{name} holds an empty sequence")
+    shapes = q.dim() == k.dim() == 3 and q.shape[1:] == k.shape[1:] and v.shape == k.shape
+    text = "attention: q, k and v must be (Tq, H, D), (Tk, H, D) and (Tk, H, D), of one float dtype"
+    require(shapes and q.dtype == k.dtype == v.dtype and q.is_floating_point(), text, q, k, v)
+    if table is not None:
+        one_a_head = table.dim() == 2 and table.shape[1] == q.shape[1]
+        require(one_a_head, "attention: table must be (num_buckets, H)", table, q)
+    for name, cu_seqlens, x in (("q", cu_seqlens_q, q), ("k", cu_seqlens_k, k)):
+        fits = cu_seqlens.shape == cu_seqlens_q.shape and cu_seqlens.dtype == torch.int32
+        require(fits, f"attention: cu_seqlens_{name} must be (B + 1,) int32", cu_seqlens)
+        if cu_seqlens.device.type == "cpu":  # on a GPU reading the values would stall the queue
+            fits = cu_seqlens[0] == 0 and cu_seqlens[-1] == len(x)
+            require(fits, f"attention: cu_seqlens_{name} must run from 0 to {len(x)}", cu_seqlens)
+            require(cu_seqlens.diff().min() > 0, "attention: a sequence is empty", cu_seqlens)
+    if causal and cu_seqlens_q.device.type == "cpu":
+        fits = bool((cu_seqlens_q.diff() <= cu_seqlens_k.diff()).all())
+        require(fits, "attention: causal: a sequence has more queries than keys", q, k)
 
 
 # ---- Triton --------------------------------------------------------------------------------------
 
+HEAD_WIDTHS = (16, 32, 64, 128)
+
 
 @dataclass
 class Call:
-    """What forward and backward of one call share, beside the tensors that autograd keeps."""
+    """What forward and backward of one call share, beside q, k and v."""
 
     causal: bool
     threshold: int  # of dropout, in 1/256
+    seed: Tensor | None  # None without dropout
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     tiles_q: Tiles
     tiles_k: Tiles
-    num_buckets: int = 0  # 0: no bias
+    diag: Tensor | None  # None without a bias
+    num_buckets: int = 0
     reach: int = 0
     lut: Tensor | None = None  # the bucket of each distance that `diag` holds
 
@@ -271,18 +246,13 @@ LONG_STEPS = {attention_forward_kernel: 64, attention_dq_kernel: 32, attention_d
 
 
 def launch_kernel(
-    kernel: Callable,
-    call: Call,
-    of_keys: bool,
-    tensors: list[Tensor | None],
-    seed: Tensor | None,
-    **flags: int,
+    kernel: Callable, call: Call, of_keys: bool, tensors: list[Tensor | None], **flags: int
 ) -> None:
     """Run a kernel with a program for each head and tile of queries, or of keys.
 
-    tensors: what the kernel takes up to `tiles_ptr`; the first four are q, k, v and diag.
+    tensors: what the kernel takes up to `tiles_ptr`; the first is q.
     """
-    q, k, v, diag = tensors[:4]
+    q = tensors[0]
     Tq, H, D = q.shape
     rows = call.tiles_q.query_rows
     step = call.tiles_k.key_rows
@@ -296,69 +266,57 @@ def launch_kernel(
     wide = D > 64
     long = rows == step == 64
     if long and not INTERPRETED:
-        wide = wide or fp32 or architecture(q.device) == "sm_80"
-        num_stages = stages(q.device)
+        wide = wide or fp32 or launch.architecture(q.device) == "sm_80"
+        num_stages = launch.stages(q.device)
         if wide or call.causal:
             step = LONG_STEPS[kernel]
     if wide:
         step = max(step // 2, 16)
     if fp32:
         warps *= 2 if D <= 64 else 4
+    if of_keys and D > 64:
+        warps = max(warps, 2)  # dk and dv of 16 keys do not fit into the registers of one
     size = dict(BM=step, BN=rows) if of_keys else dict(BM=rows, BN=step)
-    flags |= dict(CAUSAL=call.causal, BIAS=diag is not None, DROPOUT=call.threshold > 0, LONG=long)
-    flags |= dict(D=D, num_warps=warps, num_stages=num_stages, **size)
-    strides = [*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]]  # of tokens and heads
-    numbers = [Tq, H, *strides, call.reach, call.threshold]
-    where = [tiles, call.cu_seqlens_q, call.cu_seqlens_k, seed]
-    launch(kernel, (len(tiles), H), *tensors, *where, *numbers, **flags)
+    flags |= dict(CAUSAL=call.causal, DROPOUT=call.threshold > 0, LONG=long, D=D)
+    flags |= dict(num_warps=warps, num_stages=num_stages, **size)
+    numbers = [Tq, H, call.reach, call.threshold]
+    where = [tiles, call.cu_seqlens_q, call.cu_seqlens_k, call.seed]
+    launch.launch(kernel, (len(tiles), H), *tensors, *where, *numbers, **flags)
 
 
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        table: Tensor | None,
-        diag: Tensor | None,
-        seed: Tensor | None,
-        call: Call,
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, call: Call
     ) -> Tensor:
-        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        o = torch.empty_like(q)
         lse = torch.empty(q.shape[1], q.shape[0], device=q.device)
-        tensors = [q, k, v, diag, o, lse]
-        launch_kernel(attention_forward_kernel, call, False, tensors, seed)
-        ctx.save_for_backward(q, k, v, diag, seed, o, lse)
+        launch_kernel(attention_forward_kernel, call, False, [q, k, v, call.diag, o, lse])
+        ctx.save_for_backward(q, k, v, o, lse)
         ctx.call = call
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, diag, seed, o, lse = ctx.saved_tensors
+        q, k, v, o, lse = ctx.saved_tensors
         call = ctx.call
         do = do.contiguous()
-        dq = torch.empty_like(o)
-        stats = torch.empty(*lse.shape, 2, device=q.device)
+        dq = torch.empty_like(q)
+        dk = torch.empty_like(k)
+        dv = torch.empty_like(v)
+        delta = torch.empty_like(lse)
         buckets = 0
         partial = None
         if ctx.needs_input_grad[3]:
             buckets = max(triton.next_power_of_2(call.num_buckets), 16)  # a product needs 16
             partial = torch.empty(len(call.tiles_q.queries), q.shape[1], buckets, device=q.device)
-        tensors = [q, k, v, diag, call.lut, o, do, dq, lse, stats, partial]
-        launch_kernel(attention_dq_kernel, call, False, tensors, seed, BUCKETS=buckets)
-        d_table = None
-        if partial is not None:
-            d_table = partial.sum(0).T[: call.num_buckets]
-        dk = None
-        dv = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-            dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-            tensors = [q, k, v, diag, do, dk, dv, stats]
-            launch_kernel(attention_dkdv_kernel, call, True, tensors, seed)
-        return dq, dk, dv, d_table, None, None, None
+        tensors = [q, k, v, call.diag, call.lut, o, do, dq, lse, delta, partial]
+        launch_kernel(attention_dq_kernel, call, False, tensors, BUCKETS=buckets)
+        tensors = [q, k, v, call.diag, do, dk, dv, lse, delta]
+        launch_kernel(attention_dkdv_kernel, call, True, tensors)
+        d_table = None if partial is None else partial.sum(0).T[: call.num_buckets]
+        return dq, dk, dv, d_table, None
 
 
 def attention_triton(
@@ -380,29 +338,19 @@ def attention_triton(
 ) -> Tensor:
     """`attention_reference` by the Triton kernels. dropout_p is rounded to a multiple of 1/256.
 
-    q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; any strides of tokens and heads. The
-    gradients are contiguous.
+    q, k, v: fp32, fp16 or bf16; D of 16, 32, 64 or 128; copied where they are not contiguous.
     """
-    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal, max_distance)
-    if q.shape[2] not in (16, 32, 64, 128):
-        raise ValueError(f"attention: Triton takes D of 16, 32, 64 or 128, got {q.shape[2]}")
-    where = dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_tensors("attention", q=q, k=k, v=v, table=table, **where)
-    q, k, v = make_rows_contiguous(q, k, v)
-    if tiles_q is None:
-        tiles_q = make_tiles(cu_seqlens_q, len(q))
-    if tiles_k is None and cu_seqlens_k is cu_seqlens_q:
-        tiles_k = tiles_q
-    if tiles_k is None:
-        tiles_k = make_tiles(cu_seqlens_k, len(k))
+    check_arguments(q, k, v, table, cu_seqlens_q, cu_seqlens_k, causal)
+    require(q.shape[2] in HEAD_WIDTHS, "attention: Triton takes D of 16, 32, 64 or 128", q)
+    check_tensors("attention", q, k, v, table, cu_seqlens_q, cu_seqlens_k)
+    tiles_q = tiles_q or make_tiles(cu_seqlens_q, len(q))
+    tiles_k = tiles_k or make_tiles(cu_seqlens_k, len(k))
     threshold = threshold_of(dropout_p)
     seed = seed_on(q.device, seed) if threshold > 0 else None
-    call = Call(causal, threshold, cu_seqlens_q, cu_seqlens_k, tiles_q, tiles_k)
+    call = Call(causal, threshold, seed, cu_seqlens_q, cu_seqlens_k, tiles_q, tiles_k, diag)
     if table is not None:
         call.num_buckets = len(table)
-        call.reach, call.lut = near_buckets(
-            len(table), max_distance, not causal, q.device, MARGIN.value
-        )
+        call.reach, call.lut = near_buckets(len(table), max_distance, not causal, q.device)
         if diag is None:
-            diag = bias_by_distance(table, causal, max_distance)
-    return Attention.apply(q, k, v, table, diag, seed, call)
+            call.diag = bias_by_distance(table, causal, max_distance)
+    return Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), table, call)

@@ -45,8 +45,8 @@ def load_fp32(ptr, mask):  # noqa: ANN001, ANN201
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
     """Run kernel[grid](*arguments, **options) on the device of the first argument, a tensor.
 
-    options: the constexpr arguments, num_warps, num_stages and maxnreg. Tools and tests record
-    launches by replacing this function (kernels/compile.py).
+    options: the constexpr arguments, num_warps and num_stages. Kernels take contiguous tensors.
+    Tools and tests record launches by replacing this function (kernels/compile.py).
     """
     if 0 in grid:
         return
@@ -90,19 +90,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return None
 
 
-def check_tensors(operation: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError for tensors on several devices, or of a float dtype that no kernel takes."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    device = next(iter(given.values())).device
-    for name, x in given.items():
-        if x.device != device:
-            text = f"{name} must be on {device} as the others, got {x.device}"
-            raise ValueError(f"{operation}: {text}")
-        if x.is_floating_point() and x.element_size() not in (2, 4):
-            text = f"{name} must be float32, float16 or bfloat16, got {x.dtype}"
-            raise ValueError(f"{operation}: {text}")
+def require(condition: bool, text: str, *tensors: Tensor) -> None:
+    """Raise ValueError with the text and what the tensors are, unless the condition holds."""
+    if not condition:
+        got = [f"{list(x.shape)} {x.dtype} on {x.device}" for x in tensors]
+        raise ValueError(f"{text}, got {', '.join(got)}")
 
 
-def make_rows_contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors; copied are those in which the numbers of a row do not lie side by side."""
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def check_tensors(operation: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError for tensors on several devices, or of a dtype that no kernel takes."""
+    given = [x for x in tensors if x is not None]
+    for x in given:
+        require(x.device == given[0].device, f"{operation}: tensors on several devices", *given)
+        require(x.dtype != torch.float64, f"{operation}: no kernel computes in float64", *given)

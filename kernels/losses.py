@@ -19,8 +19,7 @@ is summed in fp32 whatever the dtype of the inputs: sums of bfloat16 over 32 chu
 7e-3.
 
 **The gradient is computed in the forward pass**, while the logits are at hand, for an upstream
-gradient of 1. The backward pass multiplies by the real one, on the device and in place. A kernel
-that finds a 1 there returns at once. A second backward pass through the same graph is refused.
+gradient of 1. The backward pass multiplies it by the real one.
 
 Labels outside [0, V) other than -100 are refused. On a GPU reading them would make the host wait,
 so there they give a loss of NaN.
@@ -33,20 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import (
-    autocast_dtype,
-    check_tensors,
-    launch,
-    load_fp32,
-    make_rows_contiguous,
-    tl,
-    triton,
-)
+from . import launch
+from .launch import autocast_dtype, check_tensors, require, tl, triton
 
 IGNORE = -100  # the label of a token that is not a target, as everywhere in PyTorch
 LOGITS_BYTES = 256 * 2**20  # of one chunk: about 4k tokens of T5's vocabulary in bfloat16
 MAX_BLOCK = 32768  # the longest row that stays in registers
-SCALE_BLOCK = 4096
 
 
 def cross_entropy_reference(
@@ -59,7 +50,7 @@ def cross_entropy_reference(
     Returns a scalar fp32 tensor and, if asked, also the (T,) unweighted losses in nats, detached, 0
     where ignored. Raises ValueError for arguments that do not fit together.
     """
-    check_arguments(logits.shape, logits.dtype, labels, weights)
+    check_arguments(logits.shape, labels, weights)
     nll = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
     loss = (nll * weights).sum()
     return (loss, nll.detach()) if return_token_losses else loss
@@ -85,34 +76,25 @@ def linear_cross_entropy_reference(
     return cross_entropy_reference(logits, labels, weights, return_token_losses)
 
 
-def check_arguments(shape: torch.Size, dtype: torch.dtype, labels: Tensor, weights: Tensor) -> None:
-    """Raise ValueError, naming the argument, unless logits of this shape and dtype fit the rest."""
-    if len(shape) != 2 or labels.shape != shape[:1] or weights.shape != labels.shape:
-        got = f"{list(shape)}, {list(labels.shape)}, {list(weights.shape)}"
-        raise ValueError(
-            f"cross_entropy: logits, labels and weights must be (T, V), (T,) and (T,), got {got}"
-        )
-    if not dtype.is_floating_point or labels.dtype != torch.int64:
-        raise ValueError(
-            f"cross_entropy: logits must be float and labels int64, got {dtype}, {labels.dtype}"
-        )
-    if weights.requires_grad:
-        raise ValueError("cross_entropy: weights get no gradient and must not require one")
+def check_arguments(shape: torch.Size, labels: Tensor, weights: Tensor) -> None:
+    """Raise ValueError, naming the argument, unless logits of this shape fit the rest."""
+    fits = len(shape) == 2 and labels.shape == weights.shape == shape[:1]
+    text = (
+        f"cross_entropy: for logits {list(shape)}, labels and weights must be (T,), int64 and fp32"
+    )
+    require(fits and labels.dtype == torch.int64, text, labels, weights)
+    require(not weights.requires_grad, "cross_entropy: weights get no gradient", weights)
     if labels.device.type == "cpu":  # reading values from a GPU would make the host wait
-        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= shape[1]))]
-        if len(wrong):
-            raise ValueError(
-                f"cross_entropy: labels must be in [0, {shape[1]}) or {IGNORE}, got {wrong[0]}"
-            )
+        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= shape[1]))].tolist()
+        text = f"cross_entropy: labels must be in [0, {shape[1]}) or {IGNORE}, not {wrong[:1]}"
+        require(not wrong, text, labels)
 
 
 def check_linear_arguments(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        got = f"{list(hidden.shape)}, {list(weight.shape)}"
-        raise ValueError(
-            f"linear_cross_entropy: hidden and weight must be (T, C) and (V, C), got {got}"
-        )
-    check_arguments(torch.Size([len(hidden), len(weight)]), hidden.dtype, labels, weights)
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    text = "linear_cross_entropy: hidden and weight must be (T, C) and (V, C)"
+    require(fits, text, hidden, weight)
+    check_arguments(torch.Size([len(hidden), len(weight)]), labels, weights)
 
 
 # ---- Triton -------------------------------------------------------------------------------------
@@ -136,8 +118,6 @@ def cross_entropy_row_kernel(
     weights_ptr,
     nll_ptr,  # -log softmax(z)[label]
     V,
-    logits_stride,
-    gradient_stride,
     ONE_BLOCK: tl.constexpr,  # V <= BLOCK: the row is read once
     BLOCK: tl.constexpr,
     IGNORED: tl.constexpr,
@@ -146,7 +126,7 @@ def cross_entropy_row_kernel(
     label = tl.load(labels_ptr + row)
     ignored = label == IGNORED
     weight = tl.where(ignored, 0.0, tl.load(weights_ptr + row))
-    logits_ptr += row * logits_stride
+    logits_ptr += row * V
     columns = tl.arange(0, BLOCK)
     known = (label >= 0) & (label < V)
     y = label.to(tl.int32)  # comparing in 64 bits takes more registers
@@ -173,7 +153,7 @@ def cross_entropy_row_kernel(
 
     # 3. The gradient.
     if gradient_ptr is not None:
-        gradient_ptr += row * gradient_stride
+        gradient_ptr += row * V
         for start in range(0, BLOCK if ONE_BLOCK else V, BLOCK):
             here = start + columns
             if not ONE_BLOCK:
@@ -181,15 +161,6 @@ def cross_entropy_row_kernel(
             of_label = tl.where(here == y, weight, 0.0)
             g = tl.where(ignored, 0.0, tl.exp(z - lse) * weight - of_label)
             tl.store(gradient_ptr + here, g, mask=here < V)
-
-
-@triton.jit
-def cross_entropy_scale_kernel(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
-    """x *= factor, which is on the device. Where it is 1, nothing is read or written."""
-    factor = tl.load(factor_ptr)
-    if factor != 1.0:
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(x_ptr + i, load_fp32(x_ptr + i, i < n) * factor, mask=i < n)
 
 
 # ruff: enable[ANN001, ANN201]
@@ -203,20 +174,10 @@ def launch_rows(
     block = min(max(triton.next_power_of_2(V), 16), MAX_BLOCK)
     # The longest row takes 64 fp32 values a thread. With 32 warps it would take 32, but a thread
     # then has only 64 registers, and 4 to 30 values spill.
-    num_warps = 4
-    if block > 1024:
-        num_warps = 8 if block <= 8192 else 16
-    gradient_stride = 0 if gradient is None else gradient.stride(0)
+    options = dict(ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
+    options["num_warps"] = min(max(block // 1024, 4), 16)
     tensors = (logits, gradient, labels.contiguous(), weights.contiguous(), nll)
-    sizes = (V, logits.stride(0), gradient_stride)
-    constants = dict(ONE_BLOCK=block >= V, BLOCK=block, IGNORED=IGNORE)
-    launch(cross_entropy_row_kernel, (T,), *tensors, *sizes, **constants, num_warps=num_warps)
-
-
-def scale_(x: Tensor, factor: Tensor) -> None:
-    """x (contiguous) times a scalar tensor, in place; the host does not read the scalar."""
-    grid = (triton.cdiv(x.numel(), SCALE_BLOCK),)
-    launch(cross_entropy_scale_kernel, grid, x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+    launch.launch(cross_entropy_row_kernel, (T,), *tensors, V, **options)
 
 
 class PrecomputedGradient(torch.autograd.Function):
@@ -224,32 +185,24 @@ class PrecomputedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("cross_entropy: a second backward pass needs a new forward pass")
-        results = [None, None]
-        for gradient, dtype in zip(ctx.gradients, ctx.dtypes):
-            if gradient is not None:
-                scale_(gradient, upstream)
-                gradient = gradient.to(dtype)
-            results.append(gradient)
-        ctx.gradients = None
-        return tuple(results)
+        # Autograd converts the products to the dtypes of the inputs.
+        results = [None if x is None else x * upstream for x in ctx.saved_tensors]
+        return None, None, *results
 
 
 def cross_entropy_triton(
     logits: Tensor, labels: Tensor, weights: Tensor, return_token_losses: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`cross_entropy_reference` with the row kernel."""
-    check_arguments(logits.shape, logits.dtype, labels, weights)
-    check_tensors("cross_entropy", logits=logits, labels=labels, weights=weights)
-    (z,) = make_rows_contiguous(logits.detach())
+    check_arguments(logits.shape, labels, weights)
+    check_tensors("cross_entropy", logits, labels, weights)
+    z = logits.detach().contiguous()
     weights = weights.float()
     nll = torch.empty_like(weights)
     gradient = None
@@ -276,8 +229,7 @@ def linear_cross_entropy_triton(
     the factor of a loss scaler reaches them, and w_t / V is that small.
     """
     check_linear_arguments(hidden, weight, labels, weights)
-    tensors = dict(hidden=hidden, weight=weight, labels=labels, weights=weights)
-    check_tensors("linear_cross_entropy", **tensors)
+    check_tensors("linear_cross_entropy", hidden, weight, labels, weights)
     if not torch.is_grad_enabled():
         weight = weight.detach()
     dtype = autocast_dtype(hidden.device) or hidden.dtype
@@ -296,31 +248,28 @@ def linear_cross_entropy_triton(
 def fill_chunks(
     hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, nll: Tensor
 ) -> list[Tensor | None]:
-    """Fill nll; the gradients of hidden and of weight (fp32), None where not required."""
+    """Fill nll. The gradients of hidden, and of weight in fp32, unless neither requires one."""
     T = len(hidden)
     matrix = weight.to(hidden.dtype)
-    d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    wanted = hidden.requires_grad or weight.requires_grad
+    d_hidden = torch.empty_like(hidden) if wanted else None
     d_weight = None
-    chunks = max(triton.cdiv(T * len(weight) * hidden.element_size(), LOGITS_BYTES), 1)
-    rows = max(triton.cdiv(T, chunks * 16), 1) * 16  # one compilation serves all multiples of 16
+    row_bytes = len(weight) * hidden.element_size()
+    rows = max(LOGITS_BYTES // (16 * row_bytes), 1) * 16  # one compilation serves multiples of 16
     for start in range(0, max(T, 1), rows):
         chunk = slice(start, start + rows)
         logits = hidden[chunk] @ matrix.T  # (rows, V)
-        gradient = logits if hidden.requires_grad or weight.requires_grad else None  # in place
+        gradient = logits if wanted else None  # in place
         launch_rows(logits, gradient, labels[chunk], weights[chunk], nll[chunk])
-        if hidden.requires_grad:
+        if wanted:
             torch.mm(gradient, matrix, out=d_hidden[chunk])
-        if weight.requires_grad:
-            d_weight = add_product(d_weight, gradient.T, hidden[chunk])
-    return [d_hidden if hidden.requires_grad else None, d_weight]
+            summand = multiply_in_fp32(gradient.T, hidden[chunk])
+            d_weight = summand if d_weight is None else d_weight.add_(summand)
+    return [d_hidden, d_weight]
 
 
-def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b in fp32, never rounded to a dtype of a and b; in place if there is a total."""
-    if a.dtype == torch.float32:
-        return a @ b if total is None else total.addmm_(a, b)
-    if a.is_cuda:
-        product = torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        product = a.float() @ b.float()
-    return product if total is None else total.add_(product)
+def multiply_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, not rounded to the dtype of a and b."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

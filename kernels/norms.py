@@ -21,19 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import launch
 from .dropout import drop, dropout_reference, seed_on, threshold_of
-from .launch import (
-    INTERPRETED,
-    autocast_dtype,
-    check_tensors,
-    launch,
-    load_fp32,
-    make_rows_contiguous,
-    tl,
-    triton,
-)
+from .launch import autocast_dtype, check_tensors, load_fp32, require, tl, triton
 
-MAX_COLUMNS = 16384
 PROGRAMS = 256  # in backward: about two for each multiprocessor of an H100
 
 
@@ -61,15 +52,11 @@ def rms_norm_reference(
 
 
 def check_arguments(x: Tensor, weight: Tensor, residual: Tensor | None, dropout_p: float) -> None:
-    if weight.shape != x.shape[-1:]:
-        text = f"weight must be ({x.shape[-1]},), got {list(weight.shape)}"
-        raise ValueError(f"rms_norm: {text}")
-    if residual is not None and residual.shape != x.shape:
-        text = f"residual must have x's shape {list(x.shape)}, got {list(residual.shape)}"
-        raise ValueError(f"rms_norm: {text}")
-    if dropout_p and residual is None:
-        text = f"dropout_p is for x beside a residual; without one it must be 0, got {dropout_p}"
-        raise ValueError(f"rms_norm: {text}")
+    require(weight.shape == x.shape[-1:], "rms_norm: weight must be (C,)", weight, x)
+    if residual is None:
+        require(dropout_p == 0, "rms_norm: dropout_p is for x beside a residual", x)
+    else:
+        require(residual.shape == x.shape, "rms_norm: residual must have x's shape", residual, x)
 
 
 # ---- Triton -------------------------------------------------------------------------------------
@@ -81,13 +68,11 @@ def rms_norm_forward_kernel(
     x_ptr,
     residual_ptr,  # None without a residual, as s_ptr is
     weight_ptr,
-    s_ptr,  # s, y: (T, C), contiguous
+    s_ptr,  # s, y: (T, C)
     y_ptr,
     seed_ptr,  # None without dropout
     T,
     C,
-    x_stride,
-    residual_stride,
     eps,
     threshold,
     ROWS: tl.constexpr,
@@ -98,17 +83,18 @@ def rms_norm_forward_kernel(
     row = rows[:, None].to(tl.int64)
     column = columns[None, :]
     inside = (row < T) & (column < C)
-    s = load_fp32(x_ptr + row * x_stride + column, inside)
+    here = row * C + column
+    s = load_fp32(x_ptr + here, inside)
     s = drop(s, seed_ptr, rows, 0, threshold, BLOCK)
     if residual_ptr is not None:
-        s += load_fp32(residual_ptr + row * residual_stride + column, inside)
+        s += load_fp32(residual_ptr + here, inside)
         rounded = s.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + row * C + column, rounded, mask=inside)
+        tl.store(s_ptr + here, rounded, mask=inside)
         s = rounded.to(tl.float32)  # as backward will read it
     rms = tl.sqrt(tl.sum(s * s, 1) / C + eps)
     weight = load_fp32(weight_ptr + columns, columns < C)
     y = s / rms[:, None] * weight[None, :]
-    tl.store(y_ptr + row * C + column, y, mask=inside)
+    tl.store(y_ptr + here, y, mask=inside)
 
 
 # With n = s / rms, g = weight dy and rms^2 = mean(s^2) + eps, whose derivative by s_i is 2 s_i / C:
@@ -120,17 +106,16 @@ def rms_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "rows_each", "threshold"])
 def rms_norm_backward_kernel(
-    dy_ptr,  # gradients of the outputs y and s, contiguous
+    dy_ptr,  # gradients of the outputs y and s
     ds_ptr,  # None without a residual, as d_residual_ptr is
     s_ptr,
     weight_ptr,
-    dx_ptr,  # (T, C), contiguous, as d_residual is
+    dx_ptr,
     d_residual_ptr,
     partial_ptr,  # (programs, C) fp32
     seed_ptr,  # None without dropout
     T,
     C,
-    s_stride,
     rows_each,  # of a program; a multiple of ROWS
     eps,
     threshold,
@@ -147,7 +132,7 @@ def rms_norm_backward_kernel(
         row = rows[:, None].to(tl.int64)
         inside = (row < T) & (column < C)
         here = row * C + column
-        s = load_fp32(s_ptr + row * s_stride + column, inside)
+        s = load_fp32(s_ptr + here, inside)
         dy = load_fp32(dy_ptr + here, inside)
         rms = tl.sqrt(tl.sum(s * s, 1) / C + eps)
         n = s / rms[:, None]
@@ -169,10 +154,8 @@ def rms_norm_backward_kernel(
 def tile_for(columns: int) -> dict[str, int]:
     """ROWS rows at a time: 16 to 32 fp32 values a thread, which backward needs three times."""
     block = max(triton.next_power_of_2(columns), 16)
-    if INTERPRETED:
-        return dict(ROWS=32, BLOCK=block, num_warps=1)
     num_warps = min(max(block // 512, 4), 16)
-    return dict(ROWS=max(2048 // max(block, 512), 1), BLOCK=block, num_warps=num_warps)
+    return dict(ROWS=max(2048 // block, 1), BLOCK=block, num_warps=num_warps)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -192,17 +175,14 @@ class RMSNorm(torch.autograd.Function):
         T, C = x.shape
         s = None
         sum_dtype = x.dtype
-        residual_stride = 0
         if residual is not None:
             sum_dtype = torch.promote_types(x.dtype, residual.dtype)
-            residual_stride = residual.stride(0)
-            s = x.new_empty(T, C, dtype=sum_dtype)
-        y = x.new_empty(T, C, dtype=dtype or sum_dtype)
+            s = torch.empty_like(x, dtype=sum_dtype)
+        y = torch.empty_like(x, dtype=dtype or sum_dtype)
         tile = tile_for(C)
         grid = (triton.cdiv(T, tile["ROWS"]),)
         tensors = (x, residual, weight, s, y, seed)
-        numbers = (T, C, x.stride(0), residual_stride, eps, threshold)
-        launch(rms_norm_forward_kernel, grid, *tensors, *numbers, **tile)
+        launch.launch(rms_norm_forward_kernel, grid, *tensors, T, C, eps, threshold, **tile)
         ctx.save_for_backward(x if s is None else s, weight, seed)
         ctx.eps = eps
         ctx.threshold = threshold
@@ -216,20 +196,20 @@ class RMSNorm(torch.autograd.Function):
         s, weight, seed = ctx.saved_tensors
         T, C = s.shape
         dy = upstream[-1].contiguous()
-        dx = s.new_empty(T, C, dtype=ctx.x_dtype)
+        dx = torch.empty_like(s, dtype=ctx.x_dtype)
         ds = None
         d_residual = None
         if ctx.residual_dtype is not None:
             ds = upstream[0].contiguous()
-            d_residual = s.new_empty(T, C, dtype=ctx.residual_dtype)
+            d_residual = torch.empty_like(s, dtype=ctx.residual_dtype)
         tile = tile_for(C)
         rows_each = triton.cdiv(max(T, 1), PROGRAMS * tile["ROWS"]) * tile["ROWS"]
         programs = triton.cdiv(T, rows_each)
         partial = s.new_empty(programs, C, dtype=torch.float32)
         tensors = (dy, ds, s, weight, dx, d_residual, partial, seed)
-        numbers = (T, C, s.stride(0), rows_each, ctx.eps, ctx.threshold)
-        launch(rms_norm_backward_kernel, (programs,), *tensors, *numbers, **tile)
-        return dx, partial.sum(0).to(weight.dtype), d_residual, None, None, None, None
+        numbers = (T, C, rows_each, ctx.eps, ctx.threshold)
+        launch.launch(rms_norm_backward_kernel, (programs,), *tensors, *numbers, **tile)
+        return dx, partial.sum(0), d_residual, None, None, None, None
 
 
 def rms_norm_triton(
@@ -242,12 +222,11 @@ def rms_norm_triton(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rms_norm_reference` in one pass; dropout_p is rounded as dropout.py says."""
     check_arguments(x, weight, residual, dropout_p)
-    if x.dim() != 2 or not 1 <= x.shape[1] <= MAX_COLUMNS:
-        text = f"takes x of (T, C) with C up to {MAX_COLUMNS}, got {list(x.shape)}"
-        raise ValueError(f"rms_norm: the Triton kernel {text}")
-    check_tensors("rms_norm", x=x, weight=weight, residual=residual)
+    require(x.dim() == 2, "rms_norm: the Triton kernel takes x of (T, C)", x)
+    check_tensors("rms_norm", x, weight, residual)
     threshold = threshold_of(dropout_p)
     seed = seed_on(x.device, seed) if threshold else None
-    x, residual = make_rows_contiguous(x, residual)
-    dtype = autocast_dtype(x.device)
-    return RMSNorm.apply(x, weight.contiguous(), residual, seed, eps, threshold, dtype)
+    if residual is not None:
+        residual = residual.contiguous()
+    tensors = (x.contiguous(), weight.contiguous(), residual, seed)
+    return RMSNorm.apply(*tensors, eps, threshold, autocast_dtype(x.device))

@@ -26,7 +26,7 @@ def check_geglu(ours, T, F, dtype, p, seed=0):
     compare(lambda gate, up: ours.geglu(gate, up, p, SEED), formula, leaves)
 
 
-SIZES = [(1, 1, 0), (33, 7, 0), (70, 300, 0.5), (65, 513, 0.1), (600, 16, 0.1)]  # 513: 512 + 1
+SIZES = [(1, 1, 0), (33, 7, 0), (70, 300, 0.5), (65, 513, 0.1)]  # 513: 512 + 1
 
 
 @both
@@ -64,7 +64,7 @@ def test_what_only_the_kernel_refuses():
     x = torch.zeros(4, 6)
     with pytest.raises(ValueError, match=r"geglu: .* \(T, F\)"):
         TRITON.geglu(x[0], x[0])
-    with pytest.raises(ValueError, match="geglu: .* float32, float16 or bfloat16"):
+    with pytest.raises(ValueError, match="geglu: no kernel computes in float64"):
         TRITON.geglu(x.double(), x.double())
 
 

@@ -19,13 +19,14 @@ def test_without_a_gpu_it_prints_what_is_known_without_one(capsys, tmp_path):
     assert bench.main(flags) == 0
     assert "no GPU: nothing is timed" in capsys.readouterr().out
     attention, geglu = map(json.loads, (tmp_path / "rows").read_text().splitlines())
-    assert 0 < attention["useful"] < 1 and "both" not in attention and geglu["useful"] is None
-    assert attention["megabytes"] == pytest.approx(139, abs=5), "46 MB forward and 92 backward"
+    assert 0 < attention["useful"] < 1 and "both" not in attention and "useful" not in geglu
+    assert attention["MB"] == pytest.approx(139, abs=5), "46 MB forward and 92 backward"
 
 
 @pytest.mark.parametrize("dataset", bench.DATASETS)
 def test_lengths_are_like_those_of_the_data_sets(dataset):
-    mean, percentile, longest, label, rationale = bench.DATASETS[dataset]
+    mean, _, longest, label, rationale = bench.DATASETS[dataset]
+    percentile = {"CQA": 75, "e-SNLI": 65, "SVAMP": 79}[dataset]  # the 95th, of the real inputs
     inputs, targets = bench.draw_lengths(dataset, 2000)
     assert len(inputs) == len(targets) == 4000
     assert np.mean(inputs) == pytest.approx(mean, rel=0.02)
@@ -35,8 +36,8 @@ def test_lengths_are_like_those_of_the_data_sets(dataset):
 
 
 SMALL = [
-    bench.Attention("encoder", [5, 40], [5, 40]).case("small"),
-    bench.Attention("decoder", [5, 40], [5, 40]).case("small"),
+    bench.attention_case("encoder", "small", [5, 9], [5, 9]),
+    bench.attention_case("decoder", "small", [5, 9], [5, 9]),
     bench.linear_loss_case("small", 16, V=70),
     bench.rms_norm_case("small", 16),
 ]
@@ -46,7 +47,7 @@ SMALL = [
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_peers_compute_what_ours_does(case, monkeypatch):
     """In fp32, and without gradients, which FlexAttention lacks on a CPU."""
-    leaf = lambda *shape, dtype=None, scale=1.0: torch.randn(*shape) * scale
+    leaf = lambda *shape, dtype=None: torch.randn(*shape)
     monkeypatch.setattr(bench, "leaf", leaf)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     results = {}
@@ -62,7 +63,7 @@ def test_an_implementation_that_raises_is_noted_and_the_next_is_timed(monkeypatc
     case = bench.geglu_case("small", 16)
     case.peers = dict(ours=case.peers["ours"], broken=lambda: 1 / 0, eager=case.peers["eager"])
     monkeypatch.setattr(bench, "microseconds", lambda function, short: (function(), 2.0)[1])
-    row = bench.measure_case(case, short=True)
+    row = bench.measure_case(case, roof=1.0)
     assert row == dict(
-        forward=2.0, both=2.0, broken="ZeroDivisionError: division by zero", eager=1.0
+        forward=2.0, both=2.0, share=0.5, broken="ZeroDivisionError: division by zero", eager=1.0
     )

@@ -7,7 +7,7 @@ from comparing import DEVICE, TRITON, needs_triton
 from kernels import buckets
 from kernels.buckets import relative_position_bucket
 
-SHAPES = [(32, 128), (16, 64), (8, 20), (64, 256), (32, 20)]
+SHAPES = [(32, 128), (8, 20), (64, 256), (32, 20)]
 
 
 @pytest.mark.parametrize("num_buckets, max_distance", SHAPES)

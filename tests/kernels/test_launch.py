@@ -74,17 +74,14 @@ def test_dss_kernels_decides_which_implementation_an_operation_calls(monkeypatch
     labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
 
-    def call_each():
-        kernels.attention(heads, heads, heads, None, cu_seqlens, cu_seqlens)
-        kernels.cross_entropy(x, labels, x[:, 0])
-        kernels.linear_cross_entropy(x, x, labels, x[:, 0])
-        kernels.rms_norm(x, x[0])
-        kernels.geglu(x, x)
-
     for value, count in [("reference", 0), ("triton", 5)]:
         monkeypatch.setenv("DSS_KERNELS", value)
         with recording("sm_90") as launches:
-            call_each()
+            kernels.attention(heads, heads, heads, None, cu_seqlens, cu_seqlens)
+            kernels.cross_entropy(x, labels, x[:, 0])
+            kernels.linear_cross_entropy(x, x, labels, x[:, 0])
+            kernels.rms_norm(x, x[0])
+            kernels.geglu(x, x)
         assert len(launches) == count
 
 
@@ -131,13 +128,16 @@ def test_an_operation_and_its_implementations_have_one_signature(name):
 
 
 @needs_triton
-@pytest.mark.parametrize("name", OPERATIONS[1:])  # attention's is in test_flash_attention.py
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_the_gradient_of_a_gradient_is_refused(name):
     """Autograd does not see what happens in a kernel, so it would be wrong."""
     x = torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    heads = x[:, None]
     labels = torch.zeros(5, dtype=torch.int64, device=DEVICE)
     weights = torch.ones(5, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32, device=DEVICE)
     arguments = dict(
+        attention=(heads, heads, heads, None, cu_seqlens, cu_seqlens),
         cross_entropy=(x, labels, weights),
         linear_cross_entropy=(x, x, labels, weights),
         rms_norm=(x, x[0]),
