@@ -182,8 +182,8 @@ def figures(student: Student, labelled: list[tuple[Record, dict]], closed: bool)
     if closed:
         scores = [answer["scores"] for _, answer in labelled if "scores" in answer]
         confidence = [max(row.values()) for row in scores]
-        for name, value in reliability(predicted, gold, right, confidence).items():
-            lines.append(f"{TITLES[name]}: {value:.1%}")
+        measured = reliability(predicted, gold, right, confidence)
+        lines.append(", ".join(f"{TITLES[name]} {value:.1%}" for name, value in measured.items()))
     return lines
 
 
