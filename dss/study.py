@@ -64,14 +64,14 @@ def paper(dataset: str, size: str) -> str:
 CPU = "--method standard dss label_first dss-shuffled"
 PRESETS = {
     "": "",
-    "toy": f"{CPU} --subsample 0.125 0.25 0.5 1 --max-new-tokens 8",
+    "toy": "--method standard dss --subsample 0.25 0.5 1",
     "esnli-cpu": (
         f"{CPU} standard-matched --data DIR/esnli_valid.jsonl --test-data DIR/esnli_test.jsonl "
         "--size tiny-wide --look-alike --rename-words 0.6 --dropout 0 --lam 0.25 --steps 3000 "
         "--batch-size 32 --lr 0.02 --eval-every 500 --max-new-tokens 8"
     ),
-    "cqa-cpu": f"{CPU} {DATASETS['cqa']} --steps 800 --max-new-tokens 16",
-    "svamp-cpu": f"{CPU} {DATASETS['svamp']} --steps 600 --eval-every 100 --max-new-tokens 32",
+    "cqa-cpu": f"{CPU} {DATASETS['cqa']} --batch-size 32 --max-new-tokens 16",
+    "svamp-cpu": f"{CPU} {DATASETS['svamp']} --batch-size 32 --max-new-tokens 32",
 }
 for dataset in DATASETS:
     for size in ("base", "large"):
