@@ -136,11 +136,13 @@ def record(step: Callable[[], Results]) -> tuple[torch.cuda.CUDAGraph, Results]:
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     before = generator.clone_state()
+    # If a capture fails, torch puts neither the current stream nor its generator back.
+    same_stream = torch.cuda.stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with same_stream, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = step()
     except RuntimeError:
-        generator.graphsafe_set_state(before)  # it may still count on being captured
+        generator.graphsafe_set_state(before)
         raise
     return graph, results
 
