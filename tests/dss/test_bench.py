@@ -11,7 +11,7 @@ SMALL = ["--batch-size", "3", "--repeats", "2", "--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    config = bench.cli.parse(SMALL, bench.BenchConfig)
+    config = bench.cli.parse(SMALL, bench.BenchConfig, "dss.bench")
     return bench.prepare(config, tmp_path_factory.mktemp("student"))
 
 

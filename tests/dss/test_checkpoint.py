@@ -225,7 +225,7 @@ def test_resume_compares_with_every_method_in_the_directory(files, tmp_path, cap
     """Also with those that are not asked for: all are compared in one table."""
     line = f"{files} {QUICK} --steps 2 --out {tmp_path}/out --resume --method"
     assert run(line, "standard") == 0
-    changed = {"--lr 0.5": "learning_rate 0.02, not 0.5", "--dropout 0.5": "dropout None, not 0.5"}
+    changed = {"--lr 0.5": "learning_rate 0.03, not 0.5", "--dropout 0.5": "dropout None, not 0.5"}
     for flag, words in changed.items():
         for method in ("standard", "dss"):
             assert run(line, method, flag) == 2

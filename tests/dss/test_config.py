@@ -28,7 +28,7 @@ def test_flags_become_values_with_dash_and_underscore():
 
 def test_the_learning_rate_left_out_depends_on_the_start():
     """Random weights get scaled rates, and pretrained ones the paper's."""
-    assert parse_args([]).scales_rates and parse_args([]).learning_rate == 0.02
+    assert parse_args([]).scales_rates and parse_args([]).learning_rate == 0.03
     plain = parse_args(["--optimizer", "adamw"])
     assert not plain.scales_rates and plain.learning_rate == 1e-3
     pretrained = parse_args(["--weights", "x"])
