@@ -57,7 +57,7 @@ def test_a_run_writes_what_the_contract_names(finished, method):
     names = {"config.json", "metrics.jsonl", "result.json", "predictions.jsonl", "student"}
     assert {path.name for path in out.iterdir()} == names
     config = read_json(out / "config.json")
-    assert config["method"] == method and config["learning_rate"] == 0.02
+    assert config["method"] == method and config["learning_rate"] == 0.03
     figures = result(finished, method)
     predictions = json_lines(out / "predictions.jsonl")
     assert [p["id"] for p in predictions] == ["r20", "r21", "r22", "r23"]

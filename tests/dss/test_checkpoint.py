@@ -230,7 +230,7 @@ def test_resume_compares_with_every_method_in_the_directory(files, tmp_path, cap
         for method in ("standard", "dss"):
             assert run(line, method, flag) == 2
             assert f"standard was started with {words};" in last_line(capsys)
-    assert run(line, "standard --lr 0.02") == 0
+    assert run(line, "standard --lr 0.03") == 0
     write_jsonl(tmp_path / "rows.jsonl", [Record("new", "x", str(i)) for i in range(16)])
     assert run(line, "standard") == 2
     assert "was started with rows_sha256" in last_line(capsys)
