@@ -135,9 +135,12 @@ def commonest_label(rows: Rows) -> tuple[str, float]:
     return label, sum(right) / len(right)
 
 
-def features(text: str) -> set[str]:
+def features(text: str) -> list[str]:
     """The features of a text: words and pairs of neighbours; if `</s>` divides it into parts, those
-    of its last part, the words there that no other part has, their number and their share."""
+    of its last part, the words there that no other part has, their number and their share.
+
+    Sorted: a set's order differs from process to process, and sums of floats with it.
+    """
     *others, last = text.lower().split("</s>")
     words = re.findall(r"\w+", last)
     framed = ["<", *words, ">"]
@@ -149,7 +152,7 @@ def features(text: str) -> set[str]:
         names.update(f"new: {word}" for word in new)
         names.add(f"new words: {len(new)}")
         names.add(f"share of new words: {len(new) / max(len(words), 1):.1f}")
-    return names
+    return sorted(names)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def bag_of_words(rows: Rows) -> float:
     """
     numbers: dict[str, int] = {}
     for row in rows.train:
-        for name in sorted(features(row.input)):
+        for name in features(row.input):
             numbers.setdefault(name, len(numbers))
     classes = {written(label): number for number, label in enumerate(rows.labels)}
 
