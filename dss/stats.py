@@ -90,7 +90,7 @@ def reliability(
 def macro_f1(predicted: list[str], gold: list[str]) -> float:
     """The mean, over the gold labels, of each label's F1."""
     scores = []
-    for label in set(gold):
+    for label in sorted(set(gold)):
         hits = sum(a == b == label for a, b in zip(predicted, gold))
         scores.append(2 * hits / (predicted.count(label) + gold.count(label)))
     return float(np.mean(scores))
