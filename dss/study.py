@@ -368,10 +368,13 @@ def draw(groups: list[dict], path: Path) -> None:
     student, source of labels and lambda) and baseline. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
+    names = ["method"]
+    for name in ("labels", "weights", "size", "lam"):
+        if len({group.get(name) for group in groups}) > 1:
+            names.append(name)
     lines: dict[str, list[dict]] = {}
     for group in sorted(groups, key=lambda group: group["rows"]):
-        names = ("method", "labels", "weights", "size", "lam")
-        label = ", ".join(str(group[name]) for name in names if name in group)
+        label = ", ".join(str(group[name]) for name in names)
         lines.setdefault(label, []).append(group)
     figure = Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
@@ -390,8 +393,10 @@ def draw(groups: list[dict], path: Path) -> None:
     for baseline, style in zip(BASELINES, (":", "--")):
         level = [group[baseline] for group in points]
         if None not in level:
-            axis.plot(rows, level, color="black", linestyle=style, label=baseline)
+            axis.plot(rows, level, color="black", linestyle=style, label=baseline.replace("_", " "))
     axis.set(xscale="log", xlabel="training rows", ylabel="label accuracy")
+    axis.set_xticks(rows, [f"{number:,.0f}" for number in rows])
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     with replacing(path) as file:
