@@ -23,12 +23,13 @@ def look_alike(model: T5) -> None:
     2305.09828, whose start is for images). Half of them search before the query, half after it.
 
     The score of a token with an equal one is about sqrt(D), with others about 0. So a bias of
-    -sqrt(D) makes a key on the wrong side, and the query itself, count as different."""
+    -sqrt(D) makes a key on the wrong side, and the query itself, count as different.
+    """
     attention = model.encoder.layers[0].self_attention
     table = model.encoder.bias_table  # (num_buckets, H); the second half is for keys after
     C = model.config.d_model
     D = model.config.d_kv
-    wrong = -(D**0.5)
+    excluding = -(D**0.5)
     searching = model.config.num_heads // 2
     per_side = len(table) // 2
     for head in range(searching):
@@ -40,10 +41,10 @@ def look_alike(model: T5) -> None:
         attention.v.weight[own] = value
         attention.o.weight[:, own] = -C / D * value.T
         if head < searching / 2:
-            table[per_side:, head] = wrong
+            table[per_side:, head] = excluding
         else:
-            table[:per_side, head] = wrong
-        table[0, head] = wrong
+            table[:per_side, head] = excluding
+        table[0, head] = excluding
 
 
 def table_deviation(model: T5) -> float:
