@@ -158,11 +158,12 @@ def train_step(
     model = student.model.train()
     losses = torch.zeros(3, device=run.placement.device)
     for batch in work.batches:  # one, without --micro-batch
-        with student.autocast():
-            L, L_label, L_rationale = distillation_loss(
-                model, batch, work.n_label, work.n_rationale, run.config.lam
-            )
-        L.backward()
+        with run.placement.cast(model):  # in bfloat16: the weights, all together
+            with student.autocast():
+                L, L_label, L_rationale = distillation_loss(
+                    model, batch, work.n_label, work.n_rationale, run.config.lam
+                )
+            L.backward()
         losses += torch.stack([L.detach(), L_label, L_rationale])
     run.placement.sum_gradients(model, losses)  # over processes: each had a part of the rows
     norm = run.placement.clip(model, run.config.clip or float("inf"))

@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,7 @@ from dss.batch import Sequence, count_tokens, make_step
 from dss.config import SIZES
 from dss.distributed import choose_device
 from dss.generate import generate
+from dss.linear import cast_weights
 from dss.loss import distillation_loss
 from dss.methods import sequences
 from dss.model import T5
@@ -179,11 +181,15 @@ def trainer(setting: Setting, name: str) -> tuple[Callable[[list[Row]], object],
     model = load(setting, name)
     loss_of = our_loss if name == OURS else recipe_loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    cast = nullcontext
+    if name == OURS and setting.config.dtype == "bfloat16":
+        cast = cast_weights
 
     def step(rows: list[Row]) -> None:
-        with setting.autocast():
-            loss = loss_of(model, rows)
-        loss.backward()
+        with cast(model):
+            with setting.autocast():
+                loss = loss_of(model, rows)
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

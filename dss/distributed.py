@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from data.cli import Stop, one_line
 from data.files import reason, replacing
 from dss.config import TrainConfig
+from dss.linear import cast_weights
 from dss.model import T5
 
 
@@ -199,6 +200,12 @@ class Replicas:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         return model
 
+    def cast(self, model: T5) -> contextlib.AbstractContextManager:
+        """Around one forward and backward pass: the weights in the dtype of products."""
+        if self.config.dtype == "bfloat16":
+            return cast_weights(model)
+        return contextlib.nullcontext()
+
     def sum_gradients(self, model: T5, losses: torch.Tensor) -> None:
         """Sum losses and gradients, each of a part of the rows, over all processes."""
         sum_up([losses, *(parameter.grad for parameter in model.parameters())])
@@ -276,6 +283,9 @@ class Shards(Replicas):
             unit.set_gradient_divide_factor(1.0)  # gradients are summed, not averaged
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
         return self.checkpointed(model)
+
+    def cast(self, model: T5) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # FSDP2 casts what it gathers
 
     def sum_gradients(self, model: T5, losses: torch.Tensor) -> None:
         sum_up([losses])  # FSDP2 sums gradients in the backward pass

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import kernels
 from dss.batch import LABEL, Batch, Segments, Sequence, pack
 from dss.config import T5Config
+from dss.linear import Linear, project
 
 
 class T5(nn.Module):
@@ -34,7 +35,7 @@ class T5(nn.Module):
         self.encoder = Stack(config, config.num_layers, is_decoder=False)
         self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
         if not config.tie_word_embeddings:
-            self.lm_head = linear(config.d_model, config.vocab_size)
+            self.lm_head = Linear(config.d_model, config.vocab_size)
         self.initialise()
 
     def num_parameters(self) -> int:
@@ -182,7 +183,7 @@ class Layer(nn.Module):
         self.self_attention = Attention(config, causal=is_decoder)
         if is_decoder:
             self.cross_attention_norm = RMSNorm(config)
-            self.cross_attention = Attention(config, causal=False)
+            self.cross_attention = Attention(config, causal=False, is_cross=True)
         self.feed_forward_norm = RMSNorm(config)
         self.feed_forward = FeedForward(config)
 
@@ -216,13 +217,17 @@ class Attention(nn.Module):
     """Multi-head attention from x to memory (self-attention: memory is x). No bias vectors, no
     1/sqrt(D)."""
 
-    def __init__(self, config: T5Config, causal: bool) -> None:
+    def __init__(self, config: T5Config, causal: bool, is_cross: bool = False) -> None:
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.q = linear(config.d_model, inner)
-        self.k = linear(config.d_model, inner)
-        self.v = linear(config.d_model, inner)
-        self.o = linear(inner, config.d_model)
+        self.q = Linear(config.d_model, inner)
+        self.k = Linear(config.d_model, inner)
+        self.v = Linear(config.d_model, inner)
+        self.o = Linear(inner, config.d_model)
+        self.groups = [(self.q, self.k, self.v), (self.o,)]
+        if is_cross:  # q has another input than k and v
+            self.groups = [(self.q,), (self.k, self.v), (self.o,)]
+        self.is_cross = is_cross
         self.d_kv = config.d_kv
         self.causal = causal
         self.max_distance = config.relative_attention_max_distance
@@ -240,15 +245,19 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: (Tq, C) of the sequences `queries`; memory: (Tk, C) of `keys`; bias_table:
         (num_buckets, H) or None; diag: the table by distance, for Triton alone."""
-        q = self.heads(self.q(x))
         if cache is not None:  # decoding: x is the newest token of each sequence
-            if memory is x:
+            if not self.is_cross:
                 cache.append(self.heads(self.k(x)), self.heads(self.v(x)))
-            return self.o(cache.attend(q).flatten(1))
+            return self.o(cache.attend(self.heads(self.q(x))).flatten(1))
+        if self.is_cross:
+            q = self.q(x)
+            k, v = project(memory, self.k, self.v)
+        else:
+            q, k, v = project(x, self.q, self.k, self.v)
         y = kernels.attention(
-            q,
-            self.heads(self.k(memory)),
-            self.heads(self.v(memory)),
+            self.heads(q),
+            self.heads(k),
+            self.heads(v),
             bias_table,
             queries.cu_seqlens,
             keys.cu_seqlens,
@@ -275,15 +284,17 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
         if self.gated:
-            self.gate = linear(config.d_model, config.d_ff)
-        self.up = linear(config.d_model, config.d_ff)
-        self.down = linear(config.d_ff, config.d_model)
+            self.gate = Linear(config.d_model, config.d_ff)
+        self.up = Linear(config.d_model, config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
+        self.groups = [(self.gate, self.up) if self.gated else (self.up,), (self.down,)]
         self.dropout_p = config.dropout_rate
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.dropout_p if self.training else 0.0
         if self.gated:
-            y = kernels.geglu(self.gate(x), self.up(x), p)  # (T, F)
+            gate, up = project(x, self.gate, self.up)
+            y = kernels.geglu(gate, up, p)  # (T, F)
         else:
             y = F.dropout(F.relu(self.up(x)), p)
         return self.down(y)
@@ -304,10 +315,6 @@ class RMSNorm(nn.Module):
             return x, kernels.rms_norm(x, self.weight, self.eps)
         p = self.dropout_p if self.training else 0.0
         return kernels.rms_norm(update, self.weight, self.eps, residual=x, dropout_p=p)
-
-
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
 
 
 # ---- The key/value cache of decoding, which dss/generate.py fills --------------------------------

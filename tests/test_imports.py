@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 # Inside dss a file imports none that is listed later in its own line, and config none of the first.
 LINES = [
-    "batch methods model loss generate download weights student aids".split(),
+    "batch methods linear model loss generate download weights student aids".split(),
     "config distributed rows stats log graph checkpoint report".split(),
     "predict study bench".split(),
 ]
