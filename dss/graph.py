@@ -1,6 +1,6 @@
 """A whole training step as a CUDA graph, which DSS_GRAPH=1 asks for.
 
-The host launches more than a thousand kernels in a step of T5-base, and takes longer for that than
+The host launches about a thousand kernels in a step of T5-base, and takes longer for that than
 a GPU takes to compute them. A CUDA graph is captured once: launches are recorded, not made. One
 call then replays all of them. A graph repeats the same launches with the same arguments, so what
 differs from step to step lies in tensors that stay where they are, and is copied into them:

@@ -1,8 +1,8 @@
 """Linear layers without bias, and their weights in bfloat16 for one pass through the model.
 
 Autocast casts each matrix where it is used, and each gradient back: 433 launches in a step of
-T5-base. `cast_weights` casts the matrices of the whole model together, in about ten launches. It
-puts those that multiply the same input (queries, keys and values; gate and up) below each other, so
+T5-base. `cast_weights` casts the matrices of the whole model together, in four launches. It puts
+those that multiply the same input (queries, keys and values; gate and up) below each other, so
 that one product computes them. The parameters themselves stay as they are: fp32, one for each
 matrix.
 """
