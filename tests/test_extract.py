@@ -271,23 +271,20 @@ def test_a_full_disk_ends_the_run_and_the_next_start_goes_on(files, capsys, monk
     ask(files)
 
 
-BAD = [429, 500, 503, "disconnect", "cut off", "late", completed(" "), (200, b"<html>", {})]
-DEAD = [completed(None), 500, (200, b"{'choices'", {}), completed("3 more. The", "length")]
-
-
 def test_150_rows_a_teacher_that_fails_40_percent_and_two_kills(tmp_path):
     """Every answerable row once, in order, with its own rationale; the key nowhere."""
     make_files(tmp_path, 150)
-    dead = [7, 32, 57, 82, 107, 132]
+    cut = completed("3 more. The", "length")
+    dead = {7: completed(None), 32: 500, 82: (200, b"<html>", {}), 107: cut}
 
     def behave(question, attempt):
         if len(stub.requests) in (80, 180):
             process.kill()
         i = int(re.findall(r"\d+", question)[-2])
-        if i in dead:
-            return DEAD[i // 25 % len(DEAD)]
         draw = (i * 2654435761 + attempt * 40503) % 1000
-        return BAD[draw % len(BAD)] if draw < 480 and attempt < 5 else "ok"
+        if i in dead or draw > 480 or attempt >= 5:
+            return dead.get(i, "ok")
+        return (429, *MOMENTS)[draw % 7]
 
     said = []
     with Stub(behave, latency=0.01) as stub:

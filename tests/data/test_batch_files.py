@@ -38,14 +38,12 @@ def read(tmp_path, text):
     return read_replies([str(tmp_path / "c.jsonl")], REQUESTS, ROWS)
 
 
-@pytest.mark.parametrize(
-    "response", [{"body": BODY}, {"status_code": 200, "body": json.dumps(BODY)}]
-)
-def test_a_reply_is_read_past_blank_lines_and_a_byte_order_mark(tmp_path, requests, response):
-    name = requests[1]["custom_id"]
-    line = json.dumps({"custom_id": name, "response": response})
-    failed = json.dumps({"custom_id": name, "response": {"status_code": 500, "body": {}}})
-    ((status, body),) = read(tmp_path, f"\ufeff{line}\n\n  \n{failed}").values()
+def test_a_reply_is_read_past_blank_lines_and_a_byte_order_mark(tmp_path, requests):
+    lines = []
+    for status, body in ((200, json.dumps(BODY)), (500, {})):
+        response = {"status_code": status, "body": body}
+        lines.append(json.dumps({"custom_id": requests[1]["custom_id"], "response": response}))
+    ((status, body),) = read(tmp_path, "\ufeff" + "\n\n  \n".join(lines)).values()
     assert (status, json.loads(body)) == (200, BODY)
 
 

@@ -1,4 +1,4 @@
-"""The command line of a dataclass, and how programs end."""
+"""How programs end; that command lines are read is shown by every program."""
 
 import io
 import os
@@ -9,23 +9,6 @@ import pytest
 
 from data import cli
 from data.cli import Interrupted, Stop
-from extract import ExtractConfig
-
-
-def test_flags_are_the_fields_with_their_types():
-    line = "--input=a --output b --prompt c --model d --limit 5 --temperature 1e-3 --keep correct"
-    given = cli.parse([*line.split(), *"--header e f --retry_failed".split()], ExtractConfig, "p")
-    assert given == ExtractConfig(
-        "a",
-        "b",
-        "c",
-        5,
-        retry_failed=True,
-        model="d",
-        header=("e", "f"),
-        temperature=1e-3,
-        keep="correct",
-    )
 
 
 def test_errors_are_one_line_that_a_terminal_does_not_obey(capsys):
