@@ -16,7 +16,7 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -159,6 +159,8 @@ def extract(
             Path(path).unlink(missing_ok=True)
     state = read_state(config.output, config.errors)
     todo = rows_to_ask(config, requests, rows, state)
+    copied = [record for record in todo if record.rationale is not None]
+    todo = deque(record for record in todo if record.rationale is None)
     if config.batch_requests:
         number = write_batch(config.batch_requests, requests, todo)
         print_line(f"{config.batch_requests}: {number:,} requests; next: --batch-replies FILE")
@@ -175,6 +177,8 @@ def extract(
     print_line(f"rows: {len(rows):,} in {config.input}, {len(todo):,} of them to be asked")
     with stop, tally.progress_bar(len(rows), len(todo)):
         try:
+            for record in copied:
+                write(config, state, replace(record, teacher=None))
             for row in answered:
                 write(config, state, row)
                 tally.add(row)
@@ -190,12 +194,12 @@ def extract(
 
 def rows_to_ask(
     config: ExtractConfig, requests: Requests, rows: dict[str, Record], state: dict[str, Done]
-) -> deque[Record]:
+) -> list[Record]:
     """The rows that are not done, and those that failed under other settings, which are forgotten.
 
     Raises ValueError for a row that was answered under other settings or has another input now.
     """
-    todo = deque()
+    todo = []
     for name, record in rows.items():
         done = state.get(name)
         if done and done.request_sha256 != requests.sha256(record):
@@ -235,10 +239,8 @@ def work(asker: Asker, requests: Requests, todo: deque, results: queue.Queue) ->
     try:
         while not asker.stopped.is_set():
             record = todo.popleft()
-            asked = None
-            if record.rationale is None:
-                read = partial(requests.read, record, asker.warn)
-                asked = asker.ask(requests.body(record), read)
+            read = partial(requests.read, record, asker.warn)
+            asked = asker.ask(requests.body(record), read)
             results.put(requests.row(record, asked, asker.teacher.url))
     except RequestError as error:
         asker.end(str(error))

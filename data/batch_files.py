@@ -26,15 +26,14 @@ def write_batch(path: str, requests: Requests, rows: Iterable[Record]) -> int:
     """Write the requests for rows into a file. Returns their number."""
     lines = []
     for record in rows:
-        if record.rationale is None:
-            lines.append(
-                {
-                    "custom_id": custom_id(record, requests),
-                    "method": "POST",
-                    "url": "/v1" + PATHS[requests.settings["endpoint"]],
-                    "body": requests.body(record),
-                }
-            )
+        lines.append(
+            {
+                "custom_id": custom_id(record, requests),
+                "method": "POST",
+                "url": "/v1" + PATHS[requests.settings["endpoint"]],
+                "body": requests.body(record),
+            }
+        )
     write_jsonl(path, lines)
     return len(lines)
 
@@ -49,7 +48,7 @@ def read_replies(
     Raises OSError, or ValueError for a line that is no reply to a request for these rows.
     """
     replies: dict[str, tuple[int, bytes]] = {}
-    known = {custom_id(row, requests) for row in rows if row.rationale is None}
+    known = {custom_id(row, requests) for row in rows}
     for path in paths:
         with open(path, "rb") as file:
             for where, _, line in read_lines(file, path):
@@ -69,9 +68,6 @@ def answers(
 ) -> Iterator[Record]:
     """Yield the rows with their answers. Rows without a reply stay to be asked."""
     for record in todo:
-        if record.rationale is not None:
-            yield requests.row(record, None, "")
-            continue
         status, content = replies.get(custom_id(record, requests), (0, b""))
         if not status:
             continue

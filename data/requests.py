@@ -81,13 +81,8 @@ class Requests:
             answer = replace(answer, rationale=f"{thoughts}\n{answer.rationale}")
         return answer
 
-    def row(self, record: Record, asked: Asked | None, url: str) -> Record:
-        """The row with its answer or its error, and where it is from.
-
-        asked: None for a row that has a rationale and is copied. url: the teacher's.
-        """
-        if asked is None:
-            return replace(record, teacher=None)
+    def row(self, record: Record, asked: Asked, url: str) -> Record:
+        """The row with its answer or its error, and where it is from. url: the teacher's."""
         answer = asked.answer
         correct = None
         if not answer.error and record.label is not None:
