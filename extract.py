@@ -159,8 +159,6 @@ def extract(
             Path(path).unlink(missing_ok=True)
     state = read_state(config.output, config.errors)
     todo = rows_to_ask(config, requests, rows, state)
-    copied = [record for record in todo if record.rationale is not None]
-    todo = deque(record for record in todo if record.rationale is None)
     if config.batch_requests:
         number = write_batch(config.batch_requests, requests, todo)
         print_line(f"{config.batch_requests}: {number:,} requests; next: --batch-replies FILE")
@@ -175,10 +173,9 @@ def extract(
         answered = ask_all(asker, requests, todo, config.concurrency, stop)
     print_line(f"teacher: {teacher.place}, {config.endpoint}, {config.model}")
     print_line(f"rows: {len(rows):,} in {config.input}, {len(todo):,} of them to be asked")
-    with stop, tally.progress_bar(len(rows), len(todo)):
+    with stop, tally.progress_bar(len(todo)):
         try:
-            for record in copied:
-                write(config, state, replace(record, teacher=None))
+            copy_rows(config, rows, state)
             for row in answered:
                 write(config, state, row)
                 tally.add(row)
@@ -194,13 +191,16 @@ def extract(
 
 def rows_to_ask(
     config: ExtractConfig, requests: Requests, rows: dict[str, Record], state: dict[str, Done]
-) -> list[Record]:
-    """The rows that are not done, and those that failed under other settings, which are forgotten.
+) -> deque[Record]:
+    """The rows without a rationale that are not done, and those that failed under other settings,
+    which are forgotten.
 
     Raises ValueError for a row that was answered under other settings or has another input now.
     """
-    todo = []
+    todo = deque()
     for name, record in rows.items():
+        if record.rationale is not None:
+            continue
         done = state.get(name)
         if done and done.request_sha256 != requests.sha256(record):
             if done.kind is None:
@@ -211,6 +211,14 @@ def rows_to_ask(
         if name not in state or (config.retry_failed and failed):
             todo.append(record)
     return todo
+
+
+def copy_rows(config: ExtractConfig, rows: dict[str, Record], state: dict[str, Done]) -> None:
+    """Write the rows that came with a rationale."""
+    for name, record in rows.items():
+        done = name in state and state[name].kind is None
+        if record.rationale is not None and not done:
+            write(config, state, replace(record, teacher=None))
 
 
 def ask_all(

@@ -11,7 +11,6 @@ answer leaves the rationale alone.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +112,7 @@ def import_all(root: Path, out: Path) -> Iterator[str]:
     splits = []
     for name in FORMATS:
         for path in sorted((root / name).glob(f"{name}_*.json")):
-            if re.fullmatch(rf"{name}_[a-z]+\.json", path.name):
-                splits.append((name, path))
+            splits.append((name, path))
     if not splits:
         wanted = ", ".join(f"{name}/{name}_SPLIT.json" for name in FORMATS)
         raise FileNotFoundError(f"{root}: none of {wanted} is there")
