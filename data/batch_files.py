@@ -13,6 +13,8 @@ from data.prompt import Answer
 from data.requests import Requests
 from data.teacher import PATHS, RequestError
 
+NO_REPLY = (500, b"")  # as if the server had failed
+
 
 def custom_id(record: Record, requests: Requests) -> str:
     """The id of a row's request, of at most 64 characters: what is accepted. The hash tells rows
@@ -68,9 +70,7 @@ def answers(
 ) -> Iterator[Record]:
     """Yield the rows with their answers. Rows without a reply stay to be asked."""
     for record in todo:
-        status, content = replies.get(custom_id(record, requests), (0, b""))
-        if not status:
-            continue
+        status, content = replies.get(custom_id(record, requests), NO_REPLY)
         try:
             reply = asker.teacher.read(status, {}, content)
             asker.pay(reply.usage)
@@ -84,11 +84,11 @@ def answers(
 
 
 def read_reply_line(row: Any, where: str) -> tuple[str, int, bytes]:
-    """(custom id, status or 0, body) of a line. Raises ValueError for another form."""
+    """(custom id, status, body) of a line. Raises ValueError for another form."""
     try:
         response = row["response"]
         if response is None:  # with an error: expired, for one
-            return row["custom_id"], 0, b""
+            return row["custom_id"], *NO_REPLY
         content = response["body"]
         if not isinstance(content, str):
             content = json.dumps(content)
