@@ -159,12 +159,11 @@ def test_a_429_is_waited_for_by_64_threads_and_is_no_attempt(tmp_path):
 
 
 def test_retry_after_pauses_every_thread(tmp_path):
-    slow = "Q: What is 3 + 2?\nA:"
-    busy = (503, error("busy"), {"Retry-After": "100"})  # 1 s here
-    behave = lambda question, attempt: busy if question == slow and not attempt else "ok"
-    stub = ask(make_files(tmp_path, 40), behave, latency=0.02)
-    start = next(request.time for request in stub.requests if request.question == slow)
-    assert not [r for r in stub.requests if start + 0.4 < r.time < start + 1]
+    busy = (503, error("busy"), {"Retry-After": "80"})  # 0.8 s here
+    behave = lambda question, attempt: busy if "is 3 +" in question and not attempt else "ok"
+    stub = ask(make_files(tmp_path, 50), behave, latency=0.1)  # which takes 0.7 s
+    start = next(request.time for request in stub.requests if "is 3 +" in request.question)
+    assert not [r for r in stub.requests if start + 0.35 < r.time < start + 0.8]
 
 
 @pytest.mark.parametrize("action", [429, "disconnect"])

@@ -123,7 +123,7 @@ def directory(tmp_path, monkeypatch):
     deep = '{"input": "x", "other": ' + "[" * 2000 + "]" * 2000 + "}\n"
     files = {
         "rows.jsonl": (json.dumps(row) + "\n") * 20,
-        "one.jsonl": json.dumps(row),
+        "one.jsonl": json.dumps({"id": "a"} | row),  # it may look torn
         "bad.jsonl": '{"input": "x"}\n{"inputs": "y"}\n',
         "bare.jsonl": '{"input": "x"}\n',
         "cut.jsonl": '{"input": "x"}\n{"inp',
