@@ -29,7 +29,7 @@ def test_equations_are_equal_by_value():
     assert not same_label("84 / 2", "84 - 2", "equation")
 
 
-QUESTION = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) b\n(e) park"
+QUESTION = "Where?\nAnswer Choices:\n(a) park\n(b) U.S.\n(c) wooded area\n(d) b\n(e) park"
 
 
 def test_a_choice_is_named_by_text_or_letter():
@@ -38,6 +38,7 @@ def test_a_choice_is_named_by_text_or_letter():
     for said in ("", "(c", "(a) wooded", "park", "f", "wooded"):
         assert not same_label(said, "wooded area", "choice", QUESTION), said
     assert same_label("b", "b", "choice", QUESTION), "the text of (d), not the letter of (b)"
+    assert same_label("(b) U.S", "U.S.", "choice", QUESTION)
     for said in ("(e)", "a"):
         assert same_label(said, "park", "choice", QUESTION)
 
@@ -67,7 +68,13 @@ def test_a_label_is_right_if_it_is_what_the_tokenizer_can_write(a, b):
 
 CLASSES = ["refund_request", "bug", "very-late", "-1"]
 SAID = {"Refund-request.": "refund_request", "VERY LATE": "very-late", "-1": "-1", "1": None}
-SAID |= {"refund": None, "refundrequest": None, "bug / -1": None, "bugs": None}
+SAID |= {
+    "refund": None,
+    "refundrequest": None,
+    "bug / -1": None,
+    "bug or very late": None,
+    "bugs": None,
+}
 
 
 @pytest.mark.parametrize("text", SAID)

