@@ -186,7 +186,8 @@ class Prompt:
             found = re.search(r"\{.*\}", text, re.DOTALL)
             said = parse_json(found[0], "the reply")
             rationale = said["rationale"].strip()
-            label = said["label"].strip()
+            label = said["label"]
+            label = str(label) if isinstance(label, int) else label.strip()
         except (ValueError, LookupError, TypeError, AttributeError):
             return Reading()
         return Reading(rationale, self.read(label, input), label)

@@ -116,6 +116,8 @@ def test_a_schema_names_its_keys_in_order_and_its_exemplars_are_json():
     assert schema["required"] == list(schema["properties"]) == ["label", "rationale"]
     assert schema["properties"]["label"]["enum"] == NLI.labels
     assert list(json.loads(p.chat("x</s>y")[1]["content"])) == ["label", "rationale"]
+    numbers = replace(p, label_type="equation", labels=[])
+    assert numbers.parse('{"label": 7, "rationale": "So."}', "").label == "7"
 
 
 @pytest.mark.parametrize(
