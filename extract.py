@@ -16,7 +16,7 @@ import queue
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -173,8 +173,9 @@ def extract(
         answered = ask_all(asker, requests, todo, config.concurrency, stop)
     print_line(f"teacher: {teacher.place}, {config.endpoint}, {config.model}")
     print_line(f"rows: {len(rows):,} in {config.input}, {len(todo):,} of them to be asked")
-    with stop, tally.progress_bar(len(rows), len(todo)):
+    with stop, tally.progress_bar(len(todo)):
         try:
+            copy_rows(config, rows, state)
             for row in answered:
                 write(config, state, row)
                 tally.add(row)
@@ -191,12 +192,15 @@ def extract(
 def rows_to_ask(
     config: ExtractConfig, requests: Requests, rows: dict[str, Record], state: dict[str, Done]
 ) -> deque[Record]:
-    """The rows that are not done, and those that failed under other settings, which are forgotten.
+    """The rows without a rationale that are not done, and those that failed under other settings,
+    which are forgotten.
 
     Raises ValueError for a row that was answered under other settings or has another input now.
     """
     todo = deque()
     for name, record in rows.items():
+        if record.rationale is not None:
+            continue
         done = state.get(name)
         if done and done.request_sha256 != requests.sha256(record):
             if done.kind is None:
@@ -207,6 +211,14 @@ def rows_to_ask(
         if name not in state or (config.retry_failed and failed):
             todo.append(record)
     return todo
+
+
+def copy_rows(config: ExtractConfig, rows: dict[str, Record], state: dict[str, Done]) -> None:
+    """Write the rows that came with a rationale."""
+    for name, record in rows.items():
+        done = name in state and state[name].kind is None
+        if record.rationale is not None and not done:
+            write(config, state, replace(record, teacher=None))
 
 
 def ask_all(
@@ -235,10 +247,8 @@ def work(asker: Asker, requests: Requests, todo: deque, results: queue.Queue) ->
     try:
         while not asker.stopped.is_set():
             record = todo.popleft()
-            asked = None
-            if record.rationale is None:
-                read = partial(requests.read, record, asker.warn)
-                asked = asker.ask(requests.body(record), read)
+            read = partial(requests.read, record, asker.warn)
+            asked = asker.ask(requests.body(record), read)
             results.put(requests.row(record, asked, asker.teacher.url))
     except RequestError as error:
         asker.end(str(error))

@@ -87,8 +87,7 @@ class Asker:
                     return Asked(answer, error.raw, "", attempts + 1, usage)
                 if verdict == "counts":
                     attempts += 1
-                if error.wait:
-                    self.opens = max(self.opens, time.monotonic() + error.wait * self.scale)
+                self.opens = max(self.opens, time.monotonic() + error.wait * self.scale)
                 pause = min(LONGEST_PAUSE, 2 * pause or FIRST_PAUSE)
             else:
                 self.heard = time.monotonic()
@@ -108,7 +107,7 @@ class Asker:
         self.warn(error.kind, str(error))
         if error.then == "row":
             return "fails"
-        if (error.wait or 0) > self.patience:
+        if error.wait > self.patience:
             raise ends(error, f"it asks for a pause of {error.wait:.0f} s (--patience)")
         unclear = error.then == "unclear"
         last = error.then == "moment" and attempts >= self.max_retries

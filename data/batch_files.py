@@ -13,6 +13,8 @@ from data.prompt import Answer
 from data.requests import Requests
 from data.teacher import PATHS, RequestError
 
+NO_REPLY = (500, b"")  # as if the server had failed
+
 
 def custom_id(record: Record, requests: Requests) -> str:
     """The id of a row's request, of at most 64 characters: what is accepted. The hash tells rows
@@ -26,15 +28,14 @@ def write_batch(path: str, requests: Requests, rows: Iterable[Record]) -> int:
     """Write the requests for rows into a file. Returns their number."""
     lines = []
     for record in rows:
-        if record.rationale is None:
-            lines.append(
-                {
-                    "custom_id": custom_id(record, requests),
-                    "method": "POST",
-                    "url": "/v1" + PATHS[requests.settings["endpoint"]],
-                    "body": requests.body(record),
-                }
-            )
+        lines.append(
+            {
+                "custom_id": custom_id(record, requests),
+                "method": "POST",
+                "url": "/v1" + PATHS[requests.settings["endpoint"]],
+                "body": requests.body(record),
+            }
+        )
     write_jsonl(path, lines)
     return len(lines)
 
@@ -49,7 +50,7 @@ def read_replies(
     Raises OSError, or ValueError for a line that is no reply to a request for these rows.
     """
     replies: dict[str, tuple[int, bytes]] = {}
-    known = {custom_id(row, requests) for row in rows if row.rationale is None}
+    known = {custom_id(row, requests) for row in rows}
     for path in paths:
         with open(path, "rb") as file:
             for where, _, line in read_lines(file, path):
@@ -69,12 +70,7 @@ def answers(
 ) -> Iterator[Record]:
     """Yield the rows with their answers. Rows without a reply stay to be asked."""
     for record in todo:
-        if record.rationale is not None:
-            yield requests.row(record, None, "")
-            continue
-        status, content = replies.get(custom_id(record, requests), (0, b""))
-        if not status:
-            continue
+        status, content = replies.get(custom_id(record, requests), NO_REPLY)
         try:
             reply = asker.teacher.read(status, {}, content)
             asker.pay(reply.usage)
@@ -88,11 +84,11 @@ def answers(
 
 
 def read_reply_line(row: Any, where: str) -> tuple[str, int, bytes]:
-    """(custom id, status or 0, body) of a line. Raises ValueError for another form."""
+    """(custom id, status, body) of a line. Raises ValueError for another form."""
     try:
         response = row["response"]
         if response is None:  # with an error: expired, for one
-            return row["custom_id"], 0, b""
+            return row["custom_id"], *NO_REPLY
         content = response["body"]
         if not isinstance(content, str):
             content = json.dumps(content)

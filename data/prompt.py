@@ -2,12 +2,10 @@
 data/README.md says how to write one."""
 
 import dataclasses
-import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from data.answers import (
@@ -19,7 +17,7 @@ from data.answers import (
     read_label,
     same_label,
 )
-from data.files import parse_json
+from data.files import parse_json, read_json
 from data.thoughts import markup_at_start
 
 # Tokens that end a turn. A server whose chat template is not the model's lets them through as text.
@@ -59,7 +57,6 @@ class Prompt:
     instruction: str = ""  # said before the first exemplar
     hint: str = ""  # template, put for {hint} under --rationalize:  "\n(The answer is {label}.)"
     input_parts: list = ()  # names, for use in `question`, of the parts of "premise</s>hypothesis"
-    sha256: str = ""  # of the file
 
     def chat(self, input: str, gold: str | None = None) -> list[dict[str, str]]:
         """The messages of a chat. With a `gold` label every question has the hint (--rationalize).
@@ -227,14 +224,13 @@ def fill(template: str, **values: str) -> str:
 
 def load_prompt(path: str) -> Prompt:
     """The Prompt of a file. Raises OSError, or ValueError for a file that cannot work."""
-    content = Path(path).read_bytes()
-    values = parse_json(content, path)
+    values = read_json(path)
     try:
         marker = values.get("answer_marker")
         if isinstance(marker, str):
             values["answer_marker"] = [marker]
         values["exemplars"] = [Exemplar(**exemplar) for exemplar in values["exemplars"]]
-        prompt = Prompt(**values | {"sha256": hashlib.sha256(content).hexdigest()})
+        prompt = Prompt(**values)
         check(prompt)
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from None

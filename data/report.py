@@ -1,11 +1,9 @@
 """What is in JSONL files, before paying for training:  python -m data.report F.jsonl [G.jsonl ...]
 
-What the rows can train, the teacher's accuracy by class, the balance of labels, lengths, and inputs
-that rows or files share. Lengths are in T5's tokens with --spiece spiece.model, otherwise in words
-and marks, of which English has about 3 for every 4 tokens.
+What the rows can train, the teacher's accuracy by class, the balance of labels, lengths in tokens
+(with --spiece spiece.model), and inputs that files share.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
@@ -41,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
             if not records:
                 raise ValueError(f"{path}: there are no rows in it")
             print(f"{path}: {len(records):,} rows")
-            for line in [*contents(records), *accuracy(records), *lengths(records, tokenizer)]:
+            lines = [*contents(records), *accuracy(records)]
+            if tokenizer:
+                lines += lengths(records, tokenizer)
+            for line in lines:
                 print(f"  {line}")
             inputs[path] = {normal(record.input) for record in records}
         for a, b in combinations(inputs, 2):  # test rows among the training rows
@@ -103,7 +104,7 @@ def accuracy(records: list[Record]) -> Iterator[str]:
 
 
 def lengths(
-    records: list[Record], tokenizer: sentencepiece.SentencePieceProcessor | None
+    records: list[Record], tokenizer: sentencepiece.SentencePieceProcessor
 ) -> Iterator[str]:
     """Lines with percentiles of the lengths, how many rows train.py cuts, and how many have
     characters that the tokenizer does not have.
@@ -119,9 +120,6 @@ def lengths(
                 continue
             if name == "input":
                 text = f"{'predict' if record.rationale is None else 'explain'}: {text}"
-            if tokenizer is None:
-                counts.append(len(re.findall(r"\w+|[^\w\s]", text)))
-                continue
             tokens = tokenizer.encode(text)
             counts.append(len(tokens) + 1)
             unknown += tokenizer.unk_id() in tokens

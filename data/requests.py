@@ -33,8 +33,8 @@ class Requests:
         self.params = {name: value for name, value in params.items() if value is not None}
 
     def body(self, record: Record | Exemplar) -> dict[str, Any]:
-        """The request for a row."""
-        gold = self.shown_label(record)
+        """The request for a row. Under --rationalize the teacher sees the gold label."""
+        gold = record.label if self.settings["rationalize"] else None
         body = {"model": self.settings["model"]}
         if self.settings["endpoint"] == "chat":
             body["messages"] = self.prompt.chat(record.input, gold)
@@ -42,14 +42,8 @@ class Requests:
             body["prompt"] = self.prompt.completion(record.input, gold)
         return body | self.params
 
-    def shown_label(self, record: Record | Exemplar) -> str | None:
-        """The gold label, which the teacher sees under --rationalize alone."""
-        return record.label if self.settings["rationalize"] else None
-
-    def sha256(self, record: Record) -> str | None:
-        """What makes two requests the same. None for a row that has a rationale and is copied."""
-        if record.rationale is not None:
-            return None
+    def sha256(self, record: Record) -> str:
+        """What makes two requests the same."""
         whole = self.body(record) | self.settings
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
@@ -81,13 +75,8 @@ class Requests:
             answer = replace(answer, rationale=f"{thoughts}\n{answer.rationale}")
         return answer
 
-    def row(self, record: Record, asked: Asked | None, url: str) -> Record:
-        """The row with its answer or its error, and where it is from.
-
-        asked: None for a row that has a rationale and is copied. url: the teacher's.
-        """
-        if asked is None:
-            return replace(record, teacher=None)
+    def row(self, record: Record, asked: Asked, url: str) -> Record:
+        """The row with its answer or its error, and where it is from. url: the teacher's."""
         answer = asked.answer
         correct = None
         if not answer.error and record.label is not None:
@@ -96,7 +85,6 @@ class Requests:
                 what = f"--keep correct: the label {answer.label!r} is not the gold one"
                 answer = Answer(error="incorrect", detail=what)
         teacher = self.settings | {
-            "prompt_sha256": self.prompt.sha256,
             "params": self.params,
             "base_url": url,
             "request_sha256": self.sha256(record),

@@ -33,8 +33,8 @@ class Tally:
         self.warned: set[str] = set()
         self.lock = threading.Lock()
 
-    def progress_bar(self, total: int, to_ask: int) -> tqdm:
-        self.bar = tqdm(total=total, initial=total - to_ask)
+    def progress_bar(self, rows: int) -> tqdm:
+        self.bar = tqdm(total=rows)
         return self.bar
 
     def warn(self, kind: str, message: str) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import ssl
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterable, Mapping
@@ -49,7 +48,7 @@ class RequestError(Exception):
     """
 
     def __init__(
-        self, kind: str, message: str, then: str, raw: str = "", wait: float | None = None
+        self, kind: str, message: str, then: str, raw: str = "", wait: float = 0.0
     ) -> None:
         super().__init__(message)
         self.kind = kind
@@ -67,11 +66,15 @@ class Reply:
     usage: dict[str, int]  # tokens: prompt, completion
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirected POST would arrive without its body, and the key at another host."""
+class AnyStatus(urllib.request.HTTPErrorProcessor):
+    """A response of any status is returned. No redirect is followed: the request would arrive
+    without its body, and the key at another host.
+    """
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    def http_response(self, _: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
 
 
 class Teacher:
@@ -96,7 +99,7 @@ class Teacher:
         for header in headers:
             self.add_header(header)
         https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
-        self.opener = urllib.request.build_opener(NoRedirect, https)
+        self.opener = urllib.request.build_opener(AnyStatus, https)
 
     def add_header(self, header: str) -> None:
         """Add `NAME: VALUE`, where $VARIABLE in the value is the environment's, and a secret."""
@@ -122,11 +125,7 @@ class Teacher:
         content = json.dumps(body).encode()
         request = urllib.request.Request(self.target, content, self.headers)
         try:
-            try:
-                response = self.opener.open(request, timeout=self.timeout)
-            except urllib.error.HTTPError as error:
-                response = error  # it is a response as well
-            with response:
+            with self.opener.open(request, timeout=self.timeout) as response:
                 raw = response.read()
             if "Content-Encoding" in response.headers:  # gzip or deflate, though not asked for
                 raw = zlib.decompress(raw, wbits=47)
@@ -140,7 +139,7 @@ class Teacher:
         return self.read(response.status, response.headers, raw)
 
     def error(
-        self, kind: str, what: str, then: str, raw: str = "", wait: float | None = None
+        self, kind: str, what: str, then: str, raw: str = "", wait: float = 0.0
     ) -> RequestError:
         return RequestError(kind, f"{self.place}: {what}", then, raw, wait)
 
@@ -201,7 +200,7 @@ class Teacher:
         if status in (408, 409, 429) or status >= 500:
             then = "pace" if status == 429 else "moment"
             seconds = headers.get("Retry-After", "")
-            return self.error(kind, what, then, text, float(seconds) if seconds.isdigit() else None)
+            return self.error(kind, what, then, text, float(seconds) if seconds.isdigit() else 0.0)
         return self.error(kind, f"{what}; {HINTS.get(status, HINT)}", "unclear", text)
 
 

@@ -4,8 +4,10 @@ import json
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+Request = namedtuple("Request", "question body headers path time")
 
 
 def answer(question):
@@ -16,94 +18,83 @@ def answer(question):
 
 def completed(text, finish="stop", **message):
     """The body of a chat reply, which serves as a completion's, too."""
-    message = {"role": "assistant", "content": text, **message}
-    choice = {"index": 0, "finish_reason": finish, "text": text, "message": message}
+    message = {"content": text, **message}
+    choice = {"finish_reason": finish, "text": text, "message": message}
     usage = {"prompt_tokens": 200, "completion_tokens": 20}
-    return {"id": "x", "model": "stub-1", "choices": [choice], "usage": usage}
+    return {"model": "stub-1", "choices": [choice], "usage": usage}
 
 
 def error(message, **fields):
     return {"error": {"message": message, **fields}}
 
 
-class Stub:
+class Stub(ThreadingHTTPServer):
     """In a `with` block: a teacher at `.url`.
 
     behave(question, attempt) gives "ok", a status, a body, (status, body, headers), or how the
     connection fails: "disconnect", "cut off", "late".
     """
 
-    def __init__(self, behave=lambda question, attempt: "ok", latency=0.0):
-        self.behave = behave
-        self.latency = latency
-        self.lock = threading.Lock()
-        self.requests = []  # (question, body, headers, time)
-        self.attempts = Counter()
-        self.paths = set()
-
-    def __enter__(self):
-        self.server = Server(("127.0.0.1", 0), Handler)
-        self.server.stub = self
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-    def arrive(self, question, body, headers):
-        with self.lock:
-            self.requests.append((question, body, headers, time.monotonic()))
-            action = self.behave(question, self.attempts[question])
-            self.attempts[question] += 1
-        return action
-
-
-class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 256
+
+    def __init__(self, behave=lambda question, attempt: "ok", latency=0.0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behave = behave
+        self.latency = latency
+        self.lock = threading.Lock()
+        self.requests = []
+        self.attempts = Counter()
+        self.host = f"127.0.0.1:{self.server_port}"
+        self.url = f"http://{self.host}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def arrive(self, request):
+        with self.lock:
+            self.requests.append(request)
+            action = self.behave(request.question, self.attempts[request.question])
+            self.attempts[request.question] += 1
+        return action
 
     def handle_error(self, *_):
         """A client that has hung up is what the tests are about."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
     def log_message(self, *_):
         pass
 
     def do_POST(self):
-        stub = self.server.stub
-        stub.paths.add(self.path)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if "prompt" in body:
             question = body["prompt"].split("\n\n")[-1]
         else:
             question = body["messages"][-1]["content"]
-        action = stub.arrive(question, body, dict(self.headers))
-        time.sleep(stub.latency)
-        self.close_connection = True
+        request = Request(question, body, self.headers, self.path, time.monotonic())
+        action = self.server.arrive(request)
+        time.sleep(self.server.latency)
         if action == "disconnect":
             return
         if action == "late":
             time.sleep(1)  # after the client's patience
-        status = 200
-        content = completed(answer(question))
-        headers = {}
+        reply = (200, completed(answer(question)), {})
         if isinstance(action, int):
-            action = (action, error("no"), {})
-        if isinstance(action, tuple):
-            status, content, headers = action
+            reply = (action, error("no"), {})
         elif isinstance(action, dict):
-            content = action
-        if isinstance(content, dict | list):
-            content = json.dumps(content)
-        if isinstance(content, str):
-            content = content.encode()
+            reply = (200, action, {})
+        elif isinstance(action, tuple):
+            reply = action
+        status, content, headers = reply
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Length": len(content), **headers}.items():
             self.send_header(name, value)

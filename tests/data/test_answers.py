@@ -15,29 +15,21 @@ from data.answers import (
 )
 from data.jsonl import Record
 
-VALUES = {
-    "8 - 2 - 3": 3,
-    "8 / 2 / 2": 2,
-    "2 + 3 * 4": 14,
-    "-(2 - 3) * .5": 0.5,
-    "( 84.0 / 2.0 )": 42,
-}
-NO_VALUE = ["", " ", "2 3", *"x 9**9 1//2 1/0 9e99 0x10 1_000 1,000 (1 1) (1 1)) 2(3)".split()]
-NO_VALUE += ["__import__('os')", "(" * 5000, "9" * 16]
+VALUES = {"8 - 2 - 3": 3, "8 / 2 / 2": 2, "2 + 3 * 4": 14, "-(2 - 3) * .5": 0.5}
+NO_VALUE = "x 9**9 1//2 1/0 9e99 0x10 1_000 1,000 (1 (1)) 2(3) __import__('os')".split()
 
 
-@pytest.mark.parametrize("text", [*VALUES, *NO_VALUE])
+@pytest.mark.parametrize("text", [*VALUES, *NO_VALUE, "", "2 3", "(" * 5000, "9" * 16])
 def test_a_value_is_what_python_computes_of_bounded_arithmetic(text):
     assert value(text) == VALUES.get(text)
 
 
-def test_equations_are_equal_by_value_classes_in_any_case_and_texts_by_their_words():
-    for a, b in (("84 / 2", "( 84.0 / 2.0 )"), ("(7 * 30)", "( 30.0 * 7.0 )")):
-        assert same_label(a, b, "equation") and not same_label(a, "84 - 2", "equation")
-    assert same_label("Neutral ", "neutral", "class") and not same_label("a b", "ab", "text")
+def test_equations_are_equal_by_value():
+    assert same_label("(7 * 30)", "( 30.0 * 7.0 )", "equation")
+    assert not same_label("84 / 2", "84 - 2", "equation")
 
 
-QUESTION = "Where?\nAnswer Choices:\n(a) park\n(b) Garden Center\n(c) wooded area\n(d) b\n(e) park"
+QUESTION = "Where?\nAnswer Choices:\n(a) park\n(b) U.S.\n(c) wooded area\n(d) b\n(e) park"
 
 
 def test_a_choice_is_named_by_text_or_letter():
@@ -46,6 +38,7 @@ def test_a_choice_is_named_by_text_or_letter():
     for said in ("", "(c", "(a) wooded", "park", "f", "wooded"):
         assert not same_label(said, "wooded area", "choice", QUESTION), said
     assert same_label("b", "b", "choice", QUESTION), "the text of (d), not the letter of (b)"
+    assert same_label("(b) U.S", "U.S.", "choice", QUESTION)
     for said in ("(e)", "a"):
         assert same_label(said, "park", "choice", QUESTION)
 
@@ -57,14 +50,9 @@ def kind_of(labels, question="How many?"):
 def test_the_metric_fits_the_rows():
     assert kind_of(["park"], QUESTION) == "choice"
     assert kind_of(["( 84.0 / 2.0 )", "12"]) == kind_of(["2 + 3", "(2 * 3)"]) == "equation"
-    assert kind_of(["2", "12"]) == "text", "counts, not equations"
     assert kind_of(["neutral"]) == kind_of(["35 - 44", "45 - 54", "(55 - 64)"] * 5) == "text"
-
-
-@pytest.mark.parametrize("labels", ["35-44 45-54", "2-1 0-0", "1/2 2/4", "2024-05-01 2023-04-02"])
-def test_labels_that_look_like_sums_are_texts(labels):
-    a, b = labels.split()
-    assert kind_of([a, b]) == "text" and not same_label(a, b, "text")
+    for labels in ("2 12", "35-44 45-54", "2-1 0-0", "1/2 2/4", "2024-05-01 2023-04-02"):
+        assert kind_of(labels.split()) == "text", "it only looks like an equation"
 
 
 WRITTEN = {"cafe\u0301": "café", "m²": "m2", "Ａ１": "A1", "a\u200bb  c ": "a b c"}
@@ -79,9 +67,14 @@ def test_a_label_is_right_if_it_is_what_the_tokenizer_can_write(a, b):
 
 
 CLASSES = ["refund_request", "bug", "very-late", "-1"]
-SAID = {"Refund Request": "refund_request", "refund-request.": "refund_request"}
-SAID |= {"VERY_LATE": "very-late", "-1": "-1", "1": None, "refund": None, "refundrequest": None}
-SAID |= {"bug / -1": None, "bugs": None}
+SAID = {"Refund-request.": "refund_request", "VERY LATE": "very-late", "-1": "-1", "1": None}
+SAID |= {
+    "refund": None,
+    "refundrequest": None,
+    "bug / -1": None,
+    "bug or very late": None,
+    "bugs": None,
+}
 
 
 @pytest.mark.parametrize("text", SAID)

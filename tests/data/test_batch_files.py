@@ -13,50 +13,41 @@ from data.jsonl import Record
 from data.prompt import load_prompt
 from data.requests import Requests
 
-SETTINGS = {"model": "m", "endpoint": "chat", "rationalize": False, "keep": "all"}
 PROMPT = load_prompt(ROOT / "data" / "prompts" / "toy.json")
-REQUESTS = Requests(PROMPT, SETTINGS | {"reasoning": "drop"}, {})
-ROWS = [Record("é" * 90 + str(i), f"Mia drew {i} plums. Mostly what?") for i in range(4)]
+REQUESTS = Requests(PROMPT, {"model": "m", "endpoint": "chat", "rationalize": False}, {})
+ROWS = [Record("é" * 90 + str(i), f"Mia drew {i} plums. Mostly what?") for i in range(2)]
 BODY = completed("It is late.")
 
 
 @pytest.fixture
-def names(tmp_path):
-    """The custom ids of a file of requests."""
-    assert write_batch(tmp_path / "b.jsonl", REQUESTS, ROWS) == 4
-    return [line["custom_id"] for line in json_lines(tmp_path / "b.jsonl")]
+def requests(tmp_path):
+    """The lines of a file of requests."""
+    write_batch(tmp_path / "b.jsonl", REQUESTS, ROWS)
+    return json_lines(tmp_path / "b.jsonl")
 
 
-def test_a_request_is_the_apis_and_an_id_has_at_most_64_characters(tmp_path, names):
-    line = json_lines(tmp_path / "b.jsonl")[3]
-    assert (line["method"], line["url"]) == ("POST", "/v1/chat/completions")
-    assert line["body"] == REQUESTS.body(ROWS[3])
-    assert len(set(names)) == 4 and all(len(name) <= 64 for name in names)
+def test_a_request_is_the_apis_and_an_id_has_at_most_64_characters(requests):
+    names = [line.pop("custom_id") for line in requests]
+    assert names[0] != names[1] and all(len(name) <= 64 for name in names)
+    body = REQUESTS.body(ROWS[1])
+    assert requests[1] == {"method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
-def read(tmp_path, *lines, start=""):
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (tmp_path / "c.jsonl").write_text(start + text)
+def read(tmp_path, text):
+    (tmp_path / "c.jsonl").write_text(text)
     return read_replies([str(tmp_path / "c.jsonl")], REQUESTS, ROWS)
 
 
-RESPONSES = [{"status_code": 200, "body": BODY}, {"body": BODY}]
-RESPONSES.append({"status_code": 200, "body": json.dumps(BODY)})
+def test_a_reply_is_read_past_blank_lines_and_a_byte_order_mark(tmp_path, requests):
+    lines = []
+    for status, body in ((200, json.dumps(BODY)), (500, {})):
+        response = {"status_code": status, "body": body}
+        lines.append(json.dumps({"custom_id": requests[1]["custom_id"], "response": response}))
+    ((status, body),) = read(tmp_path, "\ufeff" + "\n\n  \n".join(lines)).values()
+    assert (status, json.loads(body)) == (200, BODY)
 
 
-@pytest.mark.parametrize("response", RESPONSES)
-def test_a_reply_is_read_past_blank_lines_and_a_byte_order_mark(tmp_path, names, response):
-    line = {"custom_id": names[1], "response": response}
-    failed = {"custom_id": names[1], "response": {"status_code": 500, "body": {}}}
-    replies = read(tmp_path, line, "", "  ", failed, start="\ufeff")
-    (status, body) = replies.pop(names[1])
-    assert (status, json.loads(body)) == (200, BODY) and not replies
-
-
-FOREIGN = ['{"custom_id": "a", "result": {"type": "succeeded"}}', '{"id": 1}', "[1]"]
-
-
-@pytest.mark.parametrize("line", FOREIGN)
+@pytest.mark.parametrize("line", ['{"custom_id": "a", "result": {}}', '{"id": 1}', "[1]"])
 def test_another_form_is_refused(tmp_path, line):
     with pytest.raises(ValueError, match="c.jsonl:1: not a reply of OpenAI's batch API"):
         read(tmp_path, line)

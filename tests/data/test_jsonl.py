@@ -17,9 +17,7 @@ def test_records_are_read_as_written_unknown_keys_included(tmp_path):
 @pytest.mark.parametrize(
     "line, words",
     [
-        (b"{", "not JSON"),
         (b"[1]", "a record is a JSON object, this is list"),
-        (b'{"question": "x", "label": 1}', 'there is no "input"; the line has question, label'),
         (b'{"input": "  "}', '"input" must be a text that is not blank'),
         (b'{"input": "x", "label": 3.5}', '"label" must be a text or null, got 3.5'),
         (b'{"input": "x", "teacher": "PaLM"}', '"teacher" must be an object'),
@@ -37,11 +35,12 @@ def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, line, words):
 
 def test_blank_texts_are_absent_and_whole_numbers_are_their_text(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"input": "a", "label": " ", "rationale": ""}\r\n\n')
-    with path.open("ab") as file:
-        file.write(rb'{"input": "\ud83d\ude00 \\ud83d", "id": 7, "label": 0, "teacher_label": -1}')
+    path.write_bytes(
+        b'\xef\xbb\xbf\r\n  {"input": "a", "label": " ", "rationale": ""} \r\n\n'
+        rb'{"input": "\ud83d\ude00 \\ud83d", "id": 7, "label": 0, "teacher_label": -1}'
+    )
     one, two = read_jsonl(path)
-    assert (one.id, one.label, one.rationale) == ("rows-1", None, None)
+    assert (one.id, one.label, one.rationale) == ("rows-2", None, None)
     assert (two.id, two.label, two.teacher_label) == ("7", "0", "-1")
     assert two.input == "\U0001f600 \\ud83d"
 
@@ -68,11 +67,6 @@ def test_another_format_is_named_and_what_converts_it(tmp_path, content, words):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=f"/x: this (is|has) .*{words}"):
         list(read_jsonl(tmp_path / "x"))
-
-
-def test_what_looks_like_another_format_is_read(tmp_path):
-    (tmp_path / "x").write_bytes(b"\r\n\n  " + ROW + b" \n" + ROW)
-    assert len(list(read_jsonl(tmp_path / "x"))) == 2
 
 
 def test_lines_of_plain_text_are_no_other_format():

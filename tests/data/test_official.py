@@ -7,41 +7,39 @@ import pytest
 from running import ROOT
 
 from data import official, report
-from data.jsonl import read_jsonl
+from data.jsonl import read_jsonl, write_jsonl
 from data.official import import_all
 
 CHOICES = "Where?\nAnswer Choices:\n(a) a1\n(b) b1\n(c) c1\n(d) d1\n(e) e1"
 CQA = {"question": "Where?", "choices": ["a1", "b1", "c1", "d1", "e1"], "answer": "c1"}
 SVAMP = {"input": "Two boxes of 42?", "label": "( 84.0 / 2.0 )"}
 NLI = {"premise": "p", "hypothesis": "h", "label": 2}
-RELEASED = {  # (row, its input, an output, its label)
-    "cqa": (CQA, CHOICES, "Because. So the answer is (c) c1.", "c1"),
-    "svamp": (SVAMP, "Two boxes of 42?", "Because. The answer is (42 * 1).", "(42 * 1)"),
-    "esnli": (NLI, "p</s>h", "Because.\nAnswer: entailment", "entailment"),
-}
+RELEASED = [  # (dataset, row, its input, an output, its label)
+    ("cqa", CQA, CHOICES, "Because. So the answer is (c) c1.\n\nQ: (a) a1", "c1"),
+    ("svamp", SVAMP, "Two boxes of 42?", "Because. The answer is (42) * 1.\n\nQ: Hm", "(42) * 1"),
+    ("esnli", NLI, "p</s>h", "Because.\nAnswer: entailment\nPremise: q", "entailment"),
+]
 
 
 def release(root, name, rows, outputs):
     """outputs: {name of a file: its content}"""
     (root / name / "llm").mkdir(parents=True)
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (root / name / f"{name}_train.json").write_text("".join(lines))
+    write_jsonl(root / name / f"{name}_train.json", rows)
     for file, content in outputs.items():
         (root / name / "llm" / file).write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_each_dataset_is_imported_with_its_teachers_outputs(tmp_path, capsys, name):
-    row, question, good, label = RELEASED[name]
-    invented = f"\n{official.FORMATS[name].next_example} {good}"
-    outputs = {"train_CoT_10.json": ["No answer." + invented]}  # 10 comes after 9, not after 1
-    for k in range(10):
-        outputs[f"train_CoT_{k}.json"] = [good.replace("Because", f"Because {k}") + invented]
+@pytest.mark.parametrize("name, row, question, output, label", RELEASED)
+def test_a_dataset_is_imported_with_its_teachers_outputs(
+    tmp_path, capsys, name, row, question, output, label
+):
+    outputs = {f"train_CoT_{k}.json": [f"{k}. {output}"] for k in range(10)}
+    outputs["train_CoT_10.json"] = ["No answer."]  # after 9, not after 1
     release(tmp_path, name, [row] * 12, outputs)
     assert official.main([str(tmp_path), "--out", str(tmp_path)]) == 0
     rows = list(read_jsonl(tmp_path / f"{name}_train.jsonl"))
     assert {r.input for r in rows} == {question} and len({r.id for r in rows}) == 12
-    assert [r.rationale for r in rows] == [f"Because {k}." for k in range(10)] + [None, None]
+    assert [r.rationale for r in rows] == [f"{k}. Because." for k in range(10)] + [None, None]
     assert [r.teacher_label for r in rows] == [label] * 10 + [None, None]
     assert rows[10].teacher == {"model": "PaLM 540B"} and rows[11].teacher == {}
     counts = "12 rows, 10 rationales, 10 teacher labels"
@@ -55,22 +53,17 @@ def test_each_dataset_is_imported_with_its_teachers_outputs(tmp_path, capsys, na
         ("svamp", {"input": "x"}, {}, "svamp_train.json:1: not a row"),
         ("cqa", CQA | {"answer": [3]}, {}, 'cqa_train.json:1: "label" must be'),
         ("other", {}, {}, "none of cqa/cqa_SPLIT.json"),
+        ("svamp", SVAMP, {"train_CoT_1.json": ["a"]}, "train_CoT_0.json is missing among train"),
+        ("svamp", SVAMP, {"train_CoT_0 (1).json": ["a"]}, "missing among train_CoT_0 (1).json"),
     ],
 )
-def test_a_release_that_is_not_as_it_should_be_is_one_line_and_exit_2(
+def test_a_release_that_is_not_as_it_should_be_is_refused(
     tmp_path, refused, name, row, outputs, words
 ):
+    """With an output missing, every later row would get the rationale of another."""
     release(tmp_path, name, [row], outputs)
     assert words in refused(official.main, tmp_path, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
-
-
-@pytest.mark.parametrize("name", ["train_CoT_0 (1).json", "train_CoT_2.json"])
-def test_a_file_among_the_outputs_that_is_not_the_next_is_refused(tmp_path, refused, name):
-    """Every later row would get the rationale of another."""
-    release(tmp_path, "svamp", [SVAMP] * 3, {"train_CoT_0.json": ["a"], name: ["b"]})
-    said = refused(official.main, tmp_path, "--out", tmp_path / "o")
-    assert "train_CoT_1.json is missing among " in said and name in said
 
 
 def test_the_real_release_has_its_published_counts_and_accuracy(official, tmp_path, capsys):

@@ -16,15 +16,20 @@ ROWS = [
 
 
 @pytest.fixture
-def files(tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+def shown(tmp_path, capsys):
+    """A function (rows, *more arguments): what is printed, with single spaces."""
+
+    def run(rows, *arguments):
+        write_jsonl(tmp_path / "rows.jsonl", rows)
+        assert report.main([str(tmp_path / "rows.jsonl"), *map(str, arguments)]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(tmp_path, shown):
     write_jsonl(tmp_path / "test.jsonl", [Record("t", " X", "yes"), Record("u", "new", "no")])
-    return tmp_path / "rows.jsonl", tmp_path / "test.jsonl"
-
-
-def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, capsys):
-    assert report.main([*map(str, files)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    text = shown(ROWS, tmp_path / "test.jsonl")
     for line in (
         "rows.jsonl: 6 rows 3 50.0% a label and a rationale",
         "1 16.7% a label, no usable rationale",
@@ -35,28 +40,17 @@ def test_rows_are_counted_by_what_they_train_and_the_teacher_by_class(files, cap
         "no 2 50.0% 50.0%",
         "test.jsonl share 1 inputs",
     ):
-        assert line in shown, line
+        assert line in text, line
 
 
-def test_what_misleads_is_counted(tmp_path, capsys, spiece):
-    """Spellings of one class, one rationale for all, characters that the tokenizer lacks."""
-    rows = []
-    for label in ["a ☃", "a  ☃", "a ☂", "b"] * 5:
-        rows.append(Record(str(len(rows)), f"one {len(rows)}", label, "Yes."))
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for line in (
-        "20 rationales are the same: 'yes.'",
-        "a ☃ 10 50.0%",
-        "0 (over 64) 15 rationale",  # with <unk>
-    ):
-        assert line in shown, (line, shown)
-
-
-def test_lengths_are_percentiles_and_rows_that_training_cuts_are_counted(tmp_path, capsys, spiece):
-    lengths = [*range(1, 101), 1020]  # the last is too long with the prefix alone
-    write_jsonl(tmp_path / "rows.jsonl", [Record(str(n), "one " * n, "two") for n in lengths])
-    assert report.main([str(tmp_path / "rows.jsonl"), "--spiece", str(spiece)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "input 61 101 110 1,030 1 (over 1,024)" in shown
+def test_what_misleads_is_counted(shown, spiece):
+    """Spellings of one class, one rationale for all, characters that the tokenizer lacks, and rows
+    that training cuts."""
+    labels = ["a ☃", "a  ☃", "a ☂", "b"] * 25
+    rows = [Record("r", "one " * n, label, "Yes.") for n, label in enumerate(labels, 1)]
+    rows.append(Record("r", "one " * 1020, "b"))  # too long with the prefix alone
+    text = shown(rows, "--spiece", spiece)
+    assert "100 rationales are the same: 'yes.'" in text
+    assert "a ☃ 50 49.5%" in text
+    assert "input 61 101 110 1,030 1 (over 1,024)" in text
+    assert "0 (over 64) 75 rationale" in text  # with <unk>

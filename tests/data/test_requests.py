@@ -8,14 +8,14 @@ from data.prompt import load_prompt
 from data.requests import Requests, texts_sent
 from data.teacher import Reply
 
+PROMPT = load_prompt(ROOT / "data" / "prompts" / "esnli.json")
 SAID = "It is late.\nAnswer: neutral"
 
 
-def read(text, field="", cut_short=False, endpoint="chat", reasoning="drop"):
+def read(text, field="", cut_short=False, **changed):
     """(the Answer, the kinds of warnings) of a reply. {last}: the last text that was sent."""
-    prompt = load_prompt(ROOT / "data" / "prompts" / "esnli.json")
-    settings = {"model": "m", "endpoint": endpoint, "rationalize": False, "keep": "all"}
-    requests = Requests(prompt, settings | {"reasoning": reasoning}, {})
+    settings = {"model": "m", "endpoint": "chat", "rationalize": False, "reasoning": "drop"}
+    requests = Requests(PROMPT, settings | changed, {})
     record = Record("r", "A dog runs.</s>It runs.")
     text = text.format(last=texts_sent(requests.body(record))[-1])
     warned = []
