@@ -73,6 +73,20 @@ def marker_pattern(marker: str) -> str:
     return r"(?<!\w)" + r"\s+".join(re.escape(word) for word in words).replace(":", r"[*_]*\s?:")
 
 
+def choice_answer(text: str) -> str | None:
+    """` (c) wooded area.` -> `wooded area`; None unless there is exactly one choice."""
+    match = re.fullmatch(r"\s*\(\w\)(((?!\(\w\)).)+?)\.?\s*", text, re.DOTALL)
+    return match[1].strip() if match else None
+
+
+def equation_answer(text: str) -> str | None:
+    """` (84 / 2).` -> `(84 / 2)`; None unless it is arithmetic."""
+    match = re.search(r"\(.*\)", text)
+    if match and value(match[0]) is not None:
+        return match[0]
+    return None
+
+
 def value(text: str) -> float | None:
     """The value of an arithmetic expression, or None if the text is not one, too long or too large.
 
@@ -192,10 +206,9 @@ def read_label(
         return None if several else pick(line, CHOICES.findall(input))
     line = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", line.translate(SIGNS))  # 1,000 is a thousand
     plain = line.split("=")[0].strip()
-    in_parentheses = re.search(r"\(.*\)", line)
-    if value(plain) is None and in_parentheses:
-        plain = in_parentheses[0]
-    return plain if value(plain) is not None else None
+    if value(plain) is not None:
+        return plain
+    return equation_answer(line)
 
 
 def same_label(a: str, b: str, label_type: str, input: str = "") -> bool:

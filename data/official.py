@@ -5,22 +5,28 @@ DATASETS_DIR holds NAME/NAME_SPLIT.json, JSON lines, and NAME/llm/SPLIT_CoT_K.js
 NAME_SPLIT.jsonl.
 
 An output is a rationale, a marker, an answer ("... So the answer is (c) wooded area.") and nearly
-always an invented next example. It is read as a teacher's reply is, by the files in data/prompts.
-An output without a marker gives neither rationale nor teacher label. A marker without a usable
-answer leaves the rationale alone.
+always an invented next example, which is cut off first. An output without a marker gives neither
+rationale nor teacher label. A marker without a usable answer leaves the rationale alone.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data import cli
+from data.answers import (
+    Reading,
+    choice_answer,
+    class_answer,
+    equation_answer,
+    read_answer,
+    same_label,
+)
 from data.files import read_json
 from data.jsonl import Record, parse_record, read_lines, write_jsonl
-from data.prompt import load_prompt
 
-PROMPTS = Path(__file__).with_name("prompts")
 NLI = ("entailment", "neutral", "contradiction")  # the labels 0, 1, 2 of the release
 
 
@@ -45,15 +51,27 @@ class Format:
     """How one dataset's rows and outputs are written."""
 
     read: Callable[[dict], tuple[str, str | None]]  # a row of the release -> (input, gold label)
-    prompt: str  # the file of data/prompts that reads an output
+    next_example: str  # begins the invented next example
+    markers: list[str]  # between rationale and answer, in order of preference
+    answer: Callable[[str], str | None]  # what follows the marker -> teacher label
+    label_type: str  # how labels compare, as in data/answers.py
 
 
+nli_answer = partial(class_answer, labels=NLI)
 FORMATS = {
-    "cqa": Format(read_cqa, "cqa"),
-    "svamp": Format(read_svamp, "svamp"),
-    "anli1": Format(read_nli, "anli"),
-    "esnli": Format(read_nli, "esnli"),
+    "cqa": Format(read_cqa, "Q:", ["So the answer is"], choice_answer, "choice"),
+    "svamp": Format(read_svamp, "Q:", ["The answer is"], equation_answer, "equation"),
+    "anli1": Format(
+        read_nli, "Premise:", ["So the answer is", "The answer is"], nli_answer, "class"
+    ),
+    "esnli": Format(read_nli, "Premise:", ["Answer:"], nli_answer, "class"),
 }
+
+
+def parse_output(output: str, form: Format, input: str = "") -> Reading:
+    """The rationale and the teacher's label in one raw output for the question `input`."""
+    same = partial(same_label, label_type=form.label_type, input=input)
+    return read_answer(output, [form.next_example], form.markers, form.answer, same)
 
 
 def import_split(path: Path, outputs: list[str], form: Format) -> list[Record]:
@@ -66,7 +84,6 @@ def import_split(path: Path, outputs: list[str], form: Format) -> list[Record]:
     if len(outputs) > len(lines):
         what = f"{len(lines)} rows, but {len(outputs)} teacher outputs; they must be row by row"
         raise ValueError(f"{path}: {what}")
-    prompt = load_prompt(PROMPTS / f"{form.prompt}.json")
     records = []
     for index, (where, _, line) in enumerate(lines):
         try:
@@ -75,7 +92,7 @@ def import_split(path: Path, outputs: list[str], form: Format) -> list[Record]:
             raise ValueError(f"{where}: not a row of this dataset ({error!r})") from None
         row = {"id": f"{path.stem}-{index}", "input": text, "label": label}
         if index < len(outputs):
-            found = prompt.parse(outputs[index], text)
+            found = parse_output(outputs[index], form, text)
             row["rationale"] = found.rationale
             row["teacher_label"] = found.label
             row["teacher"] = {"model": "PaLM 540B"}

@@ -16,7 +16,7 @@ SVAMP = {"input": "Two boxes of 42?", "label": "( 84.0 / 2.0 )"}
 NLI = {"premise": "p", "hypothesis": "h", "label": 2}
 RELEASED = [  # (dataset, row, its input, an output, its label)
     ("cqa", CQA, CHOICES, "Because. So the answer is (c) c1.\n\nQ: (a) a1", "c1"),
-    ("svamp", SVAMP, "Two boxes of 42?", "Because. The answer is (42) * 1.\n\nQ: Hm", "(42) * 1"),
+    ("svamp", SVAMP, "Two boxes of 42?", "Because. The answer is (42 * 1). Q: Hm", "(42 * 1)"),
     ("esnli", NLI, "p</s>h", "Because.\nAnswer: entailment\nPremise: q", "entailment"),
 ]
 
