@@ -2,23 +2,20 @@
 
 import json
 import signal
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from running import ROOT, wait_until, write_rows
+from running import wait_until, write_rows
 
 import train
 from data.jsonl import Record
 from dss import study
 from dss.config import parse_args
 
-QUICK = (
-    "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1 --max_target_length 8".split()
-)
+QUICK = "--steps 4 --eval_every 2 --log_every 2 --batch_size 4 --warmup 1".split()
 ROWS = [
     Record(f"r{i}", f"How many are {i}?", str(i % 3), f"Count {i}.", str(i % 2)) for i in range(30)
 ]
@@ -35,16 +32,11 @@ def run(*arguments):
     return study.main([str(a) for a in arguments])
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Each run is made in this process, at once."""
-
-    def start(words, log, slot):
-        with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
-            status = train.main(words)
-        return Mock(returncode=status, poll=lambda: status)
-
-    monkeypatch.setattr(study, "start", start)
+def run_here(words, log, slot):
+    """study.start, but the run is made in this process, at once."""
+    with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+        status = train.main(words)
+    return Mock(returncode=status, poll=lambda: status)
 
 
 def times(out):
@@ -59,8 +51,9 @@ def cells(*arguments):
 
 
 def test_a_study_runs_its_grid_once_and_a_wider_one_adds_to_it(
-    files, tmp_path, capsys, refused, in_process
+    files, tmp_path, capsys, refused, monkeypatch
 ):
+    monkeypatch.setattr(study, "start", run_here)
     out = tmp_path / "study"
     first = [*files, *ONE, "--out", out]
     assert run(*first) == 0
@@ -104,30 +97,46 @@ def test_each_method_gets_the_rate_that_is_best_on_validation_rows(files, tmp_pa
     ]
 
 
-def test_a_stopped_study_leaves_no_run_behind_and_goes_on_where_it_was(files, tmp_path, in_process):
+def test_a_stopped_study_leaves_no_run_behind_and_goes_on_where_it_was(
+    files, tmp_path, monkeypatch
+):
     out = tmp_path / "study"
-    many = f"--steps 40 --eval_every 10 {' '.join(QUICK[4:])} --method standard --seed 0 1"
-    arguments = [*files, *many.split(), "--resume", "--out", str(out)]
-    command = [sys.executable, "-m", "dss.study", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: times(out))
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
-    assert process.returncode == 130 and str(out) not in commands()
+    flags = [
+        *QUICK,
+        "--eval_every",
+        "40",
+        "--steps",
+        "40",
+        "--method",
+        "standard",
+        "--seed",
+        "0",
+        "1",
+    ]
+    arguments = [*files, *flags, "--out", out, "--resume"]
+    start = study.start
+    started = []
+
+    def finish_one_and_stop_the_next(words, log, slot):
+        if "seed=0" in log.name:
+            return run_here(words, log, slot)
+        started.append(start(words, log, slot))
+        wait_until((out / log.stem / "standard" / "metrics.jsonl").exists)
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(study, "start", finish_one_and_stop_the_next)
+    assert run(*arguments) == 130
+    assert [process.returncode for process in started] == [130]
     before = times(out)
     assert len(before) == 1
+    monkeypatch.setattr(study, "start", run_here)
     assert run(*arguments) == 0
     assert len(times(out)) == 2 and before.items() < times(out).items()
 
 
-def commands():
-    """The command lines of all processes here: that of a run has its --out."""
-    return subprocess.run(
-        "cat /proc/[0-9]*/cmdline", shell=True, capture_output=True, text=True
-    ).stdout
-
-
-def test_a_run_that_fails_is_named(files, tmp_path, capsys, in_process):
+def test_a_run_that_fails_is_named(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "start", run_here)
     out = tmp_path / "study"
     assert run(*files, *ONE, "--lr", "1e30", "--clip", "0", "--out", out) == 1
     assert "try a smaller --lr" in capsys.readouterr().err
@@ -147,7 +156,7 @@ def test_presets_have_the_papers_settings_and_a_flag_beside_one_overrides_it():
     assert (cell.weight_decay, cell.warmup, cell.beta2, cell.seed) == (0, 0, 0.999, 3)
     assert {c.steps for c in cells("--preset", "cqa-base", "--steps=7").values()} == {7}
     for name in study.PRESETS:
-        assert cells("--preset", name)
+        assert cells("--preset", name, "--seed", "0")
 
 
 def test_students_of_one_name_are_two_runs():
