@@ -101,19 +101,8 @@ def test_a_stopped_study_leaves_no_run_behind_and_goes_on_where_it_was(
     files, tmp_path, monkeypatch
 ):
     out = tmp_path / "study"
-    flags = [
-        *QUICK,
-        "--eval_every",
-        "40",
-        "--steps",
-        "40",
-        "--method",
-        "standard",
-        "--seed",
-        "0",
-        "1",
-    ]
-    arguments = [*files, *flags, "--out", out, "--resume"]
+    flags = "--eval_every 40 --steps 40 --method standard --seed 0 1".split()
+    arguments = [*files, *QUICK, *flags, "--out", out, "--resume"]
     start = study.start
     started = []
 
