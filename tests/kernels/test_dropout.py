@@ -3,9 +3,7 @@
 import pytest
 import torch
 from comparing import DEVICE, TRITON, both, needs_triton
-from torch.utils.checkpoint import checkpoint
 
-import kernels
 from kernels.dropout import dropout_reference, seed_on, threshold_of
 
 
@@ -60,23 +58,3 @@ WRONG = [-1, 2**63, torch.zeros(2).long(), torch.zeros(1), torch.zeros(1).long()
 def test_seeds_that_no_kernel_can_read_are_refused(seed):
     with pytest.raises(ValueError, match="dropout: seed must be"):
         seed_on(torch.device("cpu"), seed)
-
-
-@both
-def test_seeds_drawn_together_are_drawn_again_where_a_layer_is_checkpointed(ours):
-    """A layer that is computed again in the backward pass has the masks of the forward pass."""
-    x = torch.randn(6, 40, device=DEVICE, requires_grad=True)
-
-    def layer(x):
-        with kernels.seeds_drawn_together(x.device):
-            s, y = ours.rms_norm(x, torch.ones_like(x[0]), 1e-6, x, 0.3)
-            return s * ours.geglu(y, s, 0.3)
-
-    def gradient(run):
-        torch.manual_seed(3)
-        loss = run(run(x)).square().sum()
-        return torch.autograd.grad(loss, x)[0]
-
-    plain = gradient(layer)
-    checkpointed = gradient(lambda x: checkpoint(layer, x, use_reentrant=False))
-    assert torch.equal(plain, checkpointed)
