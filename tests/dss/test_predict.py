@@ -36,21 +36,17 @@ def run(capsysbinary, *arguments):
 
 
 @pytest.fixture
-def lines(tmp_path):
-    (tmp_path / "questions.txt").write_text("\n".join([*QUESTIONS[:2], "", *QUESTIONS[2:]]) + "\n")
-    return tmp_path / "questions.txt"
-
-
-@pytest.fixture
 def rows(tmp_path):
-    rows = [
-        Record(f"r{i}", q, "one", "gold reason", other={"mine": i}) for i, q in enumerate(QUESTIONS)
-    ]
+    rows = []
+    for i, question in enumerate(QUESTIONS):
+        rows.append(Record(f"r{i}", question, "one", "gold reason", other={"mine": i}))
     write_jsonl(tmp_path / "rows.jsonl", rows)
     return tmp_path / "rows.jsonl"
 
 
-def test_a_line_in_is_a_label_out_as_the_student_decodes_it(student, lines, capsysbinary):
+def test_a_line_in_is_a_label_out_as_the_student_decodes_it(student, tmp_path, capsysbinary):
+    lines = tmp_path / "questions.txt"
+    lines.write_text("\n".join([*QUESTIONS[:2], "", *QUESTIONS[2:]]) + "\n")
     status, out, _ = run(capsysbinary, student, lines, "--max_new_tokens", "6", "--batch_size", "2")
     model, tok = load_t5(student), T5Tokenizer(student)
     ids = generate(model, [tok.encode("predict: " + q) for q in QUESTIONS], 6)
