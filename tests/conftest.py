@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is defined: NumPy runs them
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from checkpoints import make_student
 from extracting import make_files
 from hypothesis import settings
 
@@ -112,6 +113,17 @@ def spiece(tmp_path_factory):
         texts.append(f"{a} {b} {c}, {a}? ( 84.0 / 2.0 ) {b}. café naïve")
     tokenizer.train(texts, directory / "spiece.model", vocab_size=300).save(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tok(spiece):
+    return tokenizer.T5Tokenizer(spiece)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory, spiece):
+    """A directory with an untrained student, which has no dss.json."""
+    return make_student(tmp_path_factory.mktemp("student"), spiece)
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,13 @@ from running import (
     QUICK,
     SIX,
     at_step,
-    counting,
+    few_rows,
     json_lines,
     result,
     run,
     same,
     stop_at,
     weights,
-    write_rows,
 )
 
 import train
@@ -27,7 +26,7 @@ from dss.weights import load_t5
 
 @pytest.fixture
 def files(tmp_path):
-    return " ".join(write_rows(tmp_path, counting(20), 16))
+    return few_rows(tmp_path)
 
 
 @pytest.fixture
@@ -111,7 +110,7 @@ SEVEN = f"{SIX} --dropout 0.1 --steps 7 --eval-every 3 --log-every 5 --save-minu
 def whole(tmp_path_factory):
     """What a run that was not interrupted has made."""
     directory = tmp_path_factory.mktemp("whole")
-    files = " ".join(write_rows(directory, counting(20), 16))
+    files = few_rows(directory)
     assert run(files, SEVEN, f"--out {directory}/out") == 0
     return directory / "out" / "dss"
 

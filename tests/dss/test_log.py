@@ -3,7 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
-from running import QUICK, SIX, counting, json_lines, prepare, result, run, watched, write_rows
+from running import (
+    QUICK,
+    SIX,
+    counting,
+    few_rows,
+    json_lines,
+    prepare,
+    result,
+    run,
+    watched,
+)
 
 import train
 from data.jsonl import Record, write_jsonl
@@ -11,7 +21,7 @@ from data.jsonl import Record, write_jsonl
 
 @pytest.fixture
 def files(tmp_path):
-    return " ".join(write_rows(tmp_path, counting(20), 16))
+    return few_rows(tmp_path)
 
 
 @pytest.fixture

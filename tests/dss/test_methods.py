@@ -2,20 +2,13 @@
 
 from dataclasses import replace
 
-import pytest
-from running import SIX, counting, json_lines, result, run, write_rows
+from running import SIX, few_rows, json_lines, result, run
 
 from data.jsonl import Record
 from dss.batch import LABEL, RATIONALE
 from dss.methods import METHODS, SEPARATOR, Method, Target, sequences
-from tokenizer import T5Tokenizer
 
 ROW = Record("1", "how many apples left", "three", "Tom gave one")
-
-
-@pytest.fixture(scope="module")
-def tok(spiece):
-    return T5Tokenizer(spiece)
 
 
 def joined(tok, *parts):
@@ -102,7 +95,7 @@ def test_a_new_entry_is_a_method_that_trains_tests_and_reports(tmp_path, monkeyp
 
     asking = Method(label_and_question)
     monkeypatch.setitem(METHODS, "asking", asking)
-    files = " ".join(write_rows(tmp_path, counting(20), 16))
+    files = few_rows(tmp_path)
     assert run(files, SIX, f"standard asking --out {tmp_path}/out") == 0
     shown = capsys.readouterr().out
     assert "dss - standard:" in shown and "asking - standard:" in shown

@@ -5,7 +5,6 @@ import json
 import sys
 
 import pytest
-from checkpoints import make_student
 from running import json_lines
 
 from data.jsonl import Record, write_jsonl
@@ -21,12 +20,6 @@ QUESTIONS = [
     "boxes left plus one",
     "two times three, how many?",
 ]
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory, spiece):
-    """A directory with an untrained student, which has no dss.json."""
-    return make_student(tmp_path_factory.mktemp("student"), spiece)
 
 
 def run(capsysbinary, *arguments):
