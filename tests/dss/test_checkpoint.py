@@ -1,27 +1,21 @@
 """A run that ends early keeps what it has, and goes on as if it had not been interrupted."""
 
 import shutil
-import signal
-import subprocess
-import sys
 from unittest.mock import Mock
 
 import pytest
 import torch
 from running import (
     QUICK,
-    ROOT,
     SIX,
     at_step,
-    counting,
+    few_rows,
     json_lines,
     result,
     run,
     same,
     stop_at,
-    wait_until,
     weights,
-    write_rows,
 )
 
 import train
@@ -32,7 +26,7 @@ from dss.weights import load_t5
 
 @pytest.fixture
 def files(tmp_path):
-    return " ".join(write_rows(tmp_path, counting(20), 16))
+    return few_rows(tmp_path)
 
 
 @pytest.fixture
@@ -107,19 +101,6 @@ def test_an_error_in_training_keeps_the_best_student(six, out, monkeypatch, caps
     load_t5(out / "student")
 
 
-def test_sigint_ends_a_real_process_cleanly(files, out):
-    settings = f"{files} --method dss --steps 100000 --eval-every 5 --save-minutes 0"
-    command = [sys.executable, "train.py", *settings.split(), "--out", out.parent]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    wait_until((out / "state.pt").exists)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in error
-    line = error.splitlines()[-1]
-    assert "interrupted at step" in line and "--resume goes on" in line
-    load_t5(out / "student")
-
-
 # ---- And goes on ---------------------------------------------------------------------------------
 
 SEVEN = f"{SIX} --dropout 0.1 --steps 7 --eval-every 3 --log-every 5 --save-minutes 0"
@@ -129,7 +110,7 @@ SEVEN = f"{SIX} --dropout 0.1 --steps 7 --eval-every 3 --log-every 5 --save-minu
 def whole(tmp_path_factory):
     """What a run that was not interrupted has made."""
     directory = tmp_path_factory.mktemp("whole")
-    files = " ".join(write_rows(directory, counting(20), 16))
+    files = few_rows(directory)
     assert run(files, SEVEN, f"--out {directory}/out") == 0
     return directory / "out" / "dss"
 
@@ -142,7 +123,7 @@ def require_same_run(whole, cut):
     assert {path.name for path in whole.iterdir()} == {path.name for path in cut.iterdir()}
 
 
-@pytest.mark.parametrize("asked", [1, 3, 4, 11])
+@pytest.mark.parametrize("asked", [1, 3, 11])
 def test_an_interrupted_run_resumes_to_the_same_student(
     six, out, whole, capsys, monkeypatch, asked
 ):
@@ -205,14 +186,12 @@ def test_an_output_directory_that_exists_needs_resume_or_overwrite(files, out, r
     assert (out / "result.json").stat().st_mtime_ns != first
 
 
-def test_overwrite_deletes_nothing_but_runs(six, out, refused):
+def test_overwrite_deletes_nothing_but_runs_and_not_what_the_run_reads(six, out, tmp_path, refused):
     out.mkdir(parents=True)
     (out / "thesis.tex").write_text("years of work")
     assert "will not delete" in refused(train.main, *six.split(), "--overwrite")
-    assert (out / "thesis.tex").read_text() == "years of work"
-
-
-def test_overwrite_does_not_delete_what_the_run_reads(six, out, tmp_path, refused):
+    (out / "thesis.tex").unlink()
+    out.rmdir()
     assert run(six, "--steps 1") == 0
     rows = shutil.copy(tmp_path / "rows.jsonl", out / "student")
     given = {"--weights": out / "student", "--spiece": out / "student" / "spiece.model"}

@@ -26,7 +26,7 @@ def files(tmp_path_factory):
         rationale = f"Add 1 to {i}." * (i % 5) or None
         rows.append(Record(f"r{i}", "Tom gave apples. " * (1 + i % 7), f"{i} + 1", rationale))
     flags = " ".join(write_rows(tmp_path_factory.mktemp("rows"), rows, 27))
-    settings = "--steps 12 --eval-every 6 --log-every 3 --batch-size 5 --warmup 2 --dropout 0"
+    settings = "--steps 8 --eval-every 4 --log-every 2 --batch-size 5 --warmup 2 --dropout 0"
     return f"{flags} {settings} --max-new-tokens 4 --method dss"
 
 
@@ -50,7 +50,7 @@ def said(directory, rank=0):
 
 
 # Rows and --micro-batch: uneven, with passes of one row, fewer rows than processes.
-CASES = [(5, 0), (4, 1), (2, 0)]
+CASES = [(4, 1), (2, 0)]
 
 
 def compute_gradients(line, directory):
@@ -118,7 +118,7 @@ DIES = f"""
 import signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "dss")!r}, {str(ROOT / "tests")!r}]
 from test_distributed import signal_one
-sys.exit(signal_one(signal.SIGKILL, 8, " ".join(sys.argv[1:])))
+sys.exit(signal_one(signal.SIGKILL, 6, " ".join(sys.argv[1:])))
 """
 
 
@@ -130,7 +130,7 @@ def test_torchrun_ends_a_run_whose_process_dies_and_one_process_goes_on(
     torchrun = f"-m torch.distributed.run --standalone --nproc-per-node=2 {tmp_path}/dies.py"
     command = [sys.executable, *torchrun.split(), *line.split()]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    words = "train.py: another process has ended; --resume goes on from step 6; "
+    words = "train.py: another process has ended; --resume goes on from step 4; "
     kept = f"{tmp_path}/cut/dss/student is the best so far"
     assert ended.returncode == 1 and words + kept in ended.stderr
     assert run(line, "--resume") == 0
@@ -139,8 +139,8 @@ def test_torchrun_ends_a_run_whose_process_dies_and_one_process_goes_on(
 
 def test_shards_of_a_run_whose_process_died_are_loaded_by_three(files, one, tmp_path, measured):
     line = f"{files} --shard --save-minutes 0 --out {tmp_path}/cut"
-    statuses = several.run(2, tmp_path, signal_one, signal.SIGKILL, 8, line)
-    assert statuses == [1, -signal.SIGKILL] and "--resume goes on from step 6" in said(tmp_path)
+    statuses = several.run(2, tmp_path, signal_one, signal.SIGKILL, 6, line)
+    assert statuses == [1, -signal.SIGKILL] and "--resume goes on from step 4" in said(tmp_path)
     assert several.run(3, tmp_path, run, line, "--resume") == [0] * 3, said(tmp_path)
     measured("student that three ended for two", difference(one, tmp_path / "cut" / "dss"), 1e-5)
 
@@ -149,10 +149,10 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(files, tmp_path):
     """They go on to the student of a run that was not disturbed, dropout and all."""
     line = f"{files} --dropout 0.1 --shard --out {tmp_path}"
     assert several.run(2, tmp_path, run, f"{line}/whole") == [0, 0]
-    statuses = several.run(2, tmp_path, signal_one, signal.SIGTERM, 8, f"{line}/cut")
+    statuses = several.run(2, tmp_path, signal_one, signal.SIGTERM, 6, f"{line}/cut")
     assert statuses == [130, 130]
     printed = said(tmp_path) + said(tmp_path, 1)
-    assert printed.count("train.py: dss interrupted at step 9;") == 1
+    assert printed.count("train.py: dss interrupted at step 7;") == 1
     assert several.run(2, tmp_path, run, f"{line}/cut --resume") == [0, 0]
     assert same(weights(tmp_path / "whole" / "dss"), weights(tmp_path / "cut" / "dss"))
 

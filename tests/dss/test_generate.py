@@ -40,16 +40,6 @@ def test_batched_with_cache_is_one_at_a_time_without(model, many, longest, batch
     assert written == [uncached(model, ids, longest, stop) for ids in many]
 
 
-def test_sequences_end_at_different_steps(model):
-    """What the property above is about: some sequences must leave the batch before others."""
-    g = torch.Generator().manual_seed(0)
-    many = [torch.randint(1, 12, (n % 9 + 1,), generator=g).tolist() for n in range(20)]
-    written = generate(model, many, 8)
-    assert written == [uncached(model, ids, 8, None) for ids in many]
-    lengths = {len(ids) for ids in written}
-    assert len(lengths) > 3 and 8 in lengths and min(lengths) < 5
-
-
 with_candidates = st.tuples(some_ids, st.lists(some_ids, min_size=1, max_size=3))
 
 

@@ -5,12 +5,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import DEVICE, forward_backward, needs_gpu, needs_triton, random, relative_error
+from comparing import DEVICE, needs_gpu, needs_triton, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import SIX, V1_1, counting, run, student, weights, write_rows
 
-import kernels
 import train
 from dss import distributed, graph
 from dss.batch import (
@@ -23,7 +22,6 @@ from dss.batch import (
     join,
     make_step,
     pack,
-    segments,
 )
 from dss.config import parse_args
 from dss.loss import distillation_loss
@@ -106,9 +104,17 @@ class FakeGraph:
             result.copy_(new)
 
 
-def fake_record(step):
-    made = FakeGraph(step)
-    return made, made.results
+@pytest.fixture
+def graphs(monkeypatch):
+    """The fake graphs that have been recorded."""
+    made = []
+
+    def record(step):
+        made.append(FakeGraph(step))
+        return made[-1], made[-1].results
+
+    monkeypatch.setattr(graph, "record", record)
+    return made
 
 
 # ---- Padding -------------------------------------------------------------------------------------
@@ -147,41 +153,10 @@ def test_padding_changes_neither_loss_nor_gradient(sequences):
     assert relative_error(padded_gradient, gradient) < 1e-5
 
 
-@needs_triton
-def test_tiles_that_only_fill_a_list_up_change_nothing(monkeypatch):
-    monkeypatch.setenv("DSS_KERNELS", "triton")
-    leaves = random([(67, 1, 16)] * 3 + [(32, 1)], torch.float32)
-    counts = []
-    found = []
-    for exact in (True, False):
-        where = segments([64, 3], DEVICE, exact)
-        counts.append(len(where.tiles.queries))
-
-        def attend(q, k, v, table, where=where):
-            cu_seqlens = where.cu_seqlens
-            tiles = dict(tiles_q=where.tiles, tiles_k=where.tiles)
-            return kernels.attention(q, k, v, table, cu_seqlens, cu_seqlens, **tiles)
-
-        found.append(forward_backward(attend, leaves))
-    assert counts[0] < counts[1]
-    assert all(relative_error(a, b) < 1e-6 for a, b in zip(*found))
-
-
-@needs_triton
-def test_all_padded_batches_have_one_shape(monkeypatch):
-    monkeypatch.setenv("DSS_KERNELS", "triton")
-    shapes = set()
-    for work in works():
-        if work.padded:
-            shapes.add(tuple(t.shape for t in graph.tensors_of(work.batches[0])))
-    assert len(shapes) == 1
-
-
 # ---- Which step is captured ----------------------------------------------------------------------
 
 
-def test_steps_that_fit_are_replayed_from_the_second_on_with_the_bits_of_plain_ones(monkeypatch):
-    monkeypatch.setattr(graph, "record", fake_record)
+def test_steps_that_fit_are_replayed_from_the_second_on_with_the_bits_of_plain_ones(graphs):
     plain = Trained()
     ours = Trained()
     captured = graph.CapturedStep(train.train_step)
@@ -190,21 +165,10 @@ def test_steps_that_fit_are_replayed_from_the_second_on_with_the_bits_of_plain_o
     for number, work in enumerate(works("cpu")):
         want = plain.step(plain_step, number, work)
         assert ours.step(captured, number, work) == want
-        replays.append(captured.graph and captured.graph.replays)
-    assert replays == [None, 1, 2, 2, 3, 4]
+        replays.append([made.replays for made in graphs])
+    assert replays == [[], [1], [2], [2], [3], [4]]
     assert all(torch.equal(a, b) for a, b in zip(plain.weights(), ours.weights()))
     assert not any(group["capturable"] for group in ours.optimizer.param_groups)
-
-
-def test_a_captured_step_is_a_plain_one_up_to_the_rounding_of_its_rate(monkeypatch):
-    monkeypatch.setattr(graph, "record", fake_record)
-    plain = Trained()
-    ours = Trained()
-    captured = graph.CapturedStep(train.train_step)
-    for number, work in enumerate(works("cpu")):
-        plain.step(train.train_step, number, work)
-        ours.step(captured, number, work)
-    assert max(relative_error(a, b) for a, b in zip(ours.weights(), plain.weights())) < 1e-5
 
 
 def test_a_failed_capture_is_one_warning_and_plain_steps(monkeypatch, capsys):
@@ -249,35 +213,27 @@ def signature(launch):
     return launch.kernel.__name__, launch.grid, arguments, launch.options
 
 
-GPU = torch.device("cuda")
-REFUSED = [
-    ("cpu", "", "CUDA graphs need a GPU, not cpu"),
-    ("cuda", "--micro-batch 2", "not with --micro-batch"),
-    ("cuda", "--checkpoint-activations", "--checkpoint-activations"),
-    ("cuda", "--shard", "several processes and --shard"),
+PLANS = [  # device, kernels, flags; what is said
+    ("cuda", "triton", "", ""),
+    ("cuda", "reference", "", "the reference operations wait for the GPU"),
+    ("cpu", "triton", "", "CUDA graphs need a GPU, not cpu"),
+    ("cuda", "triton", "--micro-batch 2", "not with --micro-batch"),
+    ("cuda", "triton", "--checkpoint-activations", "--checkpoint-activations"),
+    ("cuda", "triton", "--shard", "several processes and --shard"),
 ]
 
 
-@pytest.mark.parametrize("device, flags, words", REFUSED)
-def test_what_cannot_be_captured_is_one_warning(monkeypatch, capsys, device, flags, words):
-    monkeypatch.setattr("kernels.choice", lambda device: "triton")
+@pytest.mark.parametrize("device, choice, flags, words", PLANS)
+def test_what_cannot_be_captured_is_one_warning(monkeypatch, capsys, device, choice, flags, words):
+    monkeypatch.setattr("kernels.choice", lambda device: choice)
     config = parse_args(flags.split())
-    assert not graph.is_wanted(config, torch.device(device)), "nobody asked"
+    device = torch.device(device)
+    assert not graph.is_wanted(config, device), "nobody asked"
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("DSS_GRAPH", "1")
-    assert not graph.is_wanted(config, torch.device(device))
+    assert graph.is_wanted(config, device) == (words == "")
     error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1 and error.startswith("train.py: warning: DSS")
-
-
-def test_it_is_captured_where_it_is_asked_for_and_possible(monkeypatch, capsys):
-    monkeypatch.setattr("kernels.choice", lambda device: "triton")
-    assert not graph.is_wanted(parse_args([]), GPU)
-    monkeypatch.setenv("DSS_GRAPH", "1")
-    assert graph.is_wanted(parse_args([]), GPU)
-    monkeypatch.setattr("kernels.choice", lambda device: "reference")
-    assert not graph.is_wanted(parse_args([]), GPU)
-    assert "the reference operations wait for the GPU" in capsys.readouterr().err
+    assert words in error and error.count("\n") == (words != "")
 
 
 def test_another_value_is_refused(monkeypatch, tmp_path, capsys):
@@ -287,26 +243,15 @@ def test_another_value_is_refused(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_with_captured_steps_ends_as_one_with_plain_steps(monkeypatch, tmp_path):
+def test_a_run_with_captured_steps_ends_as_one_with_plain_steps(graphs, monkeypatch, tmp_path):
     """train.py pads the batches and hands them over; the graph is a fake one."""
-    monkeypatch.setattr(graph, "record", fake_record)
-    made = []
-    monkeypatch.setattr(graph, "CapturedStep", remembered(graph.CapturedStep, made))
     files = " ".join(write_rows(tmp_path, counting(24), 20))
     for name, answer in (("captured", True), ("plain", False)):
         monkeypatch.setattr(graph, "is_wanted", Mock(return_value=answer))
         assert run(files, SIX, f"--dropout 0 --out {tmp_path}/{name}") == 0
-    assert len(made) == 1 and made[0].graph.replays == 5
+    assert [made.replays for made in graphs] == [5]
     found = [weights(tmp_path / name / "dss") for name in ("captured", "plain")]
-    assert max(relative_error(found[0][name], found[1][name]) for name in found[0]) < 1e-4
-
-
-def remembered(kind, made):
-    def make(*arguments):
-        made.append(kind(*arguments))
-        return made[-1]
-
-    return make
+    assert max(relative_error(found[0][name], found[1][name]) for name in found[0]) < 1e-5
 
 
 # ---- On a GPU ------------------------------------------------------------------------------------

@@ -3,7 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
-from running import QUICK, SIX, counting, json_lines, prepare, result, run, watched, write_rows
+from running import (
+    QUICK,
+    SIX,
+    counting,
+    few_rows,
+    json_lines,
+    prepare,
+    result,
+    run,
+    watched,
+)
 
 import train
 from data.jsonl import Record, write_jsonl
@@ -11,7 +21,7 @@ from data.jsonl import Record, write_jsonl
 
 @pytest.fixture
 def files(tmp_path):
-    return " ".join(write_rows(tmp_path, counting(20), 16))
+    return few_rows(tmp_path)
 
 
 @pytest.fixture
@@ -51,31 +61,11 @@ FREE = [f"change number {i} of the file" for i in range(40)]
     [
         (COLOURS, ["red"] * 50, "", ""),
         (["35-44", "45-54"] * 20, ["35-44"] * 50, "", ""),
-        (
-            COLOURS,
-            ["red"] * 20,
-            "",
-            "20 validation rows: the 95 % interval of an accuracy is up to 40",
-        ),
+        (COLOURS, ["red"] * 20, "", "20 validation rows: the 95 % interval of an accuracy is up t"),
         (COLOURS, ["red"] * 47 + ["green"] * 3, "", "3 of 50 validation and test labels are no "),
-        (
-            LINES,
-            ["one"] * 50,
-            "--max-new-tokens 3",
-            "10 of 90 labels are longer than an answer may",
-        ),
-        (
-            COLOURS,
-            ["blue"] * 50,
-            "--max-input-length 4",
-            "50 validation and test inputs cut at 4 tok",
-        ),
-        (
-            COLOURS,
-            ["red 色"] * 50,
-            "",
-            "0.00% of the inputs, 17.86% of the labels, 0.00% of the rationales",
-        ),
+        (LINES, ["one"] * 50, "--max-new-tokens 3", "10 of 90 labels are longer than an answer"),
+        (COLOURS, ["blue"] * 50, "--max-input-length 4", "50 validation and test inputs cut at 4"),
+        (COLOURS, ["red 色"] * 50, "", "0.00% of the inputs, 17.86% of the labels, 0.00% of the r"),
         (FREE, FREE + FREE[:10], "", "nearly all labels differ (free text)"),
     ],
 )

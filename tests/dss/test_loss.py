@@ -40,7 +40,7 @@ def worst_difference(a, b):
     return max(relative_error(a[name], b[name]) for name in b)
 
 
-@pytest.mark.parametrize("lam", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize("lam", [0.3, 0.0])
 def test_one_packed_pass_is_transformers_two_padded_passes(transformers, measured, tmp_path, lam):
     """The released code pads each task's batch, makes two forward passes and adds two means. With
     lambda = 0 that is standard finetuning."""
@@ -69,7 +69,7 @@ def test_one_packed_pass_is_transformers_two_padded_passes(transformers, measure
     measured(f"lambda {lam}: gradients of one packed pass against two padded", worst, 1e-4)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [1, 3])
 def test_the_gradient_does_not_depend_on_micro_batches(size):
     """A mean over each micro-batch would weigh the tokens of a short one more."""
     model = student().eval()

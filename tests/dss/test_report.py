@@ -3,14 +3,14 @@
 import json
 
 import pytest
-from running import QUICK, counting, result, run, write_rows
+from running import QUICK, few_rows, result, run
 
 from data.files import write_json
 from dss.report import reason_to_doubt
 
 
 def test_the_report_shows_three_answers_and_what_to_run_next(tmp_path, capsys):
-    files = " ".join(write_rows(tmp_path, counting(20), 16))
+    files = few_rows(tmp_path)
     one_step = f"{files} {QUICK} --steps 1 --out {tmp_path}/out"
     assert run(one_step, "--method standard") == 0
     shown = capsys.readouterr().out

@@ -1,11 +1,13 @@
 """Which rows train, select and test a student, with which label, and which tokenizer they get."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
-from running import counting, prepare, run, write_rows
+from running import counting, prepare, write_rows
 
 import tokenizer
+import train
 from data.jsonl import Record, write_jsonl
 from dss.config import parse_args
 from dss.rows import load_rows
@@ -86,38 +88,31 @@ def test_a_method_without_the_rationales_it_needs_is_refused(tmp_path, method, l
                 load(line)
 
 
-@pytest.mark.parametrize("method", ["single_task", "label_first"])
-def test_a_method_with_a_separator_needs_a_tokenizer_that_has_one(
-    files, spiece, tmp_path, capsys, method
-):
+def test_a_method_with_a_separator_needs_a_tokenizer_that_has_one(files, spiece, tmp_path, refused):
     shutil.copytree(spiece, tmp_path / "none")
     (tmp_path / "none" / "tokenizer_config.json").write_text('{"extra_ids": 0}')
-    assert run(files, f"--spiece {tmp_path}/none --method {method} --out {tmp_path}/out") == 2
-    assert f"--method {method} needs the token <extra_id_0>" in capsys.readouterr().err
+    line = f"{files} --spiece {tmp_path}/none --method label_first --out {tmp_path}/out"
+    said = refused(train.main, *line.split())
+    assert "--method label_first needs the token <extra_id_0>" in said
     assert not (tmp_path / "out").exists()
+
+
+FREE = [f"change {i} {'👍👎'[i % 2]}" for i in range(19)] + ["change 👍", "change 👎"]
 
 
 @pytest.mark.parametrize(
     "labels, is_refused",
-    [
-        (["x = 1", "x ≠ 1"], True),
-        (["да", "нет", "ok"], True),
-        (["a 👍", "a 👎"], True),
-        (["a²", "a2"], False),  # one class
-        ([f"change {i} {'👍👎'[i % 2]}" for i in range(19)] + ["change 👍", "change 👎"], False),
-    ],
+    [(["да", "нет", "ok"], True), (["a 👍", "a 👎"], True), (["a²", "a2"], False), (FREE, False)],
 )
 def test_labels_that_are_the_same_tokens_are_refused_but_in_free_text(tmp_path, labels, is_refused):
+    """a² and a2 are one class."""
     tokenizer.train(["predict: q x a change 0123456789"], tmp_path / "spiece.model", 40)
-    rows = [Record(f"r{i}", f"q {i}", label) for i, label in enumerate(labels)]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
     path = tmp_path / "rows.jsonl"
-    flags = ["--data", path, "--eval-data", path, "--spiece", tmp_path, "--method", "standard"]
-    if is_refused:
-        with pytest.raises(ValueError, match="labels '.*' and '.*' are the same token ids"):
-            prepare(*flags, "--out", tmp_path / "out")
-    else:
-        prepare(*flags, "--out", tmp_path / "out")
+    write_jsonl(path, [Record(f"r{i}", f"q {i}", label) for i, label in enumerate(labels)])
+    line = f"--data {path} --eval-data {path} --spiece {tmp_path} --out {tmp_path}/out"
+    refusal = pytest.raises(ValueError, match="labels '.*' and '.*' are the same token ids")
+    with refusal if is_refused else nullcontext():
+        prepare(line, "--method standard")
 
 
 @pytest.mark.parametrize("label", ["e\u0301tude", "ﬁx\u3000me", "ｆｕｌｌ：ｗｉｄｔｈ", "क़लम ™"])
@@ -132,12 +127,8 @@ def test_a_label_is_right_as_the_tokenizer_writes_it(tmp_path, label):
 
 def test_a_tokenizer_that_is_not_the_weights_own_is_warned_of(spiece, tmp_path, capsys):
     rows = [Record(f"r{i}", f"how many are {i}", ("one", "two")[i % 2]) for i in range(20)]
-    line = [
-        *write_rows(tmp_path, rows, 16),
-        "--method standard --out",
-        tmp_path / "out",
-        "--spiece",
-    ]
+    line = [*write_rows(tmp_path, rows, 16), "--method standard --out", tmp_path / "out"]
+    line.append("--spiece")
     prepare(*line, spiece).student.save(tmp_path / "weights")
     tokenizer.train(["one two"], tmp_path / "spiece.model", 12)
     for path, warned in ((spiece, False), (tmp_path, True)):

@@ -5,7 +5,7 @@ import pytest
 from running import write_rows
 
 from data.jsonl import Record, write_jsonl
-from data.official import main as make_files
+from data.official import FORMATS, import_split
 from dss import stats
 from dss.config import TrainConfig
 from dss.rows import Rows, load_rows
@@ -46,20 +46,20 @@ def test_the_features_of_a_pair_say_which_words_are_new():
     assert features("Two boys") == ["< two", "boys", "boys >", "two", "two boys"]  # in one order
 
 
-def test_a_bag_of_words_on_a_quarter_of_esnli_has_the_known_accuracy(official, tmp_path):
-    data = (str(tmp_path / "esnli_valid.jsonl"),)
-    assert make_files([str(official), "--out", str(tmp_path)]) == 0
-    test_data = str(tmp_path / "esnli_test.jsonl")
-    rows = load_rows(TrainConfig(data=data, test_data=test_data, subsample=0.25))
-    assert len(rows.train) == 2214
-    assert stats.bag_of_words(rows) == pytest.approx(0.627, abs=0.01)
+def test_a_bag_of_words_on_a_tenth_of_esnli_has_the_known_accuracy(official, tmp_path):
+    for split in ("valid", "test"):
+        rows = import_split(official / "esnli" / f"esnli_{split}.json", [], FORMATS["esnli"])
+        write_jsonl(tmp_path / split, rows)
+    files = dict(data=(str(tmp_path / "valid"),), test_data=str(tmp_path / "test"))
+    rows = load_rows(TrainConfig(**files, subsample=0.1, method=("standard",)))
+    assert len(rows.train) == 886
+    assert stats.bag_of_words(rows) == pytest.approx(0.582, abs=0.01)
 
 
 def test_the_command_prints_both_predictors(tmp_path, capsys, refused):
-    rows = [
-        Record(f"{i}", f"It is {'hot' if i % 3 else 'cold'} {i}", "ab"[i % 3 > 0])
-        for i in range(60)
-    ]
+    rows = []
+    for i in range(60):
+        rows.append(Record(f"{i}", f"It is {('cold', 'hot', 'hot')[i % 3]} {i}", "abb"[i % 3]))
     _, train_file, _, test_file = write_rows(tmp_path, rows, 40)
     assert stats.main([train_file, test_file]) == 0
     shown = capsys.readouterr().out

@@ -2,19 +2,12 @@
 
 import pytest
 import torch
-from checkpoints import make_student
 
 from dss.generate import score
 from dss.methods import PREDICT
 from dss.student import Student
 
 QUESTIONS = ["how many apples are there?", "Tom gave Mia pears", "boxes left plus one", "two?"]
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory, spiece):
-    """A directory with an untrained student, which has no dss.json."""
-    return make_student(tmp_path_factory.mktemp("student"), spiece)
 
 
 @pytest.mark.parametrize("method, end", [("dss", "</s>"), ("label_first", "<extra_id_0>")])

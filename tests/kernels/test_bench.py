@@ -26,11 +26,9 @@ def test_without_a_gpu_it_prints_what_is_known_without_one(capsys, tmp_path):
 @pytest.mark.parametrize("dataset", bench.DATASETS)
 def test_lengths_are_like_those_of_the_data_sets(dataset):
     mean, _, longest, label, rationale = bench.DATASETS[dataset]
-    percentile = {"CQA": 75, "e-SNLI": 65, "SVAMP": 79}[dataset]  # the 95th, of the real inputs
     inputs, targets = bench.draw_lengths(dataset, 2000)
     assert len(inputs) == len(targets) == 4000
     assert np.mean(inputs) == pytest.approx(mean, rel=0.02)
-    assert np.percentile(inputs, 95) == pytest.approx(percentile, rel=0.05)
     assert max(inputs) <= longest and min(targets) >= 1
     assert np.mean(targets) == pytest.approx((label + rationale) / 2, rel=0.03)
 

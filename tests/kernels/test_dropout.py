@@ -3,9 +3,7 @@
 import pytest
 import torch
 from comparing import DEVICE, TRITON, both, needs_triton
-from torch.utils.checkpoint import checkpoint
 
-import kernels
 from kernels.dropout import dropout_reference, seed_on, threshold_of
 
 
@@ -29,14 +27,12 @@ def test_a_mask_repeats_with_its_seed_and_follows_torch_s_generator_without_one(
 
 
 def test_the_reference_keeps_its_rate_in_every_byte_of_a_random_word():
-    """And in the last elements, which do not fill a word."""
-    x = torch.ones(99, 1001)
-    y = dropout_reference(x, 0.25, 7)
+    y = dropout_reference(torch.ones(99, 1000), 0.25, 7)
     assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
-    assert abs((y > 0).float().mean().item() - 0.75) < 4 * (0.1875 / x.numel()) ** 0.5
-    words = y.flatten()[: x.numel() // 8 * 8].unflatten(0, (-1, 8))
-    by_byte = (words > 0).float().mean(0)
-    assert ((by_byte - 0.75).abs() < 5 * (8 * 0.1875 / x.numel()) ** 0.5).all()
+    by_byte = (y.view(-1, 8) > 0).float().mean(0)
+    assert ((by_byte - 0.75).abs() < 5 * (8 * 0.1875 / y.numel()) ** 0.5).all()
+    odd = dropout_reference(torch.ones(7), 0.5, 7)
+    assert odd.shape == (7,), "the last elements do not fill a word"
 
 
 def test_p_is_rounded_to_a_multiple_of_1_in_256_but_never_to_0_or_1():
@@ -55,36 +51,10 @@ def test_a_seed_may_lie_on_the_device():
     assert torch.equal(second, TRITON.geglu(x, x, 0.5, 6)) and not torch.equal(first, second)
 
 
-WRONG = [
-    -1,
-    2**63,
-    torch.zeros(2, dtype=torch.int64),
-    torch.zeros(1),
-    torch.zeros(1).long().to("meta"),
-]
+WRONG = [-1, 2**63, torch.zeros(2).long(), torch.zeros(1), torch.zeros(1).long().to("meta")]
 
 
 @pytest.mark.parametrize("seed", WRONG, ids=str)
 def test_seeds_that_no_kernel_can_read_are_refused(seed):
     with pytest.raises(ValueError, match="dropout: seed must be"):
         seed_on(torch.device("cpu"), seed)
-
-
-@both
-def test_seeds_drawn_together_are_drawn_again_where_a_layer_is_checkpointed(ours):
-    """A layer that is computed again in the backward pass has the masks of the forward pass."""
-    x = torch.randn(6, 40, device=DEVICE, requires_grad=True)
-
-    def layer(x):
-        with kernels.seeds_drawn_together(x.device):
-            s, y = ours.rms_norm(x, torch.ones_like(x[0]), 1e-6, x, 0.3)
-            return s * ours.geglu(y, s, 0.3)
-
-    def gradient(run):
-        torch.manual_seed(3)
-        loss = run(run(x)).square().sum()
-        return torch.autograd.grad(loss, x)[0]
-
-    plain = gradient(layer)
-    checkpointed = gradient(lambda x: checkpoint(layer, x, use_reentrant=False))
-    assert torch.equal(plain, checkpointed)

@@ -51,7 +51,7 @@ def check_logits(ours, T, V, dtype):
 
 @both
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, V", [(6, 2), (9, 33), (1, 7), (11, 300), (3, 32128), (2, 250112)])
+@pytest.mark.parametrize("T, V", [(1, 2), (9, 33), (11, 300), (3, 32128), (2, 250112)])
 def test_given_logits(ours, T, V, dtype):
     """The last is mT5's vocabulary, whose rows are too long for one block and are read twice."""
     check_logits(ours, T, V, dtype)
@@ -177,9 +177,7 @@ def test_labels_and_weights_on_another_device_are_refused():
     logits, labels, weights = rows(3, 5)
     with pytest.raises(ValueError, match="cross_entropy: tensors on several devices, .* on meta"):
         TRITON.cross_entropy(logits, labels.to("meta"), weights)
-    with pytest.raises(
-        ValueError, match="linear_cross_entropy: tensors on several devices, .* on meta"
-    ):
+    with pytest.raises(ValueError, match="linear_cross_entropy: tensors on several devices"):
         TRITON.linear_cross_entropy(logits, logits[:2], labels, weights.to("meta"))
 
 
