@@ -5,12 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
-from comparing import needs_triton
+from comparing import DEVICE, needs_triton
 
 from kernels import bench
 
 pytestmark = needs_triton
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    """Where main() makes inputs, too: compiled kernels take no CPU tensors."""
+    with torch.device(DEVICE):
+        yield
 
 
 @without_gpu
