@@ -58,7 +58,7 @@ class Run:
     config: TrainConfig
     rows: Rows
     student: Student  # untrained, on the CPU; every method starts from these weights
-    placement: distributed.Replicas  # on which devices the weights are
+    placement: distributed.Replicas  # or its subclass Shards: where the weights are
     out: Path
     captures: bool = False  # whether steps are replayed as a CUDA graph (dss/graph.py)
 
@@ -70,7 +70,7 @@ class Run:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 training failed, 2 the arguments or files are wrong, 130
     interrupted."""
-    with distributed.joined() as own_stderr:
+    with distributed.process_group() as own_stderr:
         try:
             run = prepare(parse_args(argv))
             train_all(run)
@@ -143,7 +143,7 @@ def train(run: Run, method: str, stop: cli.Stop) -> dict:
         log.bar.close()
         checkpoint.keep_state(at_once=True)
         best = replace(student, model=checkpoint.load_best())
-        return test(best, run, progress, cut, stop)
+        return test_once(best, run, progress, cut, stop)
 
 
 def train_step(
@@ -158,7 +158,9 @@ def train_step(
     model = student.model.train()
     losses = torch.zeros(3, device=run.placement.device)
     for batch in work.batches:  # one, without --micro-batch
-        with run.placement.cast(model):  # in bfloat16: the weights, all together
+        # In bfloat16, this casts all weights together; a layer that is computed again in the
+        # backward pass needs them, too.
+        with run.placement.cast(model):
             with student.autocast():
                 L, L_label, L_rationale = distillation_loss(
                     model, batch, work.n_label, work.n_rationale, run.config.lam
@@ -205,7 +207,7 @@ def label_loss(student: Student, rows: list[Record]) -> float:
     return sum(distributed.share_out(losses, step.batches))
 
 
-def test(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli.Stop) -> dict:
+def test_once(student: Student, run: Run, progress: Progress, cut: Counter, stop: cli.Stop) -> dict:
     """Test the selected student, this once, and write predictions and result. Returns the result.
 
     Without test rows, the predictions are those of the validation rows.
@@ -301,7 +303,7 @@ def steps_ahead(
 ) -> Iterator[Step]:
     """The steps from `first` on, packed on the host while the device computes those before.
 
-    captures: pad them, where they are not much longer than the first ones of the run.
+    captures: pad them all to one shape, that of the longest of the first ones of the run.
     """
     start_token = student.model.config.decoder_start_token_id
     rank = distributed.rank()

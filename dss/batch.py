@@ -21,12 +21,13 @@ import kernels
 Device = str | torch.device
 LABEL = 0  # the two tasks
 RATIONALE = 1
+NO_TASK = -1  # of sequences that fill up a batch and count for nothing
 
 
 class Sequence(NamedTuple):
     input_ids: list[int]  # or an array of ints
     target_ids: list[int]
-    task: int  # LABEL or RATIONALE
+    task: int  # LABEL, RATIONALE or NO_TASK
 
 
 class Segments(NamedTuple):
@@ -43,7 +44,7 @@ class Batch:
     inputs: Segments
     decoder_input_ids: torch.Tensor  # (T,) int64, all targets, each shifted right by a start token
     labels: torch.Tensor  # (T,) int64, the tokens to predict
-    task: torch.Tensor  # (T,) int64, LABEL or RATIONALE for each target token
+    task: torch.Tensor  # (T,) int64, the task of each target token
     targets: Segments
 
 
@@ -147,7 +148,7 @@ def make_step(
     return Step(batches, n_label, n_rationale, count_tokens(join(rows)), padded=bool(padding))
 
 
-NOTHING = Sequence([1], [1], -1)  # for a process without a row: of no task, so without weight
+NOTHING = Sequence([1], [1], NO_TASK)  # for a process without a row
 
 
 SPARE = 8  # sequences of padding beside the largest batch: so many are about as short as real ones
@@ -174,15 +175,14 @@ class Budget:
         return cls(sequences, round_up(max(inputs)), round_up(max(targets)))
 
     def padding(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Sequences of no task, so without weight, that fill a batch up; none if it does not
-        fit."""
+        """Sequences of NO_TASK that fill a batch up; none if it does not fit."""
         number = self.sequences - len(sequences)
         inputs = self.input_tokens - sum(len(s.input_ids) for s in sequences)
         targets = self.target_tokens - sum(len(s.target_ids) for s in sequences)
         if not 1 <= number <= min(inputs, targets):
             return []
         lengths = zip(divide(inputs, number), divide(targets, number))
-        return [Sequence([1] * n, [1] * m, -1) for n, m in lengths]
+        return [Sequence([1] * n, [1] * m, NO_TASK) for n, m in lengths]
 
 
 def round_up(tokens: int) -> int:

@@ -48,7 +48,7 @@ def is_first() -> bool:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[TextIO]:
+def process_group() -> Iterator[TextIO]:
     """Be one of the processes that torchrun started, if it did, for the block. All but the first
     are silent.
 

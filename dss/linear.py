@@ -1,10 +1,13 @@
-"""Linear layers without bias, and their weights in bfloat16 for one pass through the model.
+"""Linear layers without bias, and their weights in bfloat16 for one training step.
 
 Autocast casts each matrix where it is used, and each gradient back: 433 launches in a step of
-T5-base. `cast_weights` casts the matrices of the whole model together, in four launches. It puts
-those that multiply the same input (queries, keys and values; gate and up) below each other, so
-that one product computes them. The parameters themselves stay as they are: fp32, one for each
-matrix.
+T5-base. `cast_weights` casts the matrices of all layers by one call, and their gradients by
+another. It puts those that multiply the same input (queries, keys and values; gate and up) below
+each other, so that one product computes them. The parameters stay as they are: one for each matrix,
+in fp32, since a step of the optimiser would often be lost in the rounding of bfloat16.
+
+Embedding and output matrix are not among them (kernels/losses.py casts the latter). Evaluation
+leaves the casts to autocast.
 """
 
 from collections.abc import Iterator
@@ -44,6 +47,7 @@ class JoinedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, joined: Tensor, n: int) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, joined)
         weights = joined.unflatten(0, (n, -1))  # (n, N, C)
+        # Not a slice of one product's columns: the kernels take contiguous tensors.
         return torch.bmm(x.expand(n, -1, -1), weights.mT).unbind()
 
     @staticmethod
@@ -56,8 +60,8 @@ class JoinedProduct(torch.autograd.Function):
 
 @contextmanager
 def cast_weights(model: nn.Module) -> Iterator[None]:
-    """Within this, for one forward and backward pass, the model's linear layers compute with
-    bfloat16 copies of their weights.
+    """Within this, for one forward and backward pass, the layers of a T5 compute with bfloat16
+    copies of their weights.
 
     A module names its layers in `groups`, a list of tuples: the layers of a tuple have the same
     input and shape, and are computed by `project`.
@@ -89,19 +93,19 @@ class Cast(torch.autograd.Function):
             rows, columns = weights[first].shape
             joined.append(weights[first].new_empty(size * rows, columns, dtype=torch.bfloat16))
             first += size
-        torch._foreach_copy_(divide(joined, sizes), list(weights))
+        torch._foreach_copy_(split_groups(joined, sizes), list(weights))
         return tuple(joined)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        parts = divide(upstream, ctx.sizes)
+        parts = split_groups(upstream, ctx.sizes)
         gradients = [torch.empty_like(part, dtype=torch.float32) for part in parts]
         torch._foreach_copy_(gradients, parts)
         return None, *gradients
 
 
-def divide(joined: list[Tensor], sizes: list[int]) -> list[Tensor]:
+def split_groups(joined: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """The matrices of each group."""
     parts = []
     for tensor, size in zip(joined, sizes):

@@ -26,10 +26,11 @@ def distillation_loss(
     """
     n_label = n_label + (n_label == 0)  # max(n_label, 1), also of a tensor
     n_rationale = n_rationale + (n_rationale == 0)
-    label = (batch.task == LABEL) / n_label  # (T,): 1 / N_label on label tokens, else 0
-    rationale = (batch.task == RATIONALE) / n_rationale
+    label_weights = (batch.task == LABEL) / n_label  # (T,): 1 / N_label on label tokens, else 0
+    rationale_weights = (batch.task == RATIONALE) / n_rationale
+    # L = L_label + lambda * L_rationale, token by token:
+    weights = label_weights + lam * rationale_weights
 
-    weights = label + lam * rationale  # L = L_label + lambda * L_rationale, token by token
     hidden = model(batch)  # (T, C)
     L, nll = kernels.linear_cross_entropy(
         hidden,
@@ -39,4 +40,4 @@ def distillation_loss(
         scale=model.output_scale,
         return_token_losses=True,
     )
-    return L, (nll * label).sum(), (nll * rationale).sum()
+    return L, (nll * label_weights).sum(), (nll * rationale_weights).sum()

@@ -6,7 +6,7 @@ From one input x, Distilling Step-by-Step (Hsieh et al. 2023, section 3.2) train
     predict: x  ->  label            explain: x  ->  rationale
 
 and answers with the first alone. `METHODS` holds this method, the methods it is compared with, and
-its controls. To add a method, add an entry: every program reads this table and compares no names.
+its controls. To add a method, add an entry: train.py, predict and study read this table.
 """
 
 from collections import Counter
@@ -111,8 +111,9 @@ class Method:
     rationales_needed: int = 0  # training rows with a rationale, at least
     label_position: Literal["alone", "first", "last"] = "alone"  # in what is written after PREDICT
     match_tokens_of: str = ""  # train for as many tokens as this method sees in --steps
-    colour: str = "black"  # in a picture (Okabe and Ito's, which colour-blind readers tell apart)
-    marker: str = "o"  # in a picture
+    # How a picture shows it, if that matters:
+    colour: str = "black"  # (Okabe and Ito's, which colour-blind readers tell apart)
+    marker: str = "o"
 
     @property
     def learns_rationales(self) -> bool:

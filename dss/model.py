@@ -154,13 +154,13 @@ class Stack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        positions: Segments | None,
+        segments: Segments | None,
         memory: Tensor | None = None,
         inputs: Segments | None = None,
         caches: "list[LayerCache] | None" = None,
     ) -> Tensor:
-        """x: (T, C) of the `Segments` positions; a decoder also reads memory (T_in, C) of the
-        `Segments` inputs."""
+        """x: (T, C) of the sequences in `segments`; a decoder also reads memory (T_in, C) of those
+        in `inputs`."""
         x = self.dropout(x)
         update = None
         diag = None
@@ -168,7 +168,7 @@ class Stack(nn.Module):
             diag = kernels.bias_by_distance(self.bias_table, self.is_decoder, self.max_distance)
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches else None
-            x, update = layer(x, update, positions, self.bias_table, diag, memory, inputs, cache)
+            x, update = layer(x, update, segments, self.bias_table, diag, memory, inputs, cache)
         _, y = self.final_norm(x, update)
         return self.dropout(y)
 
@@ -191,7 +191,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         update: Tensor | None,
-        positions: Segments | None,
+        segments: Segments | None,
         bias_table: Tensor,
         diag: Tensor | None,
         memory: Tensor | None,
@@ -204,11 +204,11 @@ class Layer(nn.Module):
         with kernels.seeds_drawn_together(x.device):
             x, y = self.self_attention_norm(x, update)
             own_cache = cache.self_attention if cache else None
-            update = self.self_attention(y, positions, y, positions, bias_table, diag, own_cache)
+            update = self.self_attention(y, segments, y, segments, bias_table, diag, own_cache)
             if memory is not None:  # no bias table: positions of target and input are unrelated
                 x, y = self.cross_attention_norm(x, update)
                 cross_cache = cache.cross_attention if cache else None
-                update = self.cross_attention(y, positions, memory, inputs, None, None, cross_cache)
+                update = self.cross_attention(y, segments, memory, inputs, None, None, cross_cache)
             x, y = self.feed_forward_norm(x, update)
             return x, self.feed_forward(y)
 

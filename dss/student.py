@@ -180,11 +180,16 @@ class Student:
         """What the model writes after a prefix: at most `longest` token ids for each input, none
         for a blank one."""
         encoded = self.encode(prefix, inputs)
-        asked = [ids for ids, text in zip(encoded, inputs) if text.strip()]
+        asked = [i for i, text in enumerate(inputs) if text.strip()]
         self.model.eval()
         with self.autocast():
-            outputs = iter(generate(self.model, asked, longest, self.batch_size, stop))
-        return [next(outputs) if text.strip() else [] for text in inputs]
+            written = generate(
+                self.model, [encoded[i] for i in asked], longest, self.batch_size, stop
+            )
+        outputs = [[] for _ in inputs]
+        for i, ids in zip(asked, written):
+            outputs[i] = ids
+        return outputs
 
     def encode(self, prefix: str, inputs: list[str]) -> list[list[int]]:
         """The ids of each input after a prefix. Raises TypeError for a text in place of a list."""

@@ -220,8 +220,8 @@ def test_the_dtype_is_computed_in_while_training_and_answering(files, tmp_path, 
     ready = prepare(f"{files} {SIX} --dtype {dtype} --out {tmp_path}/out")
     model = ready.student.model
     found = []
-    query = model.decoder.layers[0].self_attention.q
-    query.register_forward_hook(lambda _, __, output: found.append(output.dtype))
+    output = model.decoder.layers[0].self_attention.o
+    output.register_forward_hook(lambda _, __, output: found.append(output.dtype))
     step(ready, plain_descent(model))
     ready.student.write(PREDICT, [ready.rows.test[0].input], 1)
     assert found == [getattr(torch, dtype)] * 2

@@ -57,7 +57,7 @@ def compute_gradients(line, directory):
     """Into DIRECTORY/RANK.pt, for each of CASES: losses, norm and gradients of a step, by plain
     processes and then with --shard."""
     found = []
-    with distributed.joined():
+    with distributed.process_group():
         place = (distributed.rank(), distributed.size())
         for extra in ("", "--shard"):
             for batch_size, micro_batch in CASES:
