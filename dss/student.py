@@ -183,11 +183,10 @@ class Student:
         asked = [i for i, text in enumerate(inputs) if text.strip()]
         self.model.eval()
         with self.autocast():
-            written = generate(
-                self.model, [encoded[i] for i in asked], longest, self.batch_size, stop
-            )
+            given = [encoded[i] for i in asked]
+            found = generate(self.model, given, longest, self.batch_size, stop)
         outputs = [[] for _ in inputs]
-        for i, ids in zip(asked, written):
+        for i, ids in zip(asked, found):
             outputs[i] = ids
         return outputs
 
