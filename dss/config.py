@@ -118,7 +118,7 @@ class TrainConfig:
     eval_data: str = ""  # validation rows, JSONL; default: cut from the training rows
     test_data: str = ""  # test rows, JSONL, answered once, at the end
     eval_fraction: float = 0.1  # share of the training rows cut for validation without --eval-data
-    subsample: float = 1.0  # share of all labelled rows used; a larger share adds rows to a smaller
+    subsample: float = 1.0  # share of the labelled rows of --data; a larger adds rows to a smaller
     labels: Literal[LABELS] = "gold"  # gold-or-teacher: the teacher's where --subsample has no gold
     # method
     method: tuple[str, ...] = ("standard", "dss")  # a student for each, in order: dss/methods.py

@@ -44,8 +44,13 @@ def tile_range(EDGE, p0, count, diag_ptr, reach, OF_KEYS, CAUSAL, LONG, ROWS, ST
     The program has ROWS queries, and the tiles hold the `count` keys, or the reverse if OF_KEYS.
     p0: the token of the tiles' side that has distance 0 from the program's first.
     """
-    # In sight are first .. last - 1. Plain are those before `left`, and those from `right` up to
-    # `whole`, which leaves out a last tile that the end of the sequence cuts off.
+    # In sight are first .. last - 1. Plain (P) are those before `left`, and those from `right` up
+    # to `whole`; all others are edge tiles (E): near the query, where the bias changes from token
+    # to token, and a last one that the end of the sequence cuts off.
+    #
+    #     encoder     P P P P E E E P P P E        decoder, keys       P P P P E E
+    #                 |       |     |     | |      decoder, OF_KEYS    E E P P P P E
+    #             first    left right whole last
     first = 0
     last = (count + STEP - 1) // STEP
     if CAUSAL and OF_KEYS:
