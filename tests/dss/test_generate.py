@@ -40,6 +40,12 @@ def test_batched_with_cache_is_one_at_a_time_without(model, many, longest, batch
     assert written == [uncached(model, ids, longest, stop) for ids in many]
 
 
+def test_sequences_end_at_different_steps(model):
+    """Else the property above would say little."""
+    lengths = {len(ids) for ids in generate(model, [[n] for n in range(1, 12)], 8)}
+    assert len(lengths) > 2 and 8 in lengths and min(lengths) < 5
+
+
 with_candidates = st.tuples(some_ids, st.lists(some_ids, min_size=1, max_size=3))
 
 
