@@ -101,7 +101,8 @@ def require(condition: object, name: str, what: str, config: object) -> None:
 def run(program: str, main: Callable[[], int]) -> NoReturn:
     """Run a program and exit with its status: 130 after Ctrl-C, 0 after a closed pipe."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a character that the terminal lacks is no error
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # a character that the terminal lacks is no error
     try:
         status = main()
         sys.stdout.flush()

@@ -111,8 +111,9 @@ class Method:
     rationales_needed: int = 0  # training rows with a rationale, at least
     label_position: Literal["alone", "first", "last"] = "alone"  # in what is written after PREDICT
     match_tokens_of: str = ""  # train for as many tokens as this method sees in --steps
-    # How a picture shows it, if that matters:
-    colour: str = "black"  # (Okabe and Ito's, which colour-blind readers tell apart)
+    # How a picture shows it, which may be left out. The colours below are Okabe and Ito's, which
+    # colour-blind readers tell apart.
+    colour: str = "black"
     marker: str = "o"
 
     @property

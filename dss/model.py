@@ -224,9 +224,10 @@ class Attention(nn.Module):
         self.k = Linear(config.d_model, inner)
         self.v = Linear(config.d_model, inner)
         self.o = Linear(inner, config.d_model)
-        self.groups = [(self.q, self.k, self.v), (self.o,)]
         if is_cross:  # q has another input than k and v
             self.groups = [(self.q,), (self.k, self.v), (self.o,)]
+        else:
+            self.groups = [(self.q, self.k, self.v), (self.o,)]
         self.is_cross = is_cross
         self.d_kv = config.d_kv
         self.causal = causal
@@ -287,7 +288,10 @@ class FeedForward(nn.Module):
             self.gate = Linear(config.d_model, config.d_ff)
         self.up = Linear(config.d_model, config.d_ff)
         self.down = Linear(config.d_ff, config.d_model)
-        self.groups = [(self.gate, self.up) if self.gated else (self.up,), (self.down,)]
+        if self.gated:
+            self.groups = [(self.gate, self.up), (self.down,)]
+        else:
+            self.groups = [(self.up,), (self.down,)]
         self.dropout_p = config.dropout_rate
 
     def forward(self, x: Tensor) -> Tensor:
