@@ -94,7 +94,9 @@ def seed(number: int, step: int) -> None:
     """Seed the dropout of a step: each process has its own, the same whenever the step is
     computed."""
     drawn = np.random.SeedSequence([number, step, rank()]).generate_state(1, np.uint64)
-    torch.manual_seed(int(drawn[0]))
+    torch.default_generator.manual_seed(int(drawn[0]))  # of the CPU
+    if torch.cuda.is_available():  # torch.manual_seed takes a millisecond where there is no GPU
+        torch.cuda.manual_seed_all(int(drawn[0]))
 
 
 def sum_up(tensors: list[torch.Tensor]) -> None:

@@ -6,6 +6,8 @@ encoder states, computed once. With one query a sequence, attention is two small
 keys and values, and `kernels.attention` is not needed.
 """
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -83,9 +85,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """`generate` for one batch. What a finished sequence still writes is passed over."""
     device = model.embedding.weight.device
+    memory, where = encode(model, inputs)
     lengths = [len(ids) for ids in inputs]
-    where = segments(lengths, device)
-    memory = model.encode(torch.tensor(sum(inputs, []), device=device), where)
     caches = make_caches(model, memory, where, lengths, max_new_tokens)
 
     outputs = [[] for _ in inputs]
@@ -104,6 +105,13 @@ def generate_batch(
     return outputs
 
 
+def encode(model: T5, inputs: list[list[int]]) -> tuple[Tensor, Segments]:
+    """Encoder states (T_in, C) of some inputs, and where each begins."""
+    device = model.embedding.weight.device
+    where = segments([len(ids) for ids in inputs], device)
+    return model.encode(torch.tensor(sum(inputs, []), device=device), where), where
+
+
 @torch.no_grad()
 def score(
     model: T5, inputs: list[list[int]], candidates: list[list[list[int]]], batch_size: int = 64
@@ -116,16 +124,23 @@ def score(
     Returns a list of lists of floats, shaped as candidates. Raises ValueError for an empty input,
     candidate or list.
     """
-    pairs = []
-    for ids, outputs in zip(inputs, candidates, strict=True):
-        pairs += [Sequence(ids, output, LABEL) for output in outputs]
-    if not all(candidates) or not all(pair.input_ids and pair.target_ids for pair in pairs):
+    if not all([*inputs, *candidates, *chain.from_iterable(candidates)]):
         raise ValueError("score: an input, a candidate or a list of candidates is empty")
+    pairs = []
+    for i, (ids, outputs) in enumerate(zip(inputs, candidates, strict=True)):
+        pairs += [(i, Sequence(ids, output, LABEL)) for output in outputs]
+    device = model.embedding.weight.device
     scores = []
     for first in range(0, len(pairs), batch_size):
-        some = pairs[first : first + batch_size]
-        batch = pack(some, model.embedding.weight.device, model.config.decoder_start_token_id)
-        log_p = model.read_out(model(batch)).float().log_softmax(-1)  # (T, V)
+        numbers, some = zip(*pairs[first : first + batch_size])
+        batch = pack(some, device, model.config.decoder_start_token_id)
+        # Each input is encoded once, and its candidates read the same states.
+        different = sorted(set(numbers))
+        memory, _ = encode(model, [inputs[i] for i in different])
+        states = dict(zip(different, memory.split([len(inputs[i]) for i in different])))
+        repeated = torch.cat([states[i] for i in numbers])
+        hidden = model.decode(batch.decoder_input_ids, batch.targets, repeated, batch.inputs)
+        log_p = model.read_out(hidden).float().log_softmax(-1)  # (T, V)
         of_labels = log_p.gather(1, batch.labels[:, None])[:, 0].double().cpu()  # (T,)
         for of_candidate in of_labels.split([len(s.target_ids) for s in some]):
             scores.append(float(of_candidate.sum()))

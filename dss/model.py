@@ -31,7 +31,7 @@ class T5(nn.Module):
     def __init__(self, config: T5Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, config.num_layers, is_decoder=False)
         self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
         if not config.tie_word_embeddings:
@@ -102,6 +102,8 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
+        if self.embedding.weight.is_meta:
+            return
         for name, parameter in self.named_parameters():
             deviation = self.initial_deviation(name)
             if "norm" in name:
@@ -131,6 +133,12 @@ class T5(nn.Module):
         return self.config.initializer_factor * deviation
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # PyTorch would import its compiler for that: two seconds
+            super().reset_parameters()
+
+
 class Stack(nn.Module):
     """Encoder or decoder. The bias table belongs to the stack: all its layers add the same position
     bias.
@@ -147,7 +155,7 @@ class Stack(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config, is_decoder) for _ in range(num_layers))
         self.final_norm = RMSNorm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout_p = config.dropout_rate
         self.is_decoder = is_decoder
         self.max_distance = config.relative_attention_max_distance
 
@@ -161,7 +169,8 @@ class Stack(nn.Module):
     ) -> Tensor:
         """x: (T, C) of the sequences in `segments`; a decoder also reads memory (T_in, C) of those
         in `inputs`."""
-        x = self.dropout(x)
+        p = self.dropout_p if self.training else 0.0
+        x = kernels.dropout(x, p)
         update = None
         diag = None
         if kernels.choice(x.device) == "triton":  # the bias of each distance, once for all layers
@@ -170,7 +179,7 @@ class Stack(nn.Module):
             cache = caches[i] if caches else None
             x, update = layer(x, update, segments, self.bias_table, diag, memory, inputs, cache)
         _, y = self.final_norm(x, update)
-        return self.dropout(y)
+        return kernels.dropout(y, p)
 
 
 class Layer(nn.Module):
@@ -300,7 +309,7 @@ class FeedForward(nn.Module):
             gate, up = project(x, self.gate, self.up)
             y = kernels.geglu(gate, up, p)  # (T, F)
         else:
-            y = F.dropout(F.relu(self.up(x)), p)
+            y = kernels.dropout(F.relu(self.up(x)), p)
         return self.down(y)
 
 

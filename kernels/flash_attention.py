@@ -40,6 +40,7 @@ keys gives NaN, and so does M > N with causal. On the CPU both raise ValueError.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -165,28 +166,32 @@ def attention_reference(
     j = torch.arange(int(len_k.max()), device=q.device)  # (N,)
     is_query = i < len_q  # (B, M)
     is_key = j < len_k  # (B, N)
+    place_q = is_query.flatten().nonzero()[:, 0]  # (Tq,): where each is among B * M
+    place_k = is_key.flatten().nonzero()[:, 0]
 
-    scores = (pad(q, is_query) @ pad(k, is_key).mT).float()  # (B, H, M, N)
-    distance = j - i[:, None]  # (M, N)
+    scores = (pad(q, place_q, is_query) @ pad(k, place_k, is_key).mT).float()  # (H, B, M, N)
+    distance = (j - i[:, None])[None]  # (1, M, N)
     if causal and cu_seqlens_q is not cu_seqlens_k:
         distance = distance - (len_k - len_q)[:, None]  # (B, M, N): queries are the last positions
     if table is not None:
         bucket = relative_position_bucket(distance, len(table), max_distance, not causal)
-        scores += F.embedding(bucket, table.float()).movedim(-1, -3)
+        scores += F.embedding(bucket, table.float()).movedim(-1, 0)
     hidden = ~is_key[:, None]  # (B, 1, N)
     if causal:
         hidden = hidden | (distance > 0)
-    scores += torch.where(hidden, float("-inf"), 0.0)[:, None]
+    scores += torch.where(hidden, float("-inf"), 0.0)
     weights = dropout_reference(scores.softmax(-1), dropout_p, seed)
-    outputs = weights.to(v.dtype) @ pad(v, is_key)  # (B, H, M, D)
-    return outputs.transpose(1, 2)[is_query]
+    outputs = weights.to(v.dtype) @ pad(v, place_k, is_key)  # (H, B, M, D)
+    return outputs.flatten(1, 2).index_select(1, place_q).transpose(0, 1)
 
 
-def pad(x: Tensor, is_token: Tensor) -> Tensor:
-    """(T, H, D) packed -> (B, H, N, D), 0 where is_token (B, N) is false."""
-    B, N = is_token.shape
-    padded = x.new_zeros(B, N, *x.shape[1:])
-    return padded.index_put((is_token,), x).transpose(1, 2)
+def pad(x: Tensor, place: Tensor, is_token: Tensor) -> Tensor:
+    """(T, H, D) packed -> (H, B, N, D), 0 where is_token (B, N) is false.
+
+    place: (T,), where is_token is true, counted through B * N.
+    """
+    padded = x.new_zeros(x.shape[1], is_token.numel(), x.shape[2])
+    return padded.index_copy(1, place, x.transpose(0, 1)).unflatten(1, is_token.shape)
 
 
 def check_arguments(
@@ -205,15 +210,18 @@ def check_arguments(
     if table is not None:
         one_a_head = table.dim() == 2 and table.shape[1] == q.shape[1]
         require(one_a_head, "attention: table must be (num_buckets, H)", table, q)
+    lengths = []
     for name, cu_seqlens, x in (("q", cu_seqlens_q, q), ("k", cu_seqlens_k, k)):
         fits = cu_seqlens.shape == cu_seqlens_q.shape and cu_seqlens.dtype == torch.int32
         require(fits, f"attention: cu_seqlens_{name} must be (B + 1,) int32", cu_seqlens)
         if cu_seqlens.device.type == "cpu":  # on a GPU reading the values would stall the queue
-            fits = cu_seqlens[0] == 0 and cu_seqlens[-1] == len(x)
+            starts = cu_seqlens.tolist()
+            fits = starts[0] == 0 and starts[-1] == len(x)
             require(fits, f"attention: cu_seqlens_{name} must run from 0 to {len(x)}", cu_seqlens)
-            require(cu_seqlens.diff().min() > 0, "attention: a sequence is empty", cu_seqlens)
-    if causal and cu_seqlens_q.device.type == "cpu":
-        fits = bool((cu_seqlens_q.diff() <= cu_seqlens_k.diff()).all())
+            lengths.append([end - start for start, end in pairwise(starts)])
+            require(min(lengths[-1]) > 0, "attention: a sequence is empty", cu_seqlens)
+    if causal and len(lengths) == 2:
+        fits = all(queries <= keys for queries, keys in zip(*lengths))
         require(fits, "attention: causal: a sequence has more queries than keys", q, k)
 
 

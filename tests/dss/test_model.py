@@ -108,7 +108,7 @@ def test_public_sizes_have_the_published_parameter_counts():
 
 
 PLACES = ["self_attention", "cross_attention", "feed_forward", "feed_forward_norm"]
-PLACES += ["dropout"]  # behind the final norm
+PLACES += ["encoder", "decoder"]  # of the embedding, and behind the final norm
 
 
 @pytest.mark.parametrize("shape", [{}, V1_1], ids=["T5 1.0", "T5 1.1"])
@@ -118,7 +118,6 @@ def test_each_dropout_acts_in_training_alone(place, shape):
     for name, module in model.named_modules():
         if name.endswith(place):
             module.dropout_p = 0.5
-            module.p = 0.5
     for training in (True, False):
         model.train(training)
         one, two = (model.logits([[5, 6, 7, 1]], [[0, 8, 9]])[0] for _ in range(2))
@@ -220,7 +219,7 @@ def test_a_bfloat16_step_of_t5_base_casts_few_activations_and_never_waits(monkey
     model = student(**WIDE | V1_1 | dict(num_layers=12, num_decoder_layers=12, dropout_rate=0.1))
     model.train()
     for stack in (model.encoder, model.decoder):
-        stack.dropout.p = 0.0  # torch's own dropout asks for values on a CPU
+        stack.dropout_p = 0.0  # on a CPU the reference reads its seed
     sequences = []
     for task in (LABEL, RATIONALE) * 2:
         sequences.append(Sequence(list(range(2, 60)), list(range(2, 52)), task))
