@@ -135,7 +135,7 @@ class TrainConfig:
     max_target_length: int = 256  # tokens of a target or a written rationale; longer ones are cut
     max_new_tokens: int = 64  # tokens of a predicted label
     # optimisation
-    steps: int = 1000  # optimiser steps
+    steps: int = 900  # optimiser steps
     batch_size: int = 16  # rows a step; a row with a rationale is two sequences under dss
     micro_batch: int = 0  # rows that a device computes at a time, to save memory; 0: all
     lr: float | None = None  # peak learning rate; default: 0.03 scaled, with --weights 5e-5 (paper)
