@@ -135,7 +135,7 @@ class T5(nn.Module):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # PyTorch would import its compiler for that: two seconds
+        if not self.weight.is_meta:  # there, this would import PyTorch's compiler: two seconds
             super().reset_parameters()
 
 

@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from checkpoints import LAYOUTS, read_weights, relayout, same
 from hypothesis import given
 from hypothesis import strategies as st
-from running import V1_1, student
+from running import ROOT, V1_1, student
 
 from dss.weights import load_t5, read_safetensors, resolve_checkpoint, save_t5, write_safetensors
 
@@ -69,6 +71,14 @@ def test_half_precision_checkpoints_load_in_fp32(saved, model):
     loaded = load_t5(saved)
     assert all(p.dtype == torch.float32 for p in loaded.parameters()) and not loaded.training
     assert torch.equal(loaded.embedding.weight, model.embedding.weight.bfloat16().float())
+
+
+def test_loading_does_not_import_pytorch_s_compiler(saved):
+    """Which takes two seconds, and is not needed to answer questions."""
+    code = f"import dss.weights as w, sys; w.load_t5({str(saved)!r}); print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "torch" in loaded.split() and "torch._dynamo" not in loaded.split()
 
 
 def test_loading_leaves_the_file_alone(saved):
