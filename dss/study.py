@@ -68,7 +68,7 @@ PRESETS = {
     "esnli-cpu": (
         f"{CPU} standard-matched --data DIR/esnli_valid.jsonl --test-data DIR/esnli_test.jsonl "
         "--size tiny-wide --look-alike --rename-words 0.6 --dropout 0 --lam 0.25 --steps 3000 "
-        "--batch-size 32 --lr 0.02 --eval-every 500 --max-new-tokens 8"
+        "--batch-size 32 --lr 0.01 --eval-every 500 --max-new-tokens 8"
     ),
     "cqa-cpu": f"{CPU} {DATASETS['cqa']} --steps 1000 --batch-size 32 --max-new-tokens 16",
     "svamp-cpu": f"{CPU} {DATASETS['svamp']} --steps 1000 --batch-size 32 --max-new-tokens 32",
