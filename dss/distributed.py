@@ -95,7 +95,7 @@ def seed(number: int, step: int) -> None:
     computed."""
     drawn = np.random.SeedSequence([number, step, rank()]).generate_state(1, np.uint64)
     torch.default_generator.manual_seed(int(drawn[0]))  # of the CPU
-    if torch.cuda.is_available():  # torch.manual_seed takes a millisecond where there is no GPU
+    if torch.cuda.is_initialized():  # else torch keeps the call with a stack trace: a millisecond
         torch.cuda.manual_seed_all(int(drawn[0]))
 
 

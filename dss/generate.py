@@ -8,11 +8,12 @@ keys and values, and `kernels.attention` is not needed.
 
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dss.batch import LABEL, Segments, Sequence, pack, segments
+from dss.batch import LABEL, Segments, Sequence, pack, segments, stream
 from dss.model import T5, Cache, LayerCache
 from kernels.buckets import relative_position_bucket
 
@@ -85,7 +86,7 @@ def generate_batch(
 ) -> list[list[int]]:
     """`generate` for one batch. What a finished sequence still writes is passed over."""
     device = model.embedding.weight.device
-    memory, where = encode(model, inputs)
+    memory, where = encode_inputs(model, inputs)
     lengths = [len(ids) for ids in inputs]
     caches = make_caches(model, memory, where, lengths, max_new_tokens)
 
@@ -105,11 +106,11 @@ def generate_batch(
     return outputs
 
 
-def encode(model: T5, inputs: list[list[int]]) -> tuple[Tensor, Segments]:
+def encode_inputs(model: T5, inputs: list[list[int]]) -> tuple[Tensor, Segments]:
     """Encoder states (T_in, C) of some inputs, and where each begins."""
     device = model.embedding.weight.device
     where = segments([len(ids) for ids in inputs], device)
-    return model.encode(torch.tensor(sum(inputs, []), device=device), where), where
+    return model.encode(stream(np.concatenate(inputs), device), where), where
 
 
 @torch.no_grad()
@@ -134,10 +135,10 @@ def score(
     for first in range(0, len(pairs), batch_size):
         numbers, some = zip(*pairs[first : first + batch_size])
         batch = pack(some, device, model.config.decoder_start_token_id)
-        # Each input is encoded once, and its candidates read the same states.
-        different = sorted(set(numbers))
-        memory, _ = encode(model, [inputs[i] for i in different])
-        states = dict(zip(different, memory.split([len(inputs[i]) for i in different])))
+        # Each of their inputs is encoded once, and its candidates read the same states.
+        distinct = list(dict.fromkeys(numbers))
+        memory, _ = encode_inputs(model, [inputs[i] for i in distinct])
+        states = dict(zip(distinct, memory.split([len(inputs[i]) for i in distinct])))
         repeated = torch.cat([states[i] for i in numbers])
         hidden = model.decode(batch.decoder_input_ids, batch.targets, repeated, batch.inputs)
         log_p = model.read_out(hidden).float().log_softmax(-1)  # (T, V)

@@ -102,7 +102,7 @@ class T5(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        if self.embedding.weight.is_meta:
+        if self.embedding.weight.is_meta:  # it has no values
             return
         for name, parameter in self.named_parameters():
             deviation = self.initial_deviation(name)
@@ -134,6 +134,8 @@ class T5(nn.Module):
 
 
 class Embedding(nn.Embedding):
+    """Draws nothing on the meta device."""
+
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:  # there, this would import PyTorch's compiler: two seconds
             super().reset_parameters()
@@ -170,7 +172,7 @@ class Stack(nn.Module):
         """x: (T, C) of the sequences in `segments`; a decoder also reads memory (T_in, C) of those
         in `inputs`."""
         p = self.dropout_p if self.training else 0.0
-        x = kernels.dropout(x, p)
+        x = kernels.plain_dropout(x, p)
         update = None
         diag = None
         if kernels.choice(x.device) == "triton":  # the bias of each distance, once for all layers
@@ -179,7 +181,7 @@ class Stack(nn.Module):
             cache = caches[i] if caches else None
             x, update = layer(x, update, segments, self.bias_table, diag, memory, inputs, cache)
         _, y = self.final_norm(x, update)
-        return kernels.dropout(y, p)
+        return kernels.plain_dropout(y, p)
 
 
 class Layer(nn.Module):
@@ -309,7 +311,7 @@ class FeedForward(nn.Module):
             gate, up = project(x, self.gate, self.up)
             y = kernels.geglu(gate, up, p)  # (T, F)
         else:
-            y = kernels.dropout(F.relu(self.up(x)), p)
+            y = kernels.plain_dropout(F.relu(self.up(x)), p)
         return self.down(y)
 
 

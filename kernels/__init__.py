@@ -4,7 +4,7 @@ Every operation has a reference in plain PyTorch, `<name>_reference`, and Triton
 `<name>_triton`, in one of flash_attention, losses, norms and activations. Tensors on an NVIDIA GPU
 go to Triton where it is installed, all others to the reference. DSS_KERNELS=reference or triton
 overrides that. `TRITON_INTERPRET=1 DSS_KERNELS=triton` runs the Triton code on CPU tensors, slowly.
-The model calls only what is defined here.
+`plain_dropout` has no kernel. The model calls only what is defined here.
 """
 
 import os
@@ -147,11 +147,11 @@ def geglu(
     return function(gate, up, dropout_p, seed)
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """x, of whose elements a share p becomes 0 and the others are scaled by 1 / (1 - p).
+def plain_dropout(x: Tensor, p: float) -> Tensor:
+    """Inverted dropout that is part of no other operation, with a seed from torch's generator.
 
-    On a GPU it is PyTorch's own, which is one launch. On a CPU that takes ten times as long as the
-    reference, which draws a byte for each element.
+    On a GPU it is PyTorch's own, one launch; elsewhere `dropout_reference`, which rounds p to a
+    multiple of 1/256 and on a CPU takes a tenth of the time.
     """
     if x.device.type == "cuda":
         return F.dropout(x, p)

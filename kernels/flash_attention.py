@@ -169,7 +169,9 @@ def attention_reference(
     place_q = is_query.flatten().nonzero()[:, 0]  # (Tq,): where each is among B * M
     place_k = is_key.flatten().nonzero()[:, 0]
 
-    scores = (pad(q, place_q, is_query) @ pad(k, place_k, is_key).mT).float()  # (H, B, M, N)
+    scores = (
+        pad(q, place_q, is_query.shape) @ pad(k, place_k, is_key.shape).mT
+    ).float()  # (H, B, M, N)
     distance = (j - i[:, None])[None]  # (1, M, N)
     if causal and cu_seqlens_q is not cu_seqlens_k:
         distance = distance - (len_k - len_q)[:, None]  # (B, M, N): queries are the last positions
@@ -181,17 +183,16 @@ def attention_reference(
         hidden = hidden | (distance > 0)
     scores += torch.where(hidden, float("-inf"), 0.0)
     weights = dropout_reference(scores.softmax(-1), dropout_p, seed)
-    outputs = weights.to(v.dtype) @ pad(v, place_k, is_key)  # (H, B, M, D)
-    return outputs.flatten(1, 2).index_select(1, place_q).transpose(0, 1)
+    outputs = weights.to(v.dtype) @ pad(v, place_k, is_key.shape)  # (H, B, M, D)
+    return outputs.flatten(1, 2).index_select(1, place_q).transpose(0, 1).contiguous()
 
 
-def pad(x: Tensor, place: Tensor, is_token: Tensor) -> Tensor:
-    """(T, H, D) packed -> (H, B, N, D), 0 where is_token (B, N) is false.
-
-    place: (T,), where is_token is true, counted through B * N.
-    """
-    padded = x.new_zeros(x.shape[1], is_token.numel(), x.shape[2])
-    return padded.index_copy(1, place, x.transpose(0, 1)).unflatten(1, is_token.shape)
+def pad(x: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(T, H, D) packed -> (H, B, N, D), 0 where no token is. shape: (B, N); place: (T,), where each
+    token goes among B * N."""
+    B, N = shape
+    padded = x.new_zeros(x.shape[1], B * N, x.shape[2])
+    return padded.index_copy(1, place, x.transpose(0, 1)).unflatten(1, shape)
 
 
 def check_arguments(
