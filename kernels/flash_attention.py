@@ -192,7 +192,7 @@ def pad(x: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:
     token goes among B * N."""
     B, N = shape
     padded = x.new_zeros(x.shape[1], B * N, x.shape[2])
-    return padded.index_copy(1, place, x.transpose(0, 1)).unflatten(1, shape)
+    return padded.index_copy_(1, place, x.transpose(0, 1)).unflatten(1, shape)
 
 
 def check_arguments(
