@@ -169,9 +169,8 @@ def attention_reference(
     place_q = is_query.flatten().nonzero()[:, 0]  # (Tq,): where each is among B * M
     place_k = is_key.flatten().nonzero()[:, 0]
 
-    scores = (
-        pad(q, place_q, is_query.shape) @ pad(k, place_k, is_key.shape).mT
-    ).float()  # (H, B, M, N)
+    products = pad(q, place_q, is_query.shape) @ pad(k, place_k, is_key.shape).mT
+    scores = products.float()  # (H, B, M, N)
     distance = (j - i[:, None])[None]  # (1, M, N)
     if causal and cu_seqlens_q is not cu_seqlens_k:
         distance = distance - (len_k - len_q)[:, None]  # (B, M, N): queries are the last positions
